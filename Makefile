@@ -1,0 +1,38 @@
+# Every target sets up what it needs. `make demo PYTHON=/path/to/python` uses an interpreter that already
+# has the packages instead of making .venv.
+VENV := .venv
+BASE_PYTHON ?= python3
+
+ifdef PYTHON
+INSTALLED :=
+else
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+endif
+
+.PHONY: help install demo test lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## make .venv with everything; does nothing when it is up to date
+	@$(PYTHON) -c "import resa.reference" 2>/dev/null \
+	    || $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install  ## dense, sparse and rectified sparse decoding of a real file, side by side
+	$(PYTHON) -m resa.reference demo
+
+test: install  ## every test
+	$(PYTHON) -m pytest
+
+lint: install  ## style and import rules
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,36 @@
+"""Rectified sparse attention in pure PyTorch: the reference that ports and the Triton path are checked against.
+
+Read it in the order in which data flows: `config → cache → blocks → attention → model → generate`.
+"""
+
+if __name__ != "resa.reference":
+    raise ImportError("the folder `reference` is the package `resa.reference`: run `make install`, then import that")
+
+from .attention import dense_attention, sparse_attention
+from .blocks import active_blocks, block_bounds, score_blocks, select_blocks
+from .cache import KVCache
+from .config import GPTConfig, ReSAConfig
+from .generate import Generation, decode_step, generate, prefill, rectify, sample_token, sparse_step
+from .model import GPT, REFERENCE_OPS, Operations
+
+__all__ = [
+    "GPT",
+    "REFERENCE_OPS",
+    "GPTConfig",
+    "Generation",
+    "KVCache",
+    "Operations",
+    "ReSAConfig",
+    "active_blocks",
+    "block_bounds",
+    "decode_step",
+    "dense_attention",
+    "generate",
+    "prefill",
+    "rectify",
+    "sample_token",
+    "score_blocks",
+    "select_blocks",
+    "sparse_attention",
+    "sparse_step",
+]

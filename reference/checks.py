@@ -1,0 +1,77 @@
+"""Argument checks shared by every public function: bad input is refused by name before any work starts.
+
+Every message has one form: the argument, what was given, what is allowed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def require(condition: bool, argument: str, given: object, allowed: str) -> None:
+    """Raise `ValueError` naming `argument`, the value given and the values allowed unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{argument}: got {given}; allowed: {allowed}")
+
+
+def is_integer(value: object, minimum: int) -> bool:
+    """Whether `value` is a plain integer (`True` is not) of at least `minimum`.
+
+    >>> is_integer(3, 1), is_integer(True, 0), is_integer(2.0, 1)
+    (True, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def bind_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
+    """Match tensors with named dimensions; the same letter must mean the same size everywhere.
+
+    All tensors must share one device. Returns the size of every letter; a digit stands for itself.
+
+    >>> bind_shapes(query=(torch.zeros(2, 6, 8), "B Hq D"), lengths=(torch.zeros(2), "B"))
+    {'B': 2, 'Hq': 6, 'D': 8}
+    """
+    sizes: dict[str, int] = {}
+    device = None
+    for argument, (tensor, letters) in arguments.items():
+        require(isinstance(tensor, Tensor), argument, type(tensor).__name__, f"a tensor [{letters}]")
+        names, shape = letters.split(), list(tensor.shape)
+        require(len(shape) == len(names), argument, f"shape {shape}", f"{len(names)} dimensions [{letters}]")
+        for name, size in zip(names, shape, strict=True):
+            expected = int(name) if name.isdigit() else sizes.setdefault(name, size)
+            require(size == expected, argument, f"shape {shape}", f"[{letters}] with {name} = {expected}")
+        device = device or tensor.device
+        require(tensor.device == device, argument, f"device {tensor.device}", f"{device}, as the arguments before it")
+    return sizes
+
+
+def check_dtypes(allowed: tuple[torch.dtype, ...], **arguments: Tensor) -> None:
+    """The tensors must have one and the same dtype out of `allowed`."""
+    first = next(iter(arguments.values())).dtype
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+    for argument, tensor in arguments.items():
+        require(tensor.dtype in allowed, argument, tensor.dtype, names)
+        require(tensor.dtype == first, argument, tensor.dtype, f"{first}, as the arguments before it")
+
+
+def check_lengths(argument: str, lengths: Tensor, capacity: int) -> None:
+    """`lengths` must be integers in 0 … capacity."""
+    check_dtypes(INTEGERS, **{argument: lengths})
+    if lengths.numel() and lengths.device.type != "meta":
+        low, high = (int(limit) for limit in torch.aminmax(lengths))
+        require(low >= 0 and high <= capacity, argument, f"{low} … {high}", f"0 … {capacity}")
+
+
+def check_heads(query_heads: int, kv_heads: int) -> None:
+    """Grouped-query attention: every KV head serves the same number of query heads."""
+    divides = kv_heads > 0 and query_heads > 0 and query_heads % kv_heads == 0
+    require(divides, "query", f"{query_heads} heads", f"a positive multiple of the {kv_heads} KV heads")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums are taken in float32, for float64 input in float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

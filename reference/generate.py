@@ -1,0 +1,278 @@
+"""Decoding with rectified sparse attention: prefill, sparse steps, rectification, and the loop around them.
+
+The loop keeps, per sequence, a cache of T tokens, one pending token (chosen, not yet in the cache), and w, the
+number of newest cached tokens that sparse steps wrote. Every f tokens a dense pass runs those tokens through the
+model again and overwrites their keys and values, so that the error of a sparse step never outlives a window
+(section 2.2 and Algorithm 1 of the paper).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .checks import bind_shapes, check_lengths, is_integer, require
+from .config import ReSAConfig
+from .model import GPT
+
+NO_TOKEN = -1
+PREFILL_CHUNK = 512  # tokens per dense pass: bounds the [G·Q, T] logits of one pass, and changes no result
+
+
+@dataclass
+class Generation:
+    """What decoding has produced and everything needed to go on from it."""
+
+    tokens: list[list[int]]  # per sequence, the generated tokens alone; the last one is the pending one
+    cache: KVCache
+    window: Tensor  # [B] int64: w, newest cached tokens written by sparse steps since the last rectification
+    pending: Tensor  # [B] int64: the token to feed next, −1 before any was generated
+
+
+@torch.no_grad()
+def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache, *, chunk_size: int = PREFILL_CHUNK) -> Tensor:
+    """Append each sequence's prompt to the cache densely, `chunk_size` tokens at a time.
+
+    Returns the logits [B, V] after each prompt's last token. An empty prompt leaves its sequence as it is (and
+    its logits zero). The result does not depend on the chunking. Raises `ValueError` for prompts that don't fit.
+    """
+    require(is_integer(chunk_size, 1), "chunk_size", chunk_size, "an integer ≥ 1")
+    tokens, lengths = _pad("prompts", prompts, cache)
+    check_lengths("prompts: lengths in the cache", cache.lengths + lengths, cache.capacity)
+    logits = torch.zeros(len(prompts), model.config.vocab_size, dtype=cache.keys.dtype, device=tokens.device)
+    for offset in range(0, tokens.shape[1], chunk_size):
+        counts = (lengths - offset).clamp(0, chunk_size)
+        chunk = tokens[:, offset : offset + chunk_size]
+        hidden = model.dense_pass(chunk, cache, cache.lengths, counts)
+        ends_here = (counts > 0) & (lengths <= offset + chunk_size)
+        logits[ends_here] = model.output(hidden[ends_here, counts[ends_here].long() - 1])
+    return logits
+
+
+@torch.no_grad()
+def sparse_step(
+    model: GPT, tokens: Tensor, cache: KVCache, config: ReSAConfig, *, active: Tensor | None = None
+) -> Tensor:
+    """Feed one token per sequence, attending to the selected blocks alone (eq. 2–5).
+
+    tokens [B], active [B] bool (default: all) → logits [B, V]; inactive sequences stay as they are and their
+    rows mean nothing. Raises `ValueError` for tokens or lengths out of range.
+    """
+    if active is None:
+        active = torch.ones_like(tokens, dtype=torch.bool)
+    return model.output(model.sparse_pass(tokens, cache, active, config))
+
+
+@torch.no_grad()
+def rectify(model: GPT, windows: Sequence[Sequence[int]], cache: KVCache, window: Tensor) -> Tensor:
+    """Run the newest tokens through the model again, densely, overwriting their keys and values.
+
+    `windows[s]` are the ids of the newest `window[s]` cached tokens, then (schedule "fused") any tokens to append
+    in the same pass; an empty one leaves its sequence as it is. window [B] → logits [B, V] after the last token of
+    each. By induction over windows the cache afterwards equals that of a dense prefill (law 6): the pass computes
+    from the token ids and from the cache before the window, which is exact already.
+    """
+    tokens, counts = _pad("windows", windows, cache)
+    bind_shapes(cache=(cache.lengths, "B"), window=(window, "B"))
+    start = torch.where(counts > 0, cache.lengths - window, cache.lengths)
+    is_covered = bool(((counts >= window) | (counts == 0)).all())
+    require(is_covered, "windows", f"{counts.tolist()} tokens", f"at least the window of {window.tolist()}, or none")
+    hidden = model.dense_pass(tokens, cache, start, counts)
+    row = torch.arange(len(windows), device=tokens.device)
+    return model.output(hidden[row, (counts.long() - 1).clamp(min=0)])
+
+
+@torch.no_grad()
+def decode_step(model: GPT, generation: Generation, config: ReSAConfig, active: Tensor) -> Tensor:
+    """Feed every active sequence's pending token, sparsely or densely as the schedule has it.
+
+    Updates `generation.cache` and `generation.window`; active [B] bool → logits [B, V] for the next tokens.
+    The two schedules differ only in when the dense pass comes: "fused" has it in place of the f-th sparse step,
+    "paper" after it, its logits discarded.
+    """
+    cache, window = generation.cache, generation.window
+    dense_due = cache.lengths < config.dense_below
+    if config.interval is not None and config.schedule == "fused":
+        dense_due = dense_due | (window + 1 >= config.interval)
+    dense, sparse = active & dense_due, active & ~dense_due
+    logits = torch.zeros(len(window), model.config.vocab_size, dtype=cache.keys.dtype, device=window.device)
+    if sparse.any():
+        tokens = generation.pending.clamp(min=0)  # finished sequences may have none
+        logits = sparse_step(model, tokens, cache, config, active=sparse)
+        window += sparse
+    if dense.any():
+        newest = _newest_tokens(generation, (window + 1) * dense)  # the window, and the pending token
+        logits = torch.where(dense[:, None], rectify(model, newest, cache, window), logits)
+        window[dense] = 0
+    if config.interval is not None and config.schedule == "paper":
+        full = active & (window >= config.interval)
+        if full.any():
+            rectify(model, _newest_tokens(generation, window * full), cache, window)
+            window[full] = 0
+    return logits
+
+
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    config: ReSAConfig | None = None,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    stop_tokens: Collection[int] = (),
+    on_token: Callable[[int, int, int], None] | None = None,
+    resume: Generation | None = None,
+) -> Generation:
+    """Continue every prompt by up to `max_new_tokens` tokens; the batch may be ragged.
+
+    `config=None` is `ReSAConfig()`. Temperature 0 takes the most likely token (ties: the lower id); otherwise each
+    token costs one uniform number of its sequence's own generator: one given per prompt, or seeded in prompt order
+    from the one given (None: torch's default). A stop token ends its sequence; it is returned, never fed.
+    `on_token(sequence, position, token)` is called for each token as it is chosen, with the position in the
+    sequence that it will occupy.
+
+    The last token is never fed, so a cache ends at prompt + N − 1 tokens, which must fit `model.config.context`.
+
+    `resume` continues an earlier `Generation`, left untouched, with `prompts` as the next turn (an empty one just
+    goes on): its open window is rectified, whatever the interval, and its pending token prefilled with the prompt.
+
+    Raises `ValueError` naming the argument before any work starts.
+    """
+    config = ReSAConfig() if config is None else config
+    _check_request(model, prompts, max_new_tokens, config, stop_tokens, resume)
+    choose = _token_chooser(len(prompts), temperature, top_p, generator)
+    capacity = _check_capacity(model, prompts, max_new_tokens, resume)
+    generation, feed = _open(model, prompts, capacity, config, resume)
+    logits = prefill(model, feed, generation.cache)
+    active = torch.full((len(prompts),), max_new_tokens > 0, device=logits.device)
+    while active.any():
+        for sequence in active.nonzero()[:, 0].tolist():
+            token = choose(sequence, logits[sequence])
+            generation.tokens[sequence].append(token)
+            generation.pending[sequence] = token
+            if on_token is not None:
+                on_token(sequence, int(generation.cache.lengths[sequence]), token)
+            active[sequence] = token not in stop_tokens and len(generation.tokens[sequence]) < max_new_tokens
+        if active.any():
+            logits = decode_step(model, generation, config, active)
+    return generation
+
+
+def sample_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
+    """Choose a token from logits [V], by one uniform number where the temperature is above 0.
+
+    Top-p keeps the shortest prefix of the tokens, by falling probability (ties: the lower id first), whose mass
+    reaches `top_p`; the uniform number picks from that prefix by its cumulative mass.
+    """
+    if temperature == 0:
+        return int(logits.argmax())  # the first of equals
+    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    ranked, ids = probabilities.sort(descending=True, stable=True)
+    mass = ranked.cumsum(dim=0)
+    kept = int((mass - ranked < top_p).sum())  # tokens before which the mass has not been reached
+    device = "cpu" if generator is None else generator.device
+    uniform = torch.rand((), dtype=torch.float64, device=device, generator=generator).item()
+    chosen = int(torch.searchsorted(mass[:kept], uniform * mass[kept - 1], right=True))
+    return int(ids[min(chosen, kept - 1)])
+
+
+def _token_chooser(
+    batch: int, temperature: float, top_p: float, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> Callable[[int, Tensor], int]:
+    """`choose(sequence, logits)`, each sequence with a generator of its own (law 9)."""
+    is_number = isinstance(temperature, (int, float)) and 0 <= temperature < float("inf")
+    require(is_number, "temperature", temperature, "a finite number ≥ 0")
+    require(isinstance(top_p, (int, float)) and 0 < top_p <= 1, "top_p", top_p, "0 < top_p ≤ 1")
+    if isinstance(generator, Sequence):
+        require(len(generator) == batch, "generator", f"{len(generator)} generators", f"one, or {batch}")
+        own = list(generator)
+    elif temperature == 0:
+        own = [None] * batch
+    else:
+        base = torch.default_generator if generator is None else generator
+        # Drawn one by one, so that the seed of prompt i does not depend on how many follow.
+        seeds = [torch.randint(2**63 - 1, (), generator=base, device=base.device).item() for _ in range(batch)]
+        own = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda sequence, logits: sample_token(logits, temperature, top_p, own[sequence])
+
+
+def _check_request(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    config: ReSAConfig,
+    stop_tokens: Collection[int],
+    resume: Generation | None,
+) -> None:
+    require(isinstance(config, ReSAConfig), "config", type(config).__name__, "a ReSAConfig")
+    require(is_integer(max_new_tokens, 0), "max_new_tokens", max_new_tokens, "an integer ≥ 0")
+    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
+    require(is_list, "prompts", repr(prompts)[:60], "a non-empty list of token lists")
+    vocabulary = model.config.vocab_size
+    for index, prompt in enumerate(prompts):
+        is_continued = resume is not None and index < len(resume.tokens) and len(resume.tokens[index]) > 0
+        is_fed = isinstance(prompt, Sequence) and not isinstance(prompt, str) and (len(prompt) > 0 or is_continued)
+        require(is_fed, f"prompts[{index}]", repr(prompt)[:60], "a non-empty list of token ids")
+        is_known = all(is_integer(token, 0) and token < vocabulary for token in prompt)
+        require(is_known, f"prompts[{index}]", repr(prompt)[:60], f"token ids 0 … {vocabulary - 1}")
+    for token in stop_tokens:
+        require(is_integer(token, 0) and token < vocabulary, "stop_tokens", token, f"token ids 0 … {vocabulary - 1}")
+    if resume is not None:
+        require(len(prompts) == len(resume.tokens), "prompts", f"{len(prompts)} lists", f"{len(resume.tokens)}")
+        block_size = resume.cache.block_size
+        require(config.block_size == block_size, "config.block_size", config.block_size, f"{block_size}, the cache's")
+
+
+def _check_capacity(
+    model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, resume: Generation | None
+) -> int:
+    """Tokens per sequence that the cache must hold; the last generated one is never fed."""
+    held = [0] * len(prompts)
+    if resume is not None:
+        has_pending = (resume.pending != NO_TOKEN).to(resume.cache.lengths)
+        held = (resume.cache.lengths + has_pending).tolist()
+    context = model.config.context
+    for index, (prompt, before) in enumerate(zip(prompts, held, strict=True)):
+        needed = before + len(prompt) + max(max_new_tokens - 1, 0)
+        given = f"{before + len(prompt)} tokens and max_new_tokens = {max_new_tokens}"
+        require(needed <= context, f"prompts[{index}]", given, f"prompt + max_new_tokens − 1 ≤ context = {context}")
+    return max(before + len(prompt) for prompt, before in zip(prompts, held, strict=True)) + max(max_new_tokens - 1, 0)
+
+
+def _open(
+    model: GPT, prompts: Sequence[Sequence[int]], capacity: int, config: ReSAConfig, resume: Generation | None
+) -> tuple[Generation, list[list[int]]]:
+    """The generation to work on, and what each sequence prefills before its first new token."""
+    if resume is None:
+        cache = model.new_cache(len(prompts), capacity, config.block_size)
+        feed = [list(prompt) for prompt in prompts]
+    else:
+        cache = resume.cache.resized(max(capacity, resume.cache.capacity))
+        cache.truncate(cache.lengths - resume.window.to(cache.lengths))  # the open window is encoded again
+        newest = _newest_tokens(resume, resume.window + 1)
+        feed = [tokens + list(prompt) for tokens, prompt in zip(newest, prompts, strict=True)]
+    window = torch.zeros(len(prompts), dtype=torch.int64, device=cache.lengths.device)
+    return Generation([[] for _ in prompts], cache, window, torch.full_like(window, NO_TOKEN)), feed
+
+
+def _newest_tokens(generation: Generation, counts: Tensor) -> list[list[int]]:
+    """The last counts[s] generated tokens of each sequence."""
+    return [tokens[max(len(tokens) - n, 0) :] for tokens, n in zip(generation.tokens, counts.tolist(), strict=True)]
+
+
+def _pad(argument: str, tokens: Sequence[Sequence[int]], cache: KVCache) -> tuple[Tensor, Tensor]:
+    """Ragged token lists as one tensor [B, longest], padded with 0, and their lengths [B] int32."""
+    require(
+        len(tokens) == len(cache.lengths), argument, f"{len(tokens)} lists", f"{len(cache.lengths)}, one a sequence"
+    )
+    longest = max(len(row) for row in tokens)
+    padded = [list(row) + [0] * (longest - len(row)) for row in tokens]
+    device = cache.lengths.device
+    lengths = torch.tensor([len(row) for row in tokens], dtype=torch.int32, device=device)
+    return torch.tensor(padded, dtype=torch.int64, device=device).view(batch, longest), lengths
