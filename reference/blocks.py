@@ -53,8 +53,7 @@ def score_blocks(query: Tensor, bounds: Tensor, lengths: Tensor, block_size: int
         score[i] = Σ_d max(q̄_d · lo[i]_d, q̄_d · hi[i]_d),  q̄ = mean of the group's query heads
 
     query [B, Hq, D], bounds [B, Hkv, 2, D, M], lengths [B] → scores [B, Hkv, M] float32 (float64 for float64
-    input), −∞ for blocks past the end. Unlike the formula, only the bound that q̄_d's sign calls for is read:
-    `hi` where q̄_d ≥ 0, else `lo`; and 0 · ±∞ is 0. Raises `ValueError` for arguments that do not fit together.
+    input), −∞ for blocks past the end. Raises `ValueError` for arguments that do not fit together.
     """
     sizes = bind_shapes(query=(query, "B Hq D"), bounds=(bounds, "B Hkv 2 D M"), lengths=(lengths, "B"))
     check_heads(sizes["Hq"], sizes["Hkv"])
@@ -64,8 +63,9 @@ def score_blocks(query: Tensor, bounds: Tensor, lengths: Tensor, block_size: int
     dtype = accumulation_dtype(query.dtype)
     pooled = query.to(dtype).unflatten(1, (sizes["Hkv"], -1)).mean(dim=2)[..., None]  # [B, Hkv, D, 1]
     lo, hi = bounds.to(dtype).unbind(dim=2)  # [B, Hkv, D, M]
-    bound = torch.where(pooled >= 0, hi, lo)
-    products = torch.where((pooled == 0) & bound.isinf(), 0.0, pooled * bound)
+    products = torch.maximum(pooled * lo, pooled * hi)
+    if (pooled == 0).any():  # 0 · ±∞ is 0 here, not NaN
+        products = products.masked_fill((pooled == 0) & (lo.isinf() | hi.isinf()), 0.0)
     scores = products.sum(dim=2)  # [B, Hkv, M]
     first_slot = torch.arange(sizes["M"], device=query.device) * block_size
     return scores.masked_fill(first_slot >= lengths.view(-1, 1, 1), float("-inf"))

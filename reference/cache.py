@@ -9,7 +9,7 @@ The rule for bounds itself stands to the right of this file, in `blocks.py`; the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,38 @@ from .checks import FLOATS, INTEGERS, bind_shapes, check_dtypes, check_lengths, 
 from .config import GPTConfig
 
 BlockBounds = Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a window of newest tokens lies in a ragged cache: its token slots, and the blocks they touch."""
+
+    start: Tensor  # [B]
+    end: Tensor  # [B]
+    row: Tensor  # [tokens] sequence of each written token
+    column: Tensor  # [tokens] its place in the window
+    position: Tensor  # [tokens] its place in the cache
+    slot: Tensor  # [B, n·b] every position of the n blocks that may be touched
+    slots_in_use: Tensor  # [B] how many of those hold tokens
+    block_row: Tensor  # [blocks] sequence of each touched block
+    block_column: Tensor  # [blocks] its place among the n
+    block: Tensor  # [blocks] its index in the cache
+
+    @classmethod
+    def plan(cls, start: Tensor, end: Tensor, width: int, block_size: int) -> Window:
+        """Index positions start … end − 1 of each sequence, at most `width` of them."""
+        device = start.device
+        row, column = (torch.arange(width, device=device) < (end - start)[:, None]).nonzero(as_tuple=True)
+        n_touched = (width + block_size - 2) // block_size + 1  # a window of w tokens lies in at most so many
+        first = start // block_size
+        block = first[:, None] + torch.arange(n_touched, device=device)  # [B, n]
+        slot = (block[..., None] * block_size + torch.arange(block_size, device=device)).flatten(1)
+        slots_in_use = (end - first * block_size).clamp(0, n_touched * block_size)
+        is_touched = (block * block_size < end[:, None]) & (end > start)[:, None]
+        block_row, block_column = is_touched.nonzero(as_tuple=True)
+        touched = block[block_row, block_column]
+        position = start[row] + column
+        return cls(start, end, row, column, position, slot, slots_in_use, block_row, block_column, touched)
 
 
 @dataclass
@@ -63,37 +95,40 @@ class KVCache:
         """T_max, the most tokens a sequence can hold."""
         return self.keys.shape[3]
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, start: Tensor, counts: Tensor) -> None:
-        """Store one layer's newest window: the first `counts[s]` of the `Q` tokens, from position `start[s]` on.
+    def open_window(self, start: Tensor, counts: Tensor, width: int) -> Window:
+        """Check and index the window of newest tokens that a pass is about to write, once for all layers.
 
-        A window that starts at the sequence's length appends, one that starts earlier overwrites; a fused
-        rectification does both at once. It must leave no gap and reach at least to the length, because tokens
-        behind it would have been computed from what it replaces. `counts[s] = 0` leaves sequence `s` alone.
-
-        keys, values [B, Hkv, Q, D]; start, counts [B]. Lengths move only at `commit`, after the last layer.
+        Sequence s writes counts[s] ≤ `width` tokens from position start[s] on. A window that starts at the
+        sequence's length appends, one that starts earlier overwrites; a fused rectification does both at once.
+        It must leave no gap and reach at least to the length, because tokens behind it would have been computed
+        from what it replaces. `counts[s] = 0` leaves sequence s alone. start, counts [B].
         """
-        sizes = bind_shapes(
-            cache=(self.keys[layer], "B Hkv T_max D"),
-            keys=(keys, "B Hkv Q D"),
-            values=(values, "B Hkv Q D"),
-            start=(start, "B"),
-            counts=(counts, "B"),
-        )
+        bind_shapes(cache=(self.lengths, "B"), start=(start, "B"), counts=(counts, "B"))
+        check_dtypes(INTEGERS, start=start)
+        check_lengths("counts", counts, width)
+        end = start + counts
+        check_lengths("start + counts", end, self.capacity)
+        is_newest = ((start >= 0) & (start <= self.lengths) & (end >= self.lengths)) | (counts == 0)
+        allowed = f"a window that begins at or before the lengths {self.lengths.tolist()} and reaches them"
+        require(bool(is_newest.all()), "start", f"{start.tolist()} up to {end.tolist()}", allowed)
+        return Window.plan(start, end, width, self.block_size)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, window: Window) -> None:
+        """Store one layer's keys and values [B, Hkv, Q, D] of an open window, and refresh the bounds it touches.
+
+        Lengths move only at `commit`, after the last layer.
+        """
+        letters = "B Hkv Q D"
+        bind_shapes(cache=(self.keys[layer], "B Hkv T_max D"), keys=(keys, letters), values=(values, letters))
         check_dtypes(FLOATS, cache=self.keys, keys=keys, values=values)
-        check_lengths("counts", counts, sizes["Q"])
-        self._check_window(start, start + counts)
-        slots = torch.arange(sizes["Q"], device=keys.device)
-        row, column = (slots < counts[:, None]).nonzero(as_tuple=True)  # of the window's tokens
-        position = start[row] + column
+        row, column, position = window.row, window.column, window.position
         self.keys[layer][row, :, position] = keys[row, :, column]  # [tokens, Hkv, D]
         self.values[layer][row, :, position] = values[row, :, column]
-        self._refresh_bounds(layer, start, start + counts, sizes["Q"])
+        self._refresh_bounds(layer, window)
 
-    def commit(self, lengths: Tensor) -> None:
-        """Make `lengths` [B] the valid lengths, once every layer has been written up to them."""
-        bind_shapes(cache=(self.lengths, "B"), lengths=(lengths, "B"))
-        check_lengths("lengths", lengths, self.capacity)
-        self.lengths = lengths.to(torch.int32)
+    def commit(self, window: Window) -> None:
+        """Let the lengths reach the window's end, once every layer has been written."""
+        self.lengths = torch.where(window.end > window.start, window.end, self.lengths).to(torch.int32)
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget the tokens at and past `lengths` [B], none of which may exceed the present length."""
@@ -104,9 +139,10 @@ class KVCache:
         emptied = (first_slot >= lengths[:, None])[:, None, None]  # [B, 1, 1, M]
         self.bounds[:, :, :, 0].masked_fill_(emptied, float("inf"))
         self.bounds[:, :, :, 1].masked_fill_(emptied, float("-inf"))
+        cut = Window.plan((lengths - 1).clamp(min=0), lengths, 1, self.block_size)  # the block cut through
         for layer in range(self.keys.shape[0]):
-            self._refresh_bounds(layer, (lengths - 1).clamp(min=0), lengths, 1)  # the block cut through
-        self.commit(lengths)
+            self._refresh_bounds(layer, cut)
+        self.lengths = lengths.to(torch.int32)
 
     def resized(self, capacity: int) -> KVCache:
         """A copy with room for `capacity` tokens per sequence; this cache stays as it is."""
@@ -120,24 +156,20 @@ class KVCache:
         bounds = torch.stack([self.block_bounds(layer, self.lengths, self.block_size) for layer in keys])
         return replace(self, keys=keys, values=values, bounds=bounds, lengths=self.lengths.clone())
 
-    def _check_window(self, start: Tensor, end: Tensor) -> None:
-        check_dtypes(INTEGERS, start=start)
-        check_lengths("start + counts", end, self.capacity)
-        used = end > start
-        is_newest = ((start >= 0) & (start <= self.lengths) & (end >= self.lengths)) | ~used
-        allowed = f"a window that begins at or before the lengths {self.lengths.tolist()} and reaches them"
-        require(bool(is_newest.all()), "start", f"{start.tolist()} up to {end.tolist()}", allowed)
+    def selected(self, sequences: Sequence[int]) -> KVCache:
+        """A copy that holds the sequences named, in that order; one may be named twice. This cache stays as it is."""
+        batch = len(self.lengths)
+        is_known = len(sequences) > 0 and all(is_integer(index, 0) and index < batch for index in sequences)
+        require(is_known, "sequences", list(sequences), f"a non-empty list of integers 0 … {batch - 1}")
+        row = torch.tensor(sequences, device=self.lengths.device)
+        keys, values, bounds = (tensor.index_select(1, row) for tensor in (self.keys, self.values, self.bounds))
+        return replace(self, keys=keys, values=values, bounds=bounds, lengths=self.lengths[row])
 
-    def _refresh_bounds(self, layer: int, start: Tensor, end: Tensor, window: int) -> None:
-        """Rebuild the bounds of the blocks that hold positions start … end − 1, at most `window` of them."""
-        b, device = self.block_size, start.device
-        n_touched = (window + b - 2) // b + 1  # a window of w tokens lies in at most this many blocks
-        first = start // b
-        block = first[:, None] + torch.arange(n_touched, device=device)  # [B, n]
-        slot = (block[..., None] * b + torch.arange(b, device=device)).flatten(1)  # [B, n·b]
-        row = torch.arange(len(start), device=device)[:, None]
-        keys = self.keys[layer][row, :, slot.clamp(max=self.capacity - 1)].transpose(1, 2)  # [B, Hkv, n·b, D]
-        lengths = (end - first * b).clamp(0, n_touched * b)
-        bounds = self.block_bounds(keys, lengths, b)  # [B, Hkv, 2, D, n]
-        row, column = ((block * b < end[:, None]) & (end > start)[:, None]).nonzero(as_tuple=True)
-        self.bounds[layer][row, ..., block[row, column]] = bounds[row, ..., column]  # [blocks, Hkv, 2, D]
+    def _refresh_bounds(self, layer: int, window: Window) -> None:
+        """Rebuild the bounds of the blocks that the window touches from their keys."""
+        slot = window.slot.clamp(max=self.capacity - 1)  # [B, n·b]
+        sequence = torch.arange(len(slot), device=slot.device)[:, None]
+        keys = self.keys[layer][sequence, :, slot].transpose(1, 2)  # [B, Hkv, n·b, D]
+        bounds = self.block_bounds(keys, window.slots_in_use, self.block_size)  # [B, Hkv, 2, D, n]
+        row, column = window.block_row, window.block_column
+        self.bounds[layer][row, ..., window.block] = bounds[row, ..., column]  # [blocks, Hkv, 2, D]

@@ -18,8 +18,9 @@ import sysconfig
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +124,8 @@ def read_source(path: Path) -> str:
 def is_held_out(name: str) -> bool:
     """Side of the split, from the dotted name alone: the same on every machine, whatever else is in the corpus.
 
-    >>> is_held_out("json.decoder"), is_held_out("heapq")
-    (False, False)
+    >>> is_held_out("json.decoder"), is_held_out("json")
+    (False, True)
     """
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100 < HELD_OUT_PERCENT
 
@@ -218,3 +219,108 @@ def cached_array(folder: str | os.PathLike, name: str, key: Iterable[bytes], mak
     np.save(buffer, array, allow_pickle=False)
     write_atomically(path, buffer.getvalue())
     return array
+
+
+# ---- Lookups -------------------------------------------------------------------------------------------------------
+
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+# Share of lines that assert a value assigned earlier. Below a half on purpose: every assignment is asserted at most
+# once, so that its distance is the true one, and were all of them used up, none would be left far back.
+USE_SHARE = 0.4
+CODE_STRETCH_RATE = 1 / 80  # stretches of real code per line, in documents that have them
+CODE_STRETCH_LINES = (10, 60)
+
+
+def assignments(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """Endless pairs of a new identifier and its value as Python writes them: tamiko, 4821 or zelo_bati, "miruka"."""
+    taken: set[str] = set()
+    while True:
+        drawn = rng.integers(len(SYLLABLES), size=(64, 7)).tolist()  # in batches: one draw at a time is slow
+        numbers = rng.integers(1000, 10_000, size=64).tolist()
+        kinds = rng.integers(4, size=64).tolist()
+        for row, number, kind in zip(drawn, numbers, kinds, strict=True):
+            a, b, c, d, *word = (SYLLABLES[index] for index in row)
+            name = a + b + c if kind % 2 else f"{a}{b}_{c}{d}"
+            if name not in taken:
+                taken.add(name)
+                yield name, str(number) if kind < 2 else f'"{"".join(word)}"'
+
+
+def lookup_lines(rng: np.random.Generator, code: Sequence[str] = ()) -> Iterator[str]:
+    """Endless lines `name = value` and, later, `assert name == value`; with `code`, stretches of it in between.
+
+    The distance between the two is log-uniform from one line to all the lines so far: every scale from a few tokens
+    to the whole document has the same number of lookups.
+    """
+    fresh = assignments(rng)
+    waiting: list[tuple[int, str, str]] = []  # (line, name, value), assigned and not yet asserted, in order
+    line = 0
+    while True:
+        for kind, scale in rng.random((64, 2)).tolist():
+            line += 1
+            if code and kind > 1 - CODE_STRETCH_RATE:
+                stretch = code_stretch(rng, code)
+                line += stretch.count("\n")
+                yield stretch
+            elif waiting and kind < USE_SHARE:
+                target = bisect_left(waiting, (line - round(line**scale),))
+                _, name, value = waiting.pop(min(target, len(waiting) - 1))
+                yield f"assert {name} == {value}\n"
+            else:
+                name, value = next(fresh)
+                waiting.append((line, name, value))
+                yield f"{name} = {value}\n"
+
+
+def code_stretch(rng: np.random.Generator, code: Sequence[str]) -> str:
+    """Some consecutive lines out of one text of `code`, ended by a newline."""
+    lines = code[rng.integers(len(code))].splitlines()
+    count = int(rng.integers(*CODE_STRETCH_LINES, endpoint=True))
+    start = int(rng.integers(max(0, len(lines) - count), endpoint=True))
+    # Stripped, because a line that starts with a space would share a token with the end of the line before it.
+    return "\n".join(lines[start : start + count]).strip() + "\n"
+
+
+def lookup_document(
+    tokenizer: tiktoken.Encoding, rng: np.random.Generator, length: int, code: Sequence[str] = ()
+) -> list[int]:
+    """The first `length` tokens of `lookup_lines`."""
+    require(is_integer(length, 1), "length", length, "an integer ≥ 1")
+    tokens: list[int] = []
+    lines = lookup_lines(rng, code)
+    while len(tokens) < length:
+        # Lines never begin with white space, so encoding them in groups gives the tokens of the whole.
+        tokens += tokenizer.encode_ordinary("".join(islice(lines, 32)))
+    return tokens[:length]
+
+
+def lookup_documents(
+    tokenizer: tiktoken.Encoding, seed: int, count: int, length: int, code: Sequence[str] = (), progress: bool = True
+) -> np.ndarray:
+    """`count` lookup documents, of which every second has stretches of `code`: [count, length] uint16."""
+    rows = np.zeros((count, length), dtype=np.uint16)
+    for index in track(range(count), "Writing lookups", console=Console(stderr=True), disable=not progress):
+        rng = np.random.default_rng((seed, index))
+        rows[index] = lookup_document(tokenizer, rng, length, code if index % 2 else ())
+    return rows
+
+
+def lookup_probe(tokenizer: tiktoken.Encoding, rng: np.random.Generator, distance: int) -> tuple[list[int], list[int]]:
+    """One question: a prompt that ends in `assert name ==` and, as tokens, the value that name was assigned.
+
+    `distance` counts tokens from the value's assignment to where the answer begins, to within one line. Everything
+    between is other assignments, as are a few lines before.
+    """
+    fresh = assignments(rng)
+    name, value = next(fresh)
+    question, answer = tokenizer.encode_ordinary(f"assert {name} =="), tokenizer.encode_ordinary(f" {value}")
+    start = tokenizer.encode_ordinary("".join(f"{other} = {filler}\n" for other, filler in islice(fresh, 8)))
+    between = tokenizer.encode_ordinary(f" {value}\n")
+    allowed = f"an integer ≥ {len(between) + len(question)}, the tokens of one line"
+    require(is_integer(distance, len(between) + len(question)), "distance", distance, allowed)
+    for other, filler in fresh:
+        line = tokenizer.encode_ordinary(f"{other} = {filler}\n")
+        if len(between) + len(line) + len(question) > distance:
+            break
+        between += line
+    return start + tokenizer.encode_ordinary(f"{name} =") + between + question, answer

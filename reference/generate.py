@@ -8,7 +8,7 @@ model again and overwrites their keys and values, so that the error of a sparse 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from .config import ReSAConfig
 from .model import GPT
 
 NO_TOKEN = -1
-PREFILL_CHUNK = 512  # tokens per dense pass: bounds the [G·Q, T] logits of one pass, and changes no result
+PREFILL_CHUNK = 256  # tokens per dense pass: bounds the [G·Q, T] logits of one pass, and changes no result
 
 
 @dataclass
@@ -114,6 +114,24 @@ def decode_step(model: GPT, generation: Generation, config: ReSAConfig, active: 
             rectify(model, _newest_tokens(generation, window * full), cache, window)
             window[full] = 0
     return logits
+
+
+def decode_along(
+    model: GPT, cache: KVCache, tokens: Sequence[Sequence[int]], config: ReSAConfig
+) -> Iterator[tuple[Tensor, Generation]]:
+    """Decode along tokens that are given rather than chosen (teacher forcing), from a prefilled cache.
+
+    tokens: one list per sequence, all of one length. Yields the logits [B, V] after each token, and the state that
+    decoding has reached; the cache is extended in place and must have room for all of them.
+    """
+    window = torch.zeros_like(cache.lengths, dtype=torch.int64)
+    state = Generation([[] for _ in tokens], cache, window, torch.full_like(window, NO_TOKEN))
+    active = torch.ones_like(window, dtype=torch.bool)
+    for fed in zip(*tokens, strict=True):
+        for generated, token in zip(state.tokens, fed, strict=True):
+            generated.append(token)
+        state.pending = torch.tensor(fed, dtype=torch.int64, device=window.device)
+        yield decode_step(model, state, config, active), state
 
 
 def generate(
@@ -268,9 +286,8 @@ def _newest_tokens(generation: Generation, counts: Tensor) -> list[list[int]]:
 
 def _pad(argument: str, tokens: Sequence[Sequence[int]], cache: KVCache) -> tuple[Tensor, Tensor]:
     """Ragged token lists as one tensor [B, longest], padded with 0, and their lengths [B] int32."""
-    require(
-        len(tokens) == len(cache.lengths), argument, f"{len(tokens)} lists", f"{len(cache.lengths)}, one a sequence"
-    )
+    batch = len(cache.lengths)
+    require(len(tokens) == batch, argument, f"{len(tokens)} lists", f"{batch}, one per sequence of the cache")
     longest = max(len(row) for row in tokens)
     padded = [list(row) + [0] * (longest - len(row)) for row in tokens]
     device = cache.lengths.device

@@ -9,6 +9,7 @@ operations behind the last two are an explicit argument, so that a faster render
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -150,6 +151,12 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.output(self._transform(tokens, positions, _causal_attention))
 
+    def with_ops(self, ops: Operations) -> GPT:
+        """This very model, its weights shared, decoding with other operations."""
+        twin = copy(self)
+        twin.ops = ops
+        return twin
+
     def new_cache(self, batch: int, capacity: int, block_size: int) -> KVCache:
         """An empty cache for this model, of its dtype and on its device."""
         weight = self.embed.weight
@@ -165,16 +172,16 @@ class GPT(nn.Module):
         past counts[s] mean nothing. A sequence with count 0 and start at its length is left as it is.
         """
         sizes = self._check_pass(tokens, "B Q", cache, start=start, counts=counts)
-        end = start + counts
+        window = cache.open_window(start, counts, sizes["Q"])
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            cache.write(layer, key, value, start, counts)
+            cache.write(layer, key, value, window)
             keys, values = cache.keys[layer], cache.values[layer]
-            return self.ops.dense_attention(query, keys, values, end, query_lengths=counts)
+            return self.ops.dense_attention(query, keys, values, window.end, query_lengths=counts)
 
         positions = start[:, None] + torch.arange(sizes["Q"], device=tokens.device)
         hidden = self._transform(tokens, positions, attend)
-        cache.commit(end)
+        cache.commit(window)
         return hidden
 
     def sparse_pass(self, tokens: Tensor, cache: KVCache, active: Tensor, config: ReSAConfig) -> Tensor:
@@ -184,20 +191,20 @@ class GPT(nn.Module):
         """
         self._check_pass(tokens, "B", cache, active=active)
         require(config.block_size == cache.block_size, "config.block_size", config.block_size, f"{cache.block_size}")
-        start, counts = cache.lengths, active.to(cache.lengths.dtype)
-        end = start + counts
+        start, b = cache.lengths, config.block_size
+        window = cache.open_window(start, active.to(start.dtype), 1)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            cache.write(layer, key, value, start, counts)
+            cache.write(layer, key, value, window)
             step_query = query[:, :, 0]  # [B, Hq, D]
-            scores = self.ops.score_blocks(step_query, cache.bounds[layer], end, config.block_size)
-            indices = self.ops.select_blocks(scores, end, config)
+            scores = self.ops.score_blocks(step_query, cache.bounds[layer], window.end, b)
+            indices = self.ops.select_blocks(scores, window.end, config)
             keys, values = cache.keys[layer], cache.values[layer]
-            out = self.ops.sparse_attention(step_query, keys, values, indices, end, config.block_size)
+            out = self.ops.sparse_attention(step_query, keys, values, indices, window.end, b)
             return out[:, :, None]  # [B, Hq, 1, D]
 
         hidden = self._transform(tokens[:, None], start[:, None], attend)
-        cache.commit(end)
+        cache.commit(window)
         return hidden[:, 0]
 
     def _transform(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

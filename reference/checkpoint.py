@@ -1,0 +1,162 @@
+"""Weights on disk: safetensors files alone, checked before use; nothing is ever unpickled.
+
+A checkpoint is one file, replaced in one step, so a crash leaves the old one or the new one. It describes itself: the
+`GPTConfig` travels as JSON in its header. Neighbour: `train.py` keeps the optimizer's state in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .checks import FLOATS, require
+from .config import GPTConfig
+from .files import write_atomically
+from .model import GPT, Operations
+
+MODEL_FORMAT = "resa model"
+STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+def shipped_checkpoint() -> Path:
+    """Path of the model that comes with the package."""
+    return Path(__file__).parent / "assets" / "model.safetensors"
+
+
+def save_model(
+    path: str | os.PathLike,
+    model: GPT,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the model's weights in `dtype`, with its configuration; a tied output projection is not stored twice.
+
+    Errors: ValueError for a weight that is not finite in `dtype`; OSError if the disk refuses, and then the file that
+    was there before is untouched.
+    """
+    require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))
+    tensors = {name: parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()}
+    header = {"format": MODEL_FORMAT, "config": json.dumps(asdict(model.config))}
+    save_tensors(path, tensors, {**(metadata or {}), **header})
+
+
+def load_model(
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    ops: Operations | None = None,
+) -> GPT:
+    """The model that `save_model` wrote, in eval mode; `ops` as in `GPT`.
+
+    Errors: FileNotFoundError if there is no such file; ValueError naming the file or the tensor if it is damaged, from
+    elsewhere, or does not match its own configuration.
+    """
+    require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))
+    header = read_header(path, MODEL_FORMAT)
+    config = config_from_json(path, header.get("config", ""))
+    # One layer has several tensors: a damaged count must not make us build a billion layers.
+    require(config.n_layer <= int(header["tensors"]), f"{path}: n_layer", config.n_layer, "at most the file's tensors")
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(config) if ops is None else GPT(config, ops=ops)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors = read_tensors(path, shapes)
+    placed = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(placed, strict=False, assign=True)  # read_tensors has compared the names
+    if config.tied_embeddings:
+        model.output.weight = model.embed.weight
+    return model.eval()
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes tensors and text as one safetensors file in one step; see `write_atomically`."""
+    for name, tensor in tensors.items():
+        require(bool(tensor.isfinite().all()), f"tensor {name}", "NaN or infinity", "finite values")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, with_sorted_header(safetensors.torch.save(contiguous, dict(metadata))))
+
+
+def with_sorted_header(content: bytes) -> bytes:
+    """The same safetensors file with the header's text in alphabetical order.
+
+    The library writes it in a random one; sorted, equal weights give equal files.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")  # the format: the header's length, the header in JSON, the data
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # keeps the data aligned
+    return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def read_header(path: str | os.PathLike, expected_format: str) -> dict[str, str]:
+    """The text stored in a file's header, and under `tensors` how many tensors the file holds.
+
+    Errors: FileNotFoundError, ValueError if the file is damaged or of another format.
+    """
+    with open_checked(path) as file:
+        header = {**(file.metadata() or {}), "tensors": str(len(file.keys()))}
+    given = header.get("format", "no format")
+    require(given == expected_format, f"{path}: format", f"{given!r}, a foreign checkpoint", repr(expected_format))
+    return header
+
+
+def read_tensors(path: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Exactly the tensors named in `shapes`, with those shapes, of a float type and finite; on the CPU.
+
+    Names, shapes and types are checked from the header, before any tensor is read.
+    """
+    with open_checked(path) as file:
+        names = set(file.keys())
+        for name in sorted(names ^ set(shapes)):
+            missing = name not in names
+            require(False, f"{path}: tensor {name}", "missing" if missing else "extra", f"{len(shapes)} known tensors")
+        for name, shape in shapes.items():
+            stored = file.get_slice(name)
+            require(
+                stored.get_dtype() in STORED_DTYPES,
+                f"{path}: tensor {name}",
+                stored.get_dtype(),
+                ", ".join(STORED_DTYPES),
+            )
+            given = tuple(stored.get_shape())
+            require(given == shape, f"{path}: tensor {name}", f"shape {given}", f"shape {shape}")
+        tensors = {name: file.get_tensor(name) for name in shapes}
+    for name, tensor in tensors.items():
+        require(bool(tensor.isfinite().all()), f"{path}: tensor {name}", "NaN or infinity", "finite values")
+    return tensors
+
+
+def open_checked(path: str | os.PathLike) -> safe_open:
+    """Opens a safetensors file; its header is checked against the file's length, so a truncated file is refused."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint {path}: no such file")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: got a damaged file ({error}); allowed: a complete safetensors file") from None
+
+
+def config_from_json(path: str | os.PathLike, text: str) -> GPTConfig:
+    """The configuration in a file's header; ValueError naming the file and the field if it is not a `GPTConfig`."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError:
+        values = None
+    require(isinstance(values, dict), f"{path}: config", repr(text[:80]), "the JSON of a GPTConfig")
+    known = {item.name for item in fields(GPTConfig)}
+    for name in sorted(known ^ set(values)):
+        require(False, f"{path}: config field {name}", "missing" if name in known else "unknown", "GPTConfig's fields")
+    try:
+        return GPTConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,348 @@
+"""The command line: `resa demo`, `generate`, `train`, `tokenizer`, `eval`. Each command is a thin layer over a module.
+
+A bad argument is one clear line on standard error and exit status 2. Progress goes to standard error, results to
+standard output; `--json` turns the results into one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from .checkpoint import load_model, shipped_checkpoint
+from .checks import require
+from .config import SCHEDULES, GPTConfig, ReSAConfig
+from .files import write_atomically
+from .generate import generate
+from .model import GPT
+from .tokenizer import END_OF_TEXT, load_tokenizer, shipped_ranks
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0, 2 for bad input, 130 when interrupted."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"resa {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"resa {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command and its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="resa", description="Rectified sparse attention, from one readable reference."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_train(commands)
+    _add_tokenizer(commands)
+    _add_eval(commands)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+    """A command whose --help shows defaults, first sentence in the list, the whole text on its own page."""
+    parser = commands.add_parser(
+        name, help=text.split(". ")[0], description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+# ---- Arguments that several commands share ---------------------------------------------------------------------------
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=shipped_checkpoint(), help="checkpoint (safetensors)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for a GPU")
+
+
+def _load(options: argparse.Namespace) -> GPT:
+    return load_model(options.model, device=_device(options.device))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: got {name!r}; allowed: cpu, cuda or cuda:INDEX") from None
+    is_there = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+    require(is_there, "--device", name, "cpu, or cuda where there is a GPU")
+    return device
+
+
+def _add_sparsity(parser: argparse.ArgumentParser) -> None:
+    default = ReSAConfig()
+    group = parser.add_argument_group("sparse attention")
+    group.add_argument("--block-size", type=int, default=default.block_size, help="tokens per block")
+    group.add_argument("--active-ratio", type=float, default=default.active_ratio, help="share of blocks attended")
+    group.add_argument("--min-blocks", type=int, default=default.min_blocks, help="fewest blocks attended")
+    group.add_argument("--local-blocks", type=int, default=default.local_blocks, help="newest blocks always attended")
+
+
+def _interval(text: str) -> int | None:
+    return None if text == "never" else int(text)
+
+
+def _sparsity(options: argparse.Namespace, **more: object) -> ReSAConfig:
+    shared = ("block_size", "active_ratio", "min_blocks", "local_blocks")
+    return ReSAConfig(**{name: getattr(options, name) for name in shared}, **more)
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompt-file: {path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file: {path} is not UTF-8 text ({error})") from None
+
+
+def _report(result: dict[str, object], out: Path | None) -> None:
+    """Print a result as JSON and, if asked, keep it in a file with what it was measured on."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, (text + "\n").encode())
+
+
+def _provenance(device: str) -> dict[str, str]:
+    """Command, device and versions that a result was measured with."""
+    is_gpu = torch.device(device).type == "cuda"
+    return {
+        "command": "resa " + " ".join(sys.argv[1:]),
+        "device": torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    text = "Continue Python code. Reads a prompt and writes what the model makes of it, token by token."
+    parser = _command(commands, "generate", _run_generate, text)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("prompt", nargs="?", default="def fibonacci(n):\n", help="the text to continue")
+    source.add_argument("--prompt-file", type=Path, help="continue this file instead")
+    parser.add_argument("--tokens", type=int, default=128, help="how many tokens to write")
+    parser.add_argument("--interval", type=_interval, default=32, help="tokens per rectification, or never; 1 is dense")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="fused", help="when the dense pass comes")
+    parser.add_argument("--dense-below", type=int, default=0, help="caches shorter than this decode densely")
+    _add_sparsity(parser)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="mass of the tokens sampled from")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
+    _add_model(parser)
+
+
+def _run_generate(options: argparse.Namespace) -> None:
+    text = options.prompt if options.prompt_file is None else _read_text(options.prompt_file)
+    config = _sparsity(options, interval=options.interval, schedule=options.schedule, dense_below=options.dense_below)
+    require(options.tokens >= 0, "--tokens", options.tokens, "an integer ≥ 0")
+    tokenizer, model = load_tokenizer(), _load(options)
+    prompt = tokenizer.encode_ordinary(text)
+    require(len(prompt) > 0, "prompt", repr(text), "at least one character")
+    if not options.json:
+        print(text, end="", flush=True)
+    writer = _Writer(tokenizer.decode_single_token_bytes, silent=options.json)
+    started = time.perf_counter()
+    generation = generate(
+        model,
+        [prompt],
+        options.tokens,
+        config,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        generator=[torch.Generator().manual_seed(options.seed)],
+        stop_tokens=[tokenizer.encode_single_token(END_OF_TEXT)],
+        on_token=writer,
+    )
+    seconds = time.perf_counter() - started
+    tokens = generation.tokens[0]
+    if options.json:
+        result = {"prompt_tokens": len(prompt), "tokens": tokens, "text": tokenizer.decode(tokens)}
+        _report({**result, "seconds": round(seconds, 3)}, None)
+    else:
+        writer.close()
+        print(f"{len(prompt)} + {len(tokens)} tokens in {seconds:.1f} s", file=sys.stderr)
+
+
+class _Writer:
+    """Writes tokens as they come; a character whose bytes span tokens waits until it is whole."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes], *, silent: bool) -> None:
+        self.token_bytes, self.silent, self.waiting = token_bytes, silent, b""
+
+    def __call__(self, sequence: int, position: int, token: int) -> None:
+        self.waiting += self.token_bytes(token)
+        try:
+            text = self.waiting.decode()
+        except UnicodeDecodeError as error:
+            if len(self.waiting) - error.start < 4 and error.end == len(self.waiting):
+                return
+            text = self.waiting.decode(errors="replace")
+        self.waiting = b""
+        if not self.silent:
+            print(text, end="", flush=True)
+
+    def close(self) -> None:
+        """Write what never became whole, and end the line."""
+        print(self.waiting.decode(errors="replace"))
+
+
+# ---- train, tokenizer ------------------------------------------------------------------------------------------------
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    from .train import SMALL_MODEL, TrainConfig
+
+    text = (
+        "Train a small GPT on the Python source this machine already has. The standard library, with --packages the"
+        " installed packages, and any --folder; part of it lookups over long distances. Stopped or killed, the same"
+        " command goes on where it was."
+    )
+    parser = _command(commands, "train", _run_train, text)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log and model")
+    _add_corpus(parser, packages=False)
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is a GPU)")
+    parser.add_argument("--no-compile", action="store_true", help="do not compile the model on a GPU")
+    parser.add_argument("--fresh", action="store_true", help="start over, even if --out holds a checkpoint")
+    shape = parser.add_argument_group("the model's shape")
+    for entry in fields(GPTConfig):
+        _add_field(shape, entry.name, getattr(SMALL_MODEL, entry.name))
+    training = parser.add_argument_group("the training run")
+    for entry in fields(TrainConfig):
+        if entry.name not in ("betas", "context"):  # one context for both
+            _add_field(training, entry.name, getattr(TrainConfig(), entry.name))
+
+
+def _add_field(group: argparse._ArgumentGroup, name: str, default: object) -> None:
+    flag = "--" + name.replace("_", "-")
+    if isinstance(default, bool):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=" ")
+    else:
+        group.add_argument(flag, type=type(default), default=default, help=" ")
+
+
+def _add_corpus(parser: argparse.ArgumentParser, *, packages: bool) -> None:
+    parser.add_argument(
+        "--packages",
+        action=argparse.BooleanOptionalAction,
+        default=packages,
+        help="read the installed packages beside the standard library",
+    )
+    parser.add_argument("--folder", action="append", default=[], type=Path, help="read this folder too (repeatable)")
+
+
+def _run_train(options: argparse.Namespace) -> None:
+    from .train import TrainConfig, run
+
+    model_config = GPTConfig(**{entry.name: getattr(options, entry.name) for entry in fields(GPTConfig)})
+    known = {entry.name: getattr(options, entry.name) for entry in fields(TrainConfig) if entry.name != "betas"}
+    run(
+        model_config,
+        TrainConfig(**known),
+        options.out,
+        packages=options.packages,
+        folders=options.folder,
+        device=options.device,
+        compiled=not options.no_compile,
+        resume=not options.fresh,
+    )
+    print((options.out / "record.json").read_text(), end="")
+
+
+def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
+    text = "Train the vocabulary, or look at how it cuts a text. With TEXT or --prompt-file, shows the tokens."
+    parser = _command(commands, "tokenizer", _run_tokenizer, text)
+    parser.add_argument("text", nargs="?", help="show the tokens of this text")
+    parser.add_argument("--prompt-file", type=Path, help="show the tokens of this file")
+    parser.add_argument("--train", type=Path, metavar="FILE", help="train ranks and write them to FILE")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens, with the 256 bytes and the end of text")
+    parser.add_argument("--ranks", type=Path, default=shipped_ranks(), help="the ranks to show tokens with")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_corpus(parser, packages=True)
+
+
+def _run_tokenizer(options: argparse.Namespace) -> None:
+    from .train import run_tokenizer
+
+    if options.train is not None:
+        result = run_tokenizer(
+            options.train, vocab_size=options.vocab_size, packages=options.packages, folders=options.folder
+        )
+        _report(result, None)
+        return
+    require(options.text is not None or options.prompt_file is not None, "TEXT", "nothing", "a text, or --train FILE")
+    text = options.text if options.prompt_file is None else _read_text(options.prompt_file)
+    tokenizer = load_tokenizer(options.ranks)
+    ids = tokenizer.encode_ordinary(text)
+    pieces = [tokenizer.decode_single_token_bytes(token).decode(errors="replace") for token in ids]
+    if options.json:
+        print(json.dumps({"ids": ids, "pieces": pieces}))
+    else:
+        print(" ".join(map(repr, pieces)))
+        print(f"{len(text.encode())} bytes, {len(ids)} tokens", file=sys.stderr)
+
+
+# ---- eval ------------------------------------------------------------------------------------------------------------
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    text = "Measure a checkpoint. `language`: held-out code against xz, use of context, lookups; `fidelity`: how close"
+    text += " sparse and rectified decoding stay to dense decoding along held-out code."
+    parser = _command(commands, "eval", _run_eval, text)
+    parser.add_argument("question", choices=("language", "fidelity"), help="what to measure")
+    parser.add_argument("--out", type=Path, help="write the JSON result to this file too")
+    parser.add_argument("--documents", type=int, default=16, help="fidelity: how many held-out documents")
+    parser.add_argument("--prompt-tokens", type=int, default=4096, help="fidelity: tokens before the first step")
+    parser.add_argument("--tokens", type=int, default=512, help="fidelity: tokens decoded per document")
+    parser.add_argument("--intervals", type=int, nargs="+", default=[8, 32, 128], help="fidelity: of rectification")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="paper", help="fidelity: when the dense pass comes")
+    parser.add_argument("--probes", type=int, default=64, help="language: lookups per distance")
+    parser.add_argument("--batch", type=int, default=8, help="sequences decoded at a time")
+    _add_sparsity(parser)
+    _add_corpus(parser, packages=False)
+    _add_model(parser)
+
+
+def _run_eval(options: argparse.Namespace) -> None:
+    from .corpus import STANDARD_LIBRARY, local_corpus
+    from .evals.fidelity import measure_fidelity
+    from .evals.language import measure_language
+
+    config = _sparsity(options, schedule=options.schedule)
+    tokenizer, model = load_tokenizer(), _load(options)
+    held_out = local_corpus(packages=options.packages, folders=options.folder).held_out
+    started = time.perf_counter()
+    if options.question == "language":
+        library = [document for document in held_out if document.source == STANDARD_LIBRARY]
+        result = measure_language(
+            model, library, tokenizer, n_probes=options.probes, batch=options.batch, config=config
+        )
+    else:
+        length = options.prompt_tokens + options.tokens
+        require(length <= model.config.context, "--prompt-tokens + --tokens", length, f"≤ {model.config.context}")
+        encoded = [tokenizer.encode_ordinary(document.text) for document in held_out]
+        long = [tokens[:length] for tokens in encoded if len(tokens) >= length][: options.documents]
+        require(len(long) > 0, "--prompt-tokens", options.prompt_tokens, "less than the longest held-out document")
+        result = measure_fidelity(model, long, options.tokens, config, options.intervals, batch=options.batch)
+    seconds = round(time.perf_counter() - started, 1)
+    _report({"question": options.question, **result, **_provenance(options.device), "seconds": seconds}, options.out)

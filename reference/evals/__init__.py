@@ -1,0 +1,1 @@
+"""Measurements of models and of decoding; each module is one question, and `resa eval` asks it."""

@@ -1,0 +1,260 @@
+"""How close sparse decoding stays to dense decoding when both read the same tokens.
+
+Dense decoding writes a continuation; every other way of decoding is then led along those same tokens, so that its
+predictions and its cache can be compared with the dense ones position by position. Against dense:
+
+- *KL*: Kullback-Leibler divergence of the next-token distributions, KL(dense ‖ other), in nats;
+- *agreement*: how often both find the same token most likely;
+- *drift* of token j: max over layers and KV heads of ‖k_j − k*_j‖ / ‖k*_j‖, and the same for v, with k*, v* from
+  one dense pass over the same tokens.
+
+*Decode-only* keeps the cache exact, so that its loss is the *step error* alone; what another loses beyond that is
+owed to drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from ..cache import KVCache
+from ..config import ReSAConfig
+from ..generate import Generation, decode_along, generate, prefill
+from ..model import GPT, Operations
+from .statistics import bootstrap
+
+
+def decoding_variants(config: ReSAConfig, intervals: Sequence[int]) -> dict[str, ReSAConfig]:
+    """The ways of decoding that are compared: corners of one configuration and its rectified forms."""
+    variants = {"sparse": replace(config, interval=None)}
+    variants |= {f"ReSA f={f}": replace(config, interval=f) for f in sorted(intervals, reverse=True)}
+    variants["decode-only"] = replace(config, interval=1, schedule="paper")
+    return variants
+
+
+def read_ratio(config: ReSAConfig) -> float:
+    """KV bytes read per token relative to dense decoding, by the cost model (eq. 6; both 16-bit bounds read).
+
+    >>> round(read_ratio(ReSAConfig(schedule="paper")), 3), round(read_ratio(ReSAConfig(interval=None)), 4)
+    (0.194, 0.1625)
+    """
+    step = 1 / config.block_size + config.active_ratio
+    if config.interval is None:
+        return step
+    if config.schedule == "paper":
+        return step + 1 / config.interval
+    return ((config.interval - 1) * step + 1) / config.interval
+
+
+@dataclass
+class ReadMeter:
+    """Counts the bytes of keys, values and bounds that the operations passed through `wrap` have to read."""
+
+    read: int = 0
+
+    def wrap(self, ops: Operations) -> Operations:
+        """The same operations, metered. Each visible token counts once per KV head, however often it is used."""
+
+        def score_blocks(query: Tensor, bounds: Tensor, lengths: Tensor, block_size: int) -> Tensor:
+            blocks = int(((lengths + block_size - 1) // block_size).sum())
+            self.read += blocks * bounds[0, :, :, :, 0].numel() * bounds.element_size()
+            return ops.score_blocks(query, bounds, lengths, block_size)
+
+        def sparse_attention(
+            query: Tensor, keys: Tensor, values: Tensor, indices: Tensor, lengths: Tensor, block_size: int
+        ) -> Tensor:
+            in_block = (lengths.view(-1, 1, 1) - indices * block_size).clamp(0, block_size)
+            self.read += int((in_block * (indices >= 0)).sum()) * 2 * keys.shape[-1] * keys.element_size()
+            return ops.sparse_attention(query, keys, values, indices, lengths, block_size)
+
+        def dense_attention(
+            query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *, query_lengths: Tensor
+        ) -> Tensor:
+            tokens = int((lengths * (query_lengths > 0)).sum())
+            self.read += tokens * 2 * keys.shape[1] * keys.shape[-1] * keys.element_size()
+            return ops.dense_attention(query, keys, values, lengths, query_lengths=query_lengths)
+
+        return replace(
+            ops, score_blocks=score_blocks, sparse_attention=sparse_attention, dense_attention=dense_attention
+        )
+
+
+@dataclass
+class Teacher:
+    """A dense continuation of each prompt and what dense decoding made of it."""
+
+    opening: Generation  # every prompt prefilled but for its last token
+    last_tokens: list[list[int]]  # that last token of each prompt
+    tokens: list[list[int]]  # [B][N] the continuation
+    log_probs: Tensor  # [B, N, V] log-probabilities after each of its tokens
+    cache: KVCache  # of one dense pass over prompt and continuation
+
+
+@dataclass
+class Comparison:
+    """One way of decoding, led along the teacher's tokens; every tensor is on the CPU."""
+
+    kl: Tensor  # [B, N] nats, after each token of the continuation
+    agreement: Tensor  # [B, N] bool
+    mean_drift: Tensor  # [N] mean over the continuation's tokens cached so far, after each step
+    largest_drift: float  # of any token at any step
+    drift_after_rectification: float | None  # largest over all rectifications, None if there was none
+    bytes_per_token: float  # keys, values and bounds read per sequence and decoded token
+
+
+@torch.no_grad()
+def teach(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    n_tokens: int,
+    config: ReSAConfig,
+    *,
+    continuations: Sequence[Sequence[int]] | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_token: Callable[[int, int, int], None] | None = None,
+) -> Teacher:
+    """Continue every prompt densely by `n_tokens` (or take the `continuations` given), and keep the predictions."""
+    opening = generate(model, [list(prompt[:-1]) for prompt in prompts], 0, config)
+    last_tokens = [list(prompt[-1:]) for prompt in prompts]
+    if continuations is None:
+        chosen = generate(
+            model,
+            last_tokens,
+            n_tokens,
+            replace(config, interval=1, schedule="fused"),
+            temperature=temperature,
+            generator=[torch.Generator().manual_seed(seed) for _ in prompts],
+            on_token=on_token,
+            resume=opening,
+        )
+        continuations = chosen.tokens
+    cache = opening.cache.resized(int(opening.cache.lengths.max()) + 1 + n_tokens)
+    fed = torch.tensor([last + list(more) for last, more in zip(last_tokens, continuations, strict=True)])
+    counts = torch.full_like(cache.lengths, n_tokens + 1)
+    hidden = model.dense_pass(fed.to(cache.keys.device), cache, cache.lengths, counts)
+    log_probs = model.output(hidden[:, 1:]).log_softmax(dim=-1)
+    return Teacher(opening, last_tokens, [list(row) for row in continuations], log_probs, cache)
+
+
+def follow(
+    model: GPT, teacher: Teacher, config: ReSAConfig, *, on_step: Callable[[int], None] | None = None
+) -> Comparison:
+    """Lead `config`'s way of decoding along the teacher's tokens and compare it step by step.
+
+    `on_step(step)` is called after each token.
+    """
+    batch, n_tokens = len(teacher.tokens), len(teacher.tokens[0])
+    meter = ReadMeter()
+    model = model.with_ops(meter.wrap(model.ops))
+    cache = teacher.opening.cache.resized(teacher.cache.capacity)
+    prefill(model, teacher.last_tokens, cache)
+    meter.read = 0  # what counts is decoding
+    record = _Record.start(batch, n_tokens)
+    window = 0
+    for step, (logits, state) in enumerate(decode_along(model, cache, teacher.tokens, config)):
+        record.add_predictions(step, logits, teacher.log_probs[:, step])
+        record.add_drift(step, state, window, teacher.cache)
+        window = int(state.window[0])
+        if on_step is not None:
+            on_step(step)
+    return Comparison(
+        record.kl,
+        record.agreement,
+        record.mean_drift,
+        record.largest_drift,
+        record.after_rectification,
+        meter.read / (batch * n_tokens),
+    )
+
+
+def kv_drift(cache: KVCache, exact: KVCache, positions: Tensor) -> Tensor:
+    """Drift of the tokens at `positions` [B, n] → [B, n]."""
+    row = torch.arange(len(positions), device=positions.device)[:, None]
+    largest = []
+    for given, wanted in ((cache.keys, exact.keys), (cache.values, exact.values)):
+        given, wanted = given[:, row, :, positions], wanted[:, row, :, positions]  # [B, n, layer, Hkv, D]
+        largest.append(((given - wanted).norm(dim=-1) / wanted.norm(dim=-1)).amax(dim=(2, 3)))
+    return torch.maximum(*largest)
+
+
+@dataclass
+class _Record:
+    """The running measurements of `follow`."""
+
+    kl: Tensor  # [B, N]
+    agreement: Tensor  # [B, N]
+    drift: Tensor  # [B, N] as of now
+    mean_drift: Tensor  # [N]
+    largest_drift: float = 0.0
+    after_rectification: float | None = None
+
+    @classmethod
+    def start(cls, batch: int, n_tokens: int) -> _Record:
+        zeros = torch.zeros(batch, n_tokens)
+        return cls(zeros.clone(), zeros.bool(), zeros.clone(), torch.zeros(n_tokens))
+
+    def add_predictions(self, step: int, logits: Tensor, wanted: Tensor) -> None:
+        given = logits.log_softmax(dim=-1)
+        self.kl[:, step] = (wanted.exp() * (wanted - given)).sum(dim=-1)
+        self.agreement[:, step] = given.argmax(dim=-1) == wanted.argmax(dim=-1)
+
+    def add_drift(self, step: int, state: Generation, window_before: int, exact: KVCache) -> None:
+        """Measure the tokens that this step wrote: the newest one, after a rectification the whole window."""
+        is_rectified = int(state.window[0]) <= window_before
+        written = window_before + 1 if is_rectified else 1
+        lengths = state.cache.lengths.long()
+        positions = lengths[:, None] - written + torch.arange(written, device=lengths.device)
+        drift = kv_drift(state.cache, exact, positions).to(self.drift)
+        self.drift[:, step + 1 - written : step + 1] = drift
+        self.mean_drift[step] = self.drift[:, : step + 1].mean()
+        self.largest_drift = max(self.largest_drift, float(drift.max()))
+        if is_rectified:
+            self.after_rectification = max(self.after_rectification or 0.0, float(drift.max()))
+
+
+def measure_fidelity(
+    model: GPT,
+    documents: Sequence[Sequence[int]],
+    n_tokens: int,
+    config: ReSAConfig,
+    intervals: Sequence[int],
+    *,
+    batch: int = 8,
+    progress: bool = True,
+) -> dict[str, object]:
+    """Compare all variants over many documents, along the documents' own last `n_tokens`; JSON-ready.
+
+    documents: token lists of any lengths above n_tokens + 1. Intervals of confidence: bootstrap over documents.
+    """
+    variants = decoding_variants(config, intervals)
+    found: dict[str, list[Comparison]] = {name: [] for name in variants}
+    starts = range(0, len(documents), batch)
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("Fidelity", total=len(starts) * len(variants))
+        for start in starts:
+            some = documents[start : start + batch]
+            prompts, continuations = [d[:-n_tokens] for d in some], [d[-n_tokens:] for d in some]
+            teacher = teach(model, prompts, n_tokens, config, continuations=continuations)
+            for name, variant in variants.items():
+                found[name].append(follow(model, teacher, variant))
+                bar.advance(task)
+    exact = torch.cat([each.kl for each in found["decode-only"]]).mean(dim=1)
+    rows = {}
+    for name, several in found.items():
+        kl = torch.cat([each.kl for each in several]).mean(dim=1)  # [documents]
+        rows[name] = {
+            "kl": float(kl.mean()),
+            "kl_95": bootstrap(kl.numpy()),
+            "drift_kl": float((kl - exact).mean()),
+            "drift_kl_95": bootstrap((kl - exact).numpy()),
+            "agreement": float(torch.cat([each.agreement for each in several]).float().mean()),
+            "mean_drift": float(torch.stack([each.mean_drift for each in several]).mean()),
+            "largest_drift": max(each.largest_drift for each in several),
+        }
+    return {"documents": len(documents), "tokens_each": n_tokens, "config": asdict(config), "variants": rows}

@@ -1,0 +1,265 @@
+"""Checkpoints: what is saved comes back, what is damaged is refused by name, and no crash leaves a mixture."""
+
+import json
+import os
+import resource
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from resa.reference import REFERENCE_OPS
+from resa.reference.checkpoint import load_model, read_header, read_tensors, save_model, save_tensors
+from resa.reference.files import write_atomically
+from small_models import Shape, shapes
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@given(shape=shapes(), stored=st.sampled_from(DTYPES), loaded=st.sampled_from(DTYPES))
+@settings(max_examples=20)
+def test_a_model_comes_back(tmp_path_factory, shape, stored, loaded):
+    path = tmp_path_factory.mktemp("saved") / "model.safetensors"
+    model = shape.model(torch.float64)
+    save_model(path, model, dtype=stored, metadata={"note": "kept"})
+    again = load_model(path, dtype=loaded)
+    assert again.config == model.config
+    assert not again.training
+    assert (again.output.weight is again.embed.weight) == shape.tied
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight.to(stored).to(loaded)), name
+    assert read_header(path, "resa model")["note"] == "kept"
+
+
+def test_a_tied_projection_is_stored_once(tmp_path):
+    sizes = []
+    for tied in (True, False):
+        model = Shape(tied=tied).model()
+        save_model(tmp_path / "model", model, dtype=torch.float32)
+        sizes.append(int(read_header(tmp_path / "model", "resa model")["tensors"]))
+        assert sizes[-1] == len(list(model.parameters()))
+    assert sizes[0] == sizes[1] - 1
+
+
+def test_loading_gives_the_same_logits_and_takes_operations(tmp_path):
+    model = Shape().model(torch.float32)
+    save_model(tmp_path / "model", model, dtype=torch.float32)
+    tokens = torch.tensor([Shape().tokens(20)])
+    ops = replace(REFERENCE_OPS)
+    before = torch.get_rng_state()
+    again = load_model(tmp_path / "model", ops=ops)
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's random numbers are not used up
+    assert torch.equal(again(tokens), model(tokens))
+    assert again.ops is ops
+    assert load_model(tmp_path / "model").ops is REFERENCE_OPS
+
+
+def test_a_weight_that_overflows_is_not_saved(tmp_path):
+    model = Shape().model(torch.float32)
+    model.embed.weight.data[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"tensor embed.weight: got NaN or infinity; allowed: finite values"):
+        save_model(tmp_path / "model", model, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"dtype: got torch\.int8"):
+        save_model(tmp_path / "model", model, dtype=torch.int8)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Damage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint's path, and its tensors and header to damage."""
+    path = tmp_path / "model.safetensors"
+    save_model(path, Shape().model(), dtype=torch.float32)
+    header = read_header(path, "resa model")
+    del header["tensors"]
+    return path, safetensors.torch.load_file(path), header
+
+
+NAME = "layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (None, f"tensor {NAME}: got missing"),
+        (torch.zeros(16, 20), rf"tensor {NAME}: got shape \(16, 20\); allowed: shape \(20, 16\)"),
+        (torch.zeros(320), rf"tensor {NAME}: got shape \(320,\)"),
+        (torch.zeros(20, 16, dtype=torch.int32), rf"tensor {NAME}: got I32; allowed: F16, BF16, F32, F64"),
+        (torch.full((20, 16), float("nan")), f"tensor {NAME}: got NaN or infinity; allowed: finite values"),
+        (torch.full((20, 16), float("-inf")), f"tensor {NAME}: got NaN or infinity"),
+    ],
+)
+def test_a_wrong_tensor_is_named(saved, tensor, message):
+    path, tensors, header = saved
+    tensors.pop(NAME)
+    if tensor is not None:
+        tensors[NAME] = tensor
+    safetensors.torch.save_file(tensors, path, header)
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
+
+
+def test_an_extra_tensor_is_named(saved):
+    path, tensors, header = saved
+    safetensors.torch.save_file({**tensors, "output.weight": torch.zeros(23, 16)}, path, header)
+    with pytest.raises(ValueError, match=r"tensor output\.weight: got extra"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "format: got 'no format', a foreign checkpoint; allowed: 'resa model'"),
+        ({"format": "pt"}, "format: got 'pt', a foreign checkpoint"),
+        ({"config": ""}, "config: got ''; allowed: the JSON of a GPTConfig"),
+        ({"config": "[1]"}, r"config: got '\[1\]'"),
+        ({"n_head": 5}, r"n_head: got 5; allowed: a multiple of n_kv_head = 2"),
+        ({"n_head": "6"}, r"n_head: got 6; allowed: an integer"),
+        ({"n_layer": 10**9}, "n_layer: got 1000000000; allowed: at most the file's tensors"),
+        ({"n_layer": 3}, r"tensor layers\.2\.[a-z_.]+: got missing"),
+        ({"depth": 2}, "config field depth: got unknown"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
+def test_a_foreign_or_damaged_header_is_refused(saved, change, message):
+    path, tensors, header = saved
+    if change is None:
+        header = {}
+    elif set(change) <= {"format", "config"}:
+        header = {**header, **change}
+    else:
+        header["config"] = json.dumps({**json.loads(header["config"]), **change})
+    safetensors.torch.save_file(tensors, path, header)
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
+
+
+def test_a_configuration_without_a_field_is_refused(saved):
+    path, tensors, header = saved
+    config = json.loads(header["config"])
+    del config["qk_norm"]
+    safetensors.torch.save_file(tensors, path, {**header, "config": json.dumps(config)})
+    with pytest.raises(ValueError, match="config field qk_norm: got missing"):
+        load_model(path)
+
+
+def test_a_file_cut_anywhere_is_refused(saved):
+    path, _, _ = saved
+    content = path.read_bytes()
+    for length in [0, 4, 8, 100, len(content) // 2, len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"model.safetensors: got a damaged file .* a complete safetensors file"):
+            load_model(path)
+    path.write_bytes(content + b"x")
+    with pytest.raises(ValueError, match="got a damaged file"):
+        load_model(path)
+    path.write_bytes(b"\x80\x04K\x01.")  # a pickle: not even looked at
+    with pytest.raises(ValueError, match="got a damaged file"):
+        load_model(path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for path in (tmp_path / "nowhere.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"checkpoint {path}: no such file"):
+            load_model(path)
+
+
+# ---- Crashes -------------------------------------------------------------------------------------------------------
+
+
+def in_child(work):
+    """Runs `work` in a forked process and returns its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return child
+
+
+def test_a_kill_while_saving_leaves_the_old_or_the_new_file(tmp_path):
+    path = tmp_path / "state.safetensors"
+    shapes = {f"part.{index}": (256, 1024) for index in range(4)}  # 4 MiB: long enough to be hit while writing
+
+    def save(version):
+        tensors = {name: torch.full(shape, float(version)) for name, shape in shapes.items()}
+        save_tensors(path, tensors, {"format": "test", "version": str(version)})
+
+    def keep_saving(start):
+        os.write(ready[1], b"!")
+        for version in range(start + 1, start + 10_000):
+            save(version)
+
+    ready = os.pipe()
+    began = time.monotonic()
+    save(0)
+    seconds = time.monotonic() - began
+    version = cut_short = 0
+    delays = torch.rand(25, generator=torch.Generator().manual_seed(0)) * 3 * seconds
+    for delay in delays.tolist():
+        child = in_child(lambda start=version: keep_saving(start))
+        os.read(ready[0], 1)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        found = int(read_header(path, "test")["version"])
+        assert found >= version
+        version = found
+        for name, tensor in read_tensors(path, shapes).items():
+            assert (tensor == version).all(), f"{name} is not of version {version}"
+        for left in tmp_path.glob(".*.tmp"):
+            cut_short += 1
+            left.unlink()
+    assert version >= 5  # it did save
+    assert cut_short >= 3  # and was hit while doing so
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, Shape().model(), metadata={"version": "old"})
+    content = path.read_bytes()
+
+    def save_on_a_full_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, len(content) // 2))
+        with pytest.raises(OSError, match="File too large"):
+            save_model(path, Shape(seed=1).model(), metadata={"version": "new"})
+        assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+    assert os.waitstatus_to_exitcode(os.waitpid(in_child(save_on_a_full_disk), 0)[1]) == 0
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_any_failure_removes_the_temporary_file(monkeypatch, tmp_path, call, error):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(*arguments):
+        raise error("no")
+
+    monkeypatch.setattr(f"resa.reference.files.os.{call}", fail)
+    with pytest.raises(error):
+        write_atomically(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_content_is_on_disk_before_the_name(monkeypatch, tmp_path):
+    done = []
+    for call in ("fsync", "replace"):
+        real = getattr(os, call)
+        monkeypatch.setattr(f"resa.reference.files.os.{call}", lambda *a, c=call, r=real: (done.append(c), r(*a)))
+    write_atomically(tmp_path / "file", b"content")
+    assert done == ["fsync", "replace", "fsync"]  # the file, its name, its folder
+    assert (tmp_path / "file").stat().st_mode & 0o444 == 0o444  # others may read it
