@@ -13,7 +13,9 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -73,19 +75,19 @@ SMALL_MODEL = GPTConfig(
 class TrainConfig:
     """How to train. The last three fields may change when a run is resumed: they do not change its result."""
 
-    steps: int = 8000
+    steps: int = 6500
     batch_tokens: int = 131_072  # per step; a multiple of context
     context: int = 8192  # tokens per row
     # A fresh model attends to everything alike; over thousands of tokens that leaves next to no gradient towards any
     # one of them. So training begins on short rows, which are more varied at the same number of tokens, and cheaper.
     short_context: int = 1024  # tokens per row in that first part
-    short_share: float = 0.5  # the first part's share of the steps
+    short_share: float = 0.4  # the first part's share of the steps
     learning_rate: float = 3e-3  # the peak; a small model stands a high one
     warmup_steps: int = 200
     weight_decay: float = 0.1  # of matrices; norms and biases are not decayed
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0  # largest norm of the whole gradient
-    lookup_fraction: float = 0.15  # share of rows that are lookup documents rather than source code
+    lookup_fraction: float = 0.2  # share of rows that are lookup documents rather than source code
     lookup_rows: int = 4096  # distinct lookup documents
     seed: int = 0
     checkpoint_seconds: float = 60.0
@@ -582,6 +584,7 @@ def export(trainer: Trainer) -> None:
     chosen = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), CURVE_POINTS)).round().astype(int))
     is_gpu = trainer.device.type == "cuda"
     record = {
+        "command": shlex.join(["resa", *sys.argv[1:]]),
         "model": asdict(trainer.model.config),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "train": asdict(config),

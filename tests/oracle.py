@@ -261,16 +261,11 @@ def dense_pass(weights, config, cache, tokens, start):
 
 
 def sparse_step(weights, config, resa, cache, token):
-    """Feed one token at position T; every layer selects blocks of its own cache and attends to them. -> logits [V].
-
-    A cache shorter than `dense_below`, the new token included, is attended whole.
-    """
+    """Feed one token at position T; every layer selects blocks of its own cache and attends to them. -> logits [V]."""
 
     def attention(query, keys, values):
         lengths, block_size = [keys.shape[1]], resa["block_size"]
         query, keys, values = query[None, :, 0], keys[None], values[None]
-        if lengths[0] < resa.get("dense_below", 0):
-            return dense_attention(query[:, :, None], keys, values, lengths)[0]
         scores = score_blocks(query, block_bounds(keys, lengths, block_size), lengths, block_size)
         indices = select_blocks(scores, lengths, resa)
         return sparse_attention(query, keys, values, indices, lengths, block_size)[0, :, None]
@@ -292,8 +287,9 @@ def generate(weights, config, resa, prompt, max_new_tokens, stop=(), forced=None
     """Greedy rectified sparse decoding of one sequence (section 3; Algorithm 1).
 
     resa holds block_size, active_ratio, min_blocks, local_blocks, interval (None: never rectify), schedule ("paper"
-    or "fused") and optionally dense_below. The last generated token, or a stop token, is never fed. With `forced`,
-    those tokens take the place of the chosen ones, so that two decoders can be compared under the same tokens.
+    or "fused") and optionally dense_below: while the cache is shorter, steps are dense and leave w at 0. The last
+    generated token, or a stop token, is never fed. With `forced`, those tokens take the place of the chosen ones, so
+    that two decoders can be compared under the same tokens.
     """
     cache, interval = Cache.empty(config), resa["interval"]
     logits = dense_pass(weights, config, cache, prompt, 0)[-1]
@@ -306,7 +302,8 @@ def generate(weights, config, resa, prompt, max_new_tokens, stop=(), forced=None
         if len(done.tokens) == max_new_tokens or pending in stop:
             break
         fed.append(pending)
-        if resa["schedule"] == "fused" and done.w + 1 == interval:
+        fused_pass = resa["schedule"] == "fused" and done.w + 1 == interval
+        if fused_pass or cache.length < resa.get("dense_below", 0):
             window = fed[cache.length - done.w :]  # w sparse tokens and the pending one
             logits = dense_pass(weights, config, cache, window, cache.length - done.w)[-1]
             done.w = 0
