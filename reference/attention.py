@@ -56,10 +56,12 @@ def sparse_attention(
     visible = (positions >= 0) & (positions < lengths.view(-1, 1, 1))
     if sizes["T_max"] == 0:  # no slot to gather from
         positions, visible = positions[..., :0], visible[..., :0]
-    sequence = torch.arange(sizes["B"], device=query.device)[:, None, None]
-    head = torch.arange(sizes["Hkv"], device=query.device)[:, None]
-    row = (sequence * sizes["Hkv"] + head) * sizes["T_max"] + positions.clamp(0, max(sizes["T_max"] - 1, 0))
+    # Invisible slots fetch the newest visible token instead, under a weight of zero: 0 · NaN would be NaN.
+    newest = positions.masked_fill(~visible, 0).amax(dim=2, keepdim=True) if positions.numel() else positions
+    token = torch.where(visible, positions, newest)
     # One index into rows of D channels: far faster than an index per dimension.
+    head = torch.arange(sizes["B"] * sizes["Hkv"], device=query.device).view(sizes["B"], sizes["Hkv"], 1)
+    row = head * sizes["T_max"] + token
     chosen_keys = keys.flatten(0, 2).index_select(0, row.flatten()).unflatten(0, row.shape)  # [B, Hkv, N·b, D]
     chosen_values = values.flatten(0, 2).index_select(0, row.flatten()).unflatten(0, row.shape)
     grouped = query.unflatten(1, (sizes["Hkv"], -1))  # [B, Hkv, G, D]
@@ -102,10 +104,14 @@ def dense_attention(
     last_seen = (lengths - query_lengths)[:, None] + row  # [B, Q], the query's own position
     last_seen = last_seen.masked_fill(row >= query_lengths[:, None], -1)
     visible = torch.arange(longest, device=query.device) <= last_seen[..., None]  # [B, Q, T]
+    keys, values = keys[:, :, :longest], values[:, :, :longest]
+    unseen = ~visible.any(dim=1)[:, None, :, None]  # [B, 1, T, 1]
+    if unseen.any():  # under a weight of zero, but 0 · NaN would be NaN
+        values = values.masked_fill(unseen, 0.0)
     groups = sizes["Hq"] // sizes["Hkv"]
     packed = query.unflatten(1, (sizes["Hkv"], groups)).flatten(2, 3)  # [B, Hkv, G·Q, D]
     visible = visible[:, None].repeat(1, 1, groups, 1)  # [B, 1, G·Q, T]
-    out, lse = _softmax_attention(packed, keys[:, :, :longest], values[:, :, :longest], visible)
+    out, lse = _softmax_attention(packed, keys, values, visible)
     out, lse = (x.unflatten(2, (groups, -1)).flatten(1, 2) for x in (out, lse))  # [B, Hq, Q, D], [B, Hq, Q]
     return (out, lse) if return_lse else out
 
@@ -114,14 +120,12 @@ def _softmax_attention(query: Tensor, keys: Tensor, values: Tensor, visible: Ten
     """Softmax attention of R queries over S tokens, per KV head.
 
     query [B, Hkv, R, D], keys and values [B, Hkv, S, D], visible [B, Hkv or 1, R or 1, S]
-    → out [B, Hkv, R, D] in the query's dtype, lse [B, Hkv, R] in the accumulation dtype.
+    → out [B, Hkv, R, D] in the query's dtype, lse [B, Hkv, R] in the accumulation dtype. Values must be finite even
+    where they are not visible.
     """
     dtype = accumulation_dtype(query.dtype)
     logits = (query.to(dtype) * query.shape[-1] ** -0.5) @ keys.to(dtype).mT  # [B, Hkv, R, S]
     logits = logits.masked_fill(~visible, float("-inf"))
     lse = logits.logsumexp(dim=-1)  # −∞ where nothing is visible; the weights there are NaN
-    unseen = ~visible.any(dim=2)[..., None]  # [B, Hkv or 1, S, 1]
-    if unseen.any():  # a weight of zero times NaN would still be NaN
-        values = values.masked_fill(unseen, 0.0)
     out = logits.softmax(dim=-1) @ values.to(dtype)
     return out.masked_fill(lse[..., None] == float("-inf"), 0.0).to(query.dtype), lse

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checks import FLOATS, require
+from .checks import FLOATS, refuse, require
 from .config import GPTConfig
 from .files import write_atomically
 from .model import GPT, Operations
@@ -119,7 +119,7 @@ def read_tensors(path: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]])
         names = set(file.keys())
         for name in sorted(names ^ set(shapes)):
             missing = name not in names
-            require(False, f"{path}: tensor {name}", "missing" if missing else "extra", f"{len(shapes)} known tensors")
+            refuse(f"{path}: tensor {name}", "missing" if missing else "extra", f"{len(shapes)} known tensors")
         for name, shape in shapes.items():
             stored = file.get_slice(name)
             require(
@@ -155,7 +155,7 @@ def config_from_json(path: str | os.PathLike, text: str) -> GPTConfig:
     require(isinstance(values, dict), f"{path}: config", repr(text[:80]), "the JSON of a GPTConfig")
     known = {item.name for item in fields(GPTConfig)}
     for name in sorted(known ^ set(values)):
-        require(False, f"{path}: config field {name}", "missing" if name in known else "unknown", "GPTConfig's fields")
+        refuse(f"{path}: config field {name}", "missing" if name in known else "unknown", "GPTConfig's fields")
     try:
         return GPTConfig(**values)
     except ValueError as error:

@@ -5,6 +5,8 @@ Every message has one form: the argument, what was given, what is allowed.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,15 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 
+def refuse(argument: str, given: object, allowed: str) -> NoReturn:
+    """Raise the `ValueError` that every check here raises."""
+    raise ValueError(f"{argument}: got {given}; allowed: {allowed}")
+
+
 def require(condition: bool, argument: str, given: object, allowed: str) -> None:
     """Raise `ValueError` naming `argument`, the value given and the values allowed unless `condition` holds."""
     if not condition:
-        raise ValueError(f"{argument}: got {given}; allowed: {allowed}")
+        refuse(argument, given, allowed)
 
 
 def is_integer(value: object, minimum: int) -> bool:
@@ -38,24 +45,30 @@ def bind_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     device = None
     for argument, (tensor, letters) in arguments.items():
-        require(isinstance(tensor, Tensor), argument, type(tensor).__name__, f"a tensor [{letters}]")
+        if not isinstance(tensor, Tensor):
+            refuse(argument, type(tensor).__name__, f"a tensor [{letters}]")
         names, shape = letters.split(), list(tensor.shape)
-        require(len(shape) == len(names), argument, f"shape {shape}", f"{len(names)} dimensions [{letters}]")
+        if len(shape) != len(names):
+            refuse(argument, f"shape {shape}", f"{len(names)} dimensions [{letters}]")
         for name, size in zip(names, shape, strict=True):
             expected = int(name) if name.isdigit() else sizes.setdefault(name, size)
-            require(size == expected, argument, f"shape {shape}", f"[{letters}] with {name} = {expected}")
+            if size != expected:  # messages are written only where needed: this runs for every operation
+                refuse(argument, f"shape {shape}", f"[{letters}] with {name} = {expected}")
         device = device or tensor.device
-        require(tensor.device == device, argument, f"device {tensor.device}", f"{device}, as the arguments before it")
+        if tensor.device != device:
+            refuse(argument, f"device {tensor.device}", f"{device}, as the arguments before it")
     return sizes
 
 
 def check_dtypes(allowed: tuple[torch.dtype, ...], **arguments: Tensor) -> None:
     """The tensors must have one and the same dtype out of `allowed`."""
     first = next(iter(arguments.values())).dtype
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
     for argument, tensor in arguments.items():
-        require(tensor.dtype in allowed, argument, tensor.dtype, names)
-        require(tensor.dtype == first, argument, tensor.dtype, f"{first}, as the arguments before it")
+        if tensor.dtype not in allowed:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            refuse(argument, tensor.dtype, names)
+        if tensor.dtype != first:
+            refuse(argument, tensor.dtype, f"{first}, as the arguments before it")
 
 
 def check_lengths(argument: str, lengths: Tensor, capacity: int) -> None:
