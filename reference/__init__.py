@@ -9,9 +9,11 @@ if __name__ != "resa.reference":
 from .attention import dense_attention, sparse_attention
 from .blocks import active_blocks, block_bounds, score_blocks, select_blocks
 from .cache import KVCache
+from .checkpoint import load_model, save_model
 from .config import GPTConfig, ReSAConfig
-from .generate import Generation, decode_step, generate, prefill, rectify, sample_token, sparse_step
+from .generate import Generation, decode_along, decode_step, generate, prefill, rectify, sample_token, sparse_step
 from .model import GPT, REFERENCE_OPS, Operations
+from .tokenizer import load_tokenizer
 
 __all__ = [
     "GPT",
@@ -23,12 +25,16 @@ __all__ = [
     "ReSAConfig",
     "active_blocks",
     "block_bounds",
+    "decode_along",
     "decode_step",
     "dense_attention",
     "generate",
+    "load_model",
+    "load_tokenizer",
     "prefill",
     "rectify",
     "sample_token",
+    "save_model",
     "score_blocks",
     "select_blocks",
     "sparse_attention",

@@ -86,15 +86,15 @@ def dense_attention(
     position. Rows at or past query_lengths[s], or at negative positions, give zeros and −∞.
     Raises `ValueError` for arguments that do not fit together.
     """
-    if query_lengths is None:
-        query_lengths = torch.full_like(lengths, query.shape[2] if query.dim() == 4 else 0)
     sizes = bind_shapes(
         query=(query, "B Hq Q D"),
         keys=(keys, "B Hkv T_max D"),
         values=(values, "B Hkv T_max D"),
         lengths=(lengths, "B"),
-        query_lengths=(query_lengths, "B"),
     )
+    if query_lengths is None:
+        query_lengths = torch.full_like(lengths, sizes["Q"])
+    bind_shapes(lengths=(lengths, "B"), query_lengths=(query_lengths, "B"))
     check_heads(sizes["Hq"], sizes["Hkv"])
     check_dtypes(FLOATS, query=query, keys=keys, values=values)
     check_lengths("lengths", lengths, sizes["T_max"])

@@ -50,17 +50,18 @@ def save_model(
 
 
 def load_model(
-    path: str | os.PathLike,
+    path: str | os.PathLike | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     ops: Operations | None = None,
 ) -> GPT:
-    """The model that `save_model` wrote, in eval mode; `ops` as in `GPT`.
+    """The model that `save_model` wrote, the shipped one by default, in eval mode; `ops` as in `GPT`.
 
     Errors: FileNotFoundError if there is no such file; ValueError naming the file or the tensor if it is damaged, from
     elsewhere, or does not match its own configuration.
     """
+    path = shipped_checkpoint() if path is None else path
     require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))
     header = read_header(path, MODEL_FORMAT)
     config = config_from_json(path, header.get("config", ""))

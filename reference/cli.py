@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from .checkpoint import load_model, shipped_checkpoint
 from .checks import require
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="resa", description="Rectified sparse attention, from one readable reference."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
     _add_generate(commands)
     _add_train(commands)
     _add_tokenizer(commands)
@@ -129,6 +131,56 @@ def _provenance(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    text = (
+        "Continue a real Python file with dense, sparse and rectified sparse decoding side by side. Prints what each"
+        " writes, a table of what each loses against dense decoding on the same tokens and what it reads, and draws"
+        " how the cache drifts and is rectified."
+    )
+    parser = _command(commands, "demo", _run_demo, text)
+    parser.add_argument("--prompt-file", type=Path, help="continue this file (default: a held-out library module)")
+    parser.add_argument("--prompt-tokens", type=int, default=4096, help="take at most this many of the file's tokens")
+    parser.add_argument("--tokens", type=int, default=512, help="how many tokens to write")
+    parser.add_argument("--intervals", type=int, nargs="+", default=[8, 32, 128], help="tokens per rectification")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="paper", help="when the dense pass comes")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
+    parser.add_argument("--figure", type=Path, default=Path("out/demo.png"), help="where to draw the figure")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    _add_sparsity(parser)
+    _add_model(parser)
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    from .demo import DemoOptions, demo_prompt, draw_figure, run_demo
+
+    figure_format = options.figure.suffix.lower()
+    require(
+        figure_format in (".png", ".svg", ".pdf"), "--figure", options.figure, "a name ending in .png, .svg or .pdf"
+    )
+    config = _sparsity(options, schedule=options.schedule)
+    settings = DemoOptions(options.tokens, tuple(options.intervals), options.temperature, options.seed, config)
+    console = Console(quiet=options.json, highlight=False)
+    tokenizer, model = load_tokenizer(), _load(options)
+    if options.prompt_file is None:
+        subject, text = demo_prompt()
+    else:
+        subject, text = options.prompt_file.name, _read_text(options.prompt_file)
+    prompt = tokenizer.encode_ordinary(text)[: options.prompt_tokens]
+    length = len(prompt) + options.tokens
+    require(len(prompt) >= 2, "--prompt-file", f"{len(prompt)} tokens", "a text of at least 2 tokens")
+    require(length <= model.config.context, "--prompt-tokens + --tokens", length, f"≤ {model.config.context}")
+    console.print(f"Continuing {subject}: {len(prompt):,} tokens read, {options.tokens} to write, on {options.device}.")
+    result = run_demo(model, tokenizer, prompt, settings, console)
+    draw_figure(result, options.figure, subject.split(" (")[0])
+    console.print(f"The figure is {options.figure}; all this took {result['seconds']} s.")
+    if options.json:
+        _report({**result, "subject": subject, "figure": str(options.figure), **_provenance(options.device)}, None)
 
 
 # ---- generate --------------------------------------------------------------------------------------------------------
@@ -324,18 +376,19 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_eval(options: argparse.Namespace) -> None:
-    from .corpus import STANDARD_LIBRARY, local_corpus
+    from .corpus import held_out_library, local_corpus
     from .evals.fidelity import measure_fidelity
     from .evals.language import measure_language
 
     config = _sparsity(options, schedule=options.schedule)
     tokenizer, model = load_tokenizer(), _load(options)
-    held_out = local_corpus(packages=options.packages, folders=options.folder).held_out
     started = time.perf_counter()
+    held_out = held_out_library()
+    if options.packages or options.folder:
+        held_out = local_corpus(packages=options.packages, folders=options.folder).held_out
     if options.question == "language":
-        library = [document for document in held_out if document.source == STANDARD_LIBRARY]
         result = measure_language(
-            model, library, tokenizer, n_probes=options.probes, batch=options.batch, config=config
+            model, held_out, tokenizer, n_probes=options.probes, batch=options.batch, config=config
         )
     else:
         length = options.prompt_tokens + options.tokens

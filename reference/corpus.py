@@ -96,6 +96,14 @@ def local_corpus(*, packages: bool = False, folders: Sequence[str | os.PathLike]
     return corpus
 
 
+def held_out_library() -> list[Document]:
+    """The standard library's held-out modules, sorted by name: text that no model trained here has read."""
+    root = Path(sysconfig.get_path("stdlib"))
+    named = ((module_name(path, root), path) for path in python_files(root))
+    read = (Document(name, read_source(path), STANDARD_LIBRARY) for name, path in named if is_held_out(name))
+    return sorted((document for document in read if document.text.strip()), key=lambda document: document.name)
+
+
 def python_files(root: Path) -> list[Path]:
     """The *.py files below `root` in sorted order, without tests, hidden folders and other people's packages."""
     found = []

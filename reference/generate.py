@@ -8,7 +8,7 @@ model again and overwrites their keys and values, so that the error of a sparse 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,17 +117,17 @@ def decode_step(model: GPT, generation: Generation, config: ReSAConfig, active: 
 
 
 def decode_along(
-    model: GPT, cache: KVCache, tokens: Sequence[Sequence[int]], config: ReSAConfig
+    model: GPT, cache: KVCache, tokens: Sequence[Iterable[int]], config: ReSAConfig
 ) -> Iterator[tuple[Tensor, Generation]]:
     """Decode along tokens that are given rather than chosen (teacher forcing), from a prefilled cache.
 
-    tokens: one list per sequence, all of one length. Yields the logits [B, V] after each token, and the state that
-    decoding has reached; the cache is extended in place and must have room for all of them.
+    tokens: one iterable per sequence, drawn from step by step; the first to end ends them all. Yields the logits
+    [B, V] after each step, and the state that decoding has reached. The cache is extended in place and must have room.
     """
     window = torch.zeros_like(cache.lengths, dtype=torch.int64)
     state = Generation([[] for _ in tokens], cache, window, torch.full_like(window, NO_TOKEN))
     active = torch.ones_like(window, dtype=torch.bool)
-    for fed in zip(*tokens, strict=True):
+    for fed in zip(*tokens, strict=False):
         for generated, token in zip(state.tokens, fed, strict=True):
             generated.append(token)
         state.pending = torch.tensor(fed, dtype=torch.int64, device=window.device)

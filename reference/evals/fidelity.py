@@ -14,7 +14,7 @@ owed to drift.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..config import ReSAConfig
-from ..generate import Generation, decode_along, generate, prefill
+from ..generate import Generation, decode_along, generate, prefill, sample_token
 from ..model import GPT, Operations
 from .statistics import bootstrap
 
@@ -93,6 +93,16 @@ class Teacher:
     tokens: list[list[int]]  # [B][N] the continuation
     log_probs: Tensor  # [B, N, V] log-probabilities after each of its tokens
     cache: KVCache  # of one dense pass over prompt and continuation
+    temperature: float | None  # None: the continuation was given
+    seed: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What dense decoding reads: all keys and values up to the token fed, on average."""
+        keys = self.cache.keys
+        per_cached_token = 2 * keys.shape[0] * keys.shape[2] * keys.shape[4] * keys.element_size()
+        before = self.opening.cache.lengths.double().mean().item() + 1
+        return per_cached_token * (before + (len(self.tokens[0]) + 1) / 2)
 
 
 @dataclass
@@ -105,6 +115,7 @@ class Comparison:
     largest_drift: float  # of any token at any step
     drift_after_rectification: float | None  # largest over all rectifications, None if there was none
     bytes_per_token: float  # keys, values and bounds read per sequence and decoded token
+    own_tokens: list[int] | None  # the first prompt's continuation where it chose for itself
 
 
 @torch.no_grad()
@@ -119,7 +130,8 @@ def teach(
     seed: int = 0,
     on_token: Callable[[int, int, int], None] | None = None,
 ) -> Teacher:
-    """Continue every prompt densely by `n_tokens` (or take the `continuations` given), and keep the predictions."""
+    """Continue every prompt densely by `n_tokens`, or take the `continuations` given, and keep the predictions."""
+    temperature = temperature if continuations is None else None
     opening = generate(model, [list(prompt[:-1]) for prompt in prompts], 0, config)
     last_tokens = [list(prompt[-1:]) for prompt in prompts]
     if continuations is None:
@@ -139,26 +151,50 @@ def teach(
     counts = torch.full_like(cache.lengths, n_tokens + 1)
     hidden = model.dense_pass(fed.to(cache.keys.device), cache, cache.lengths, counts)
     log_probs = model.output(hidden[:, 1:]).log_softmax(dim=-1)
-    return Teacher(opening, last_tokens, [list(row) for row in continuations], log_probs, cache)
+    return Teacher(opening, last_tokens, [list(row) for row in continuations], log_probs, cache, temperature, seed)
+
+
+class OwnChoice:
+    """A sequence of tokens that chooses itself: each is sampled from the `logits` [V] last set."""
+
+    def __init__(self, logits: Tensor, temperature: float, seed: int) -> None:
+        self.logits, self.temperature = logits, temperature
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield sample_token(self.logits, self.temperature, 1.0, self.generator)
 
 
 def follow(
-    model: GPT, teacher: Teacher, config: ReSAConfig, *, on_step: Callable[[int], None] | None = None
+    model: GPT,
+    teacher: Teacher,
+    config: ReSAConfig,
+    *,
+    on_step: Callable[[int], None] | None = None,
 ) -> Comparison:
     """Lead `config`'s way of decoding along the teacher's tokens and compare it step by step.
 
-    `on_step(step)` is called after each token.
+    Where the teacher chose its tokens itself, a second copy of its first prompt runs in the same batch and does so
+    too, with the same random numbers. `on_step(step)` is called after each token.
     """
     batch, n_tokens = len(teacher.tokens), len(teacher.tokens[0])
+    is_free = teacher.temperature is not None
+    rows = [*range(batch), 0] if is_free else list(range(batch))
     meter = ReadMeter()
     model = model.with_ops(meter.wrap(model.ops))
-    cache = teacher.opening.cache.resized(teacher.cache.capacity)
-    prefill(model, teacher.last_tokens, cache)
+    cache = teacher.opening.cache.selected(rows).resized(teacher.cache.capacity)
+    logits = prefill(model, [teacher.last_tokens[row] for row in rows], cache)
     meter.read = 0  # what counts is decoding
+    fed: list[Iterable[int]] = list(teacher.tokens)
+    if is_free:
+        fed.append(own := OwnChoice(logits[-1], teacher.temperature, teacher.seed))
     record = _Record.start(batch, n_tokens)
-    window = 0
-    for step, (logits, state) in enumerate(decode_along(model, cache, teacher.tokens, config)):
-        record.add_predictions(step, logits, teacher.log_probs[:, step])
+    window, state = 0, None
+    for step, (logits, state) in enumerate(decode_along(model, cache, fed, config)):
+        if is_free:
+            own.logits = logits[-1]
+        record.add_predictions(step, logits[:batch], teacher.log_probs[:, step])
         record.add_drift(step, state, window, teacher.cache)
         window = int(state.window[0])
         if on_step is not None:
@@ -169,7 +205,8 @@ def follow(
         record.mean_drift,
         record.largest_drift,
         record.after_rectification,
-        meter.read / (batch * n_tokens),
+        meter.read / (len(rows) * n_tokens),
+        state.tokens[-1] if is_free else None,
     )
 
 
@@ -209,7 +246,7 @@ class _Record:
         is_rectified = int(state.window[0]) <= window_before
         written = window_before + 1 if is_rectified else 1
         lengths = state.cache.lengths.long()
-        positions = lengths[:, None] - written + torch.arange(written, device=lengths.device)
+        positions = lengths[: len(self.drift), None] - written + torch.arange(written, device=lengths.device)
         drift = kv_drift(state.cache, exact, positions).to(self.drift)
         self.drift[:, step + 1 - written : step + 1] = drift
         self.mean_drift[step] = self.drift[:, : step + 1].mean()
