@@ -275,6 +275,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     _add_corpus(parser, packages=False)
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is a GPU)")
     parser.add_argument("--no-compile", action="store_true", help="do not compile the model on a GPU")
+    parser.add_argument("--init", type=Path, help="begin with this finished model's weights, not with random ones")
     parser.add_argument("--fresh", action="store_true", help="start over, even if --out holds a checkpoint")
     shape = parser.add_argument_group("the model's shape")
     for entry in fields(GPTConfig):
@@ -317,6 +318,7 @@ def _run_train(options: argparse.Namespace) -> None:
         device=options.device,
         compiled=not options.no_compile,
         resume=not options.fresh,
+        init=options.init,
     )
     print((options.out / "record.json").read_text(), end="")
 

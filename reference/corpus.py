@@ -254,11 +254,12 @@ def assignments(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
                 yield name, str(number) if kind < 2 else f'"{"".join(word)}"'
 
 
-def lookup_lines(rng: np.random.Generator, code: Sequence[str] = ()) -> Iterator[str]:
+def lookup_lines(rng: np.random.Generator, code: Sequence[str] = (), far: float = 0.0) -> Iterator[str]:
     """Endless lines `name = value` and, later, `assert name == value`; with `code`, stretches of it in between.
 
     The distance between the two is log-uniform from one line to all the lines so far: every scale from a few tokens
-    to the whole document has the same number of lookups.
+    to the whole document has the same number of lookups. A share `far` of them is drawn uniformly instead, which
+    triples those that reach back more than half of a long document.
     """
     fresh = assignments(rng)
     waiting: list[tuple[int, str, str]] = []  # (line, name, value), assigned and not yet asserted, in order
@@ -271,7 +272,8 @@ def lookup_lines(rng: np.random.Generator, code: Sequence[str] = ()) -> Iterator
                 line += stretch.count("\n")
                 yield stretch
             elif waiting and kind < USE_SHARE:
-                target = bisect_left(waiting, (line - round(line**scale),))
+                distance = line * scale if kind < USE_SHARE * far else line**scale
+                target = bisect_left(waiting, (line - round(distance),))
                 _, name, value = waiting.pop(min(target, len(waiting) - 1))
                 yield f"assert {name} == {value}\n"
             else:
@@ -290,12 +292,12 @@ def code_stretch(rng: np.random.Generator, code: Sequence[str]) -> str:
 
 
 def lookup_document(
-    tokenizer: tiktoken.Encoding, rng: np.random.Generator, length: int, code: Sequence[str] = ()
+    tokenizer: tiktoken.Encoding, rng: np.random.Generator, length: int, code: Sequence[str] = (), far: float = 0.0
 ) -> list[int]:
     """The first `length` tokens of `lookup_lines`."""
     require(is_integer(length, 1), "length", length, "an integer ≥ 1")
     tokens: list[int] = []
-    lines = lookup_lines(rng, code)
+    lines = lookup_lines(rng, code, far)
     while len(tokens) < length:
         # Lines never begin with white space, so encoding them in groups gives the tokens of the whole.
         tokens += tokenizer.encode_ordinary("".join(islice(lines, 32)))
@@ -303,13 +305,19 @@ def lookup_document(
 
 
 def lookup_documents(
-    tokenizer: tiktoken.Encoding, seed: int, count: int, length: int, code: Sequence[str] = (), progress: bool = True
+    tokenizer: tiktoken.Encoding,
+    seed: int,
+    count: int,
+    length: int,
+    code: Sequence[str] = (),
+    far: float = 0.0,
+    progress: bool = True,
 ) -> np.ndarray:
     """`count` lookup documents, of which every second has stretches of `code`: [count, length] uint16."""
     rows = np.zeros((count, length), dtype=np.uint16)
     for index in track(range(count), "Writing lookups", console=Console(stderr=True), disable=not progress):
         rng = np.random.default_rng((seed, index))
-        rows[index] = lookup_document(tokenizer, rng, length, code if index % 2 else ())
+        rows[index] = lookup_document(tokenizer, rng, length, code if index % 2 else (), far)
     return rows
 
 

@@ -79,6 +79,8 @@ def rectify(model: GPT, windows: Sequence[Sequence[int]], cache: KVCache, window
     tokens, counts = _pad("windows", windows, cache)
     bind_shapes(cache=(cache.lengths, "B"), window=(window, "B"))
     start = torch.where(counts > 0, cache.lengths - window, cache.lengths)
+    if tokens.shape[1] == 0:  # nothing to do for any sequence
+        return torch.zeros(len(windows), model.config.vocab_size, dtype=cache.keys.dtype, device=tokens.device)
     is_covered = bool(((counts >= window) | (counts == 0)).all())
     require(is_covered, "windows", f"{counts.tolist()} tokens", f"at least the window of {window.tolist()}, or none")
     hidden = model.dense_pass(tokens, cache, start, counts)

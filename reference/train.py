@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from .checkpoint import read_header, read_tensors, save_model, save_tensors
+from .checkpoint import load_model, read_header, read_tensors, save_model, save_tensors
 from .checks import is_integer, require
 from .config import GPTConfig
 from .corpus import (
@@ -89,6 +89,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the whole gradient
     lookup_fraction: float = 0.2  # share of rows that are lookup documents rather than source code
     lookup_rows: int = 4096  # distinct lookup documents
+    lookup_far: float = 0.0  # share of lookups whose distance is uniform rather than log-uniform
     seed: int = 0
     checkpoint_seconds: float = 60.0
     log_every: int = 20  # steps
@@ -109,7 +110,8 @@ class TrainConfig:
             _require_number(name, getattr(self, name), lambda value: value > 0, "a finite number > 0")
         for name in ("weight_decay", "checkpoint_seconds"):
             _require_number(name, getattr(self, name), lambda value: value >= 0, "a finite number ≥ 0")
-        _require_number("lookup_fraction", self.lookup_fraction, lambda value: 0 <= value <= 1, "a number in 0 … 1")
+        for name in ("lookup_fraction", "lookup_far"):
+            _require_number(name, getattr(self, name), lambda value: 0 <= value <= 1, "a number in 0 … 1")
         require(len(self.betas) == 2, "betas", self.betas, "two numbers")
         for beta in self.betas:
             _require_number("betas", beta, lambda value: 0 <= value < 1, "two numbers in 0 … 1, 1 itself excluded")
@@ -191,8 +193,8 @@ def prepare_data(
     row = config.context + 1
     rows = config.lookup_rows if config.lookup_fraction > 0 else 0
     code = [document.text for document in corpus.train]
-    make_lookups = partial(lookup_documents, tokenizer, config.seed, rows, row, code, progress)
-    settings = f"{config.seed} {rows} {row}".encode()
+    make_lookups = partial(lookup_documents, tokenizer, config.seed, rows, row, code, config.lookup_far, progress)
+    settings = f"{config.seed} {rows} {row} {config.lookup_far}".encode()
     lookups = cached_array(cache, "lookups", [ranks, settings, *texts], make_lookups)
     statistics = {**corpus.statistics, "train_tokens": len(tokens), "lookup_tokens": lookups.size}
     held_out = held_out_rows(corpus.held_out, tokenizer, row)
@@ -389,9 +391,12 @@ def train(
     device: torch.device | str = "cpu",
     compiled: bool = True,
     resume: bool = True,
+    init: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> GPT:
     """Trains to the end, going on from `out/checkpoint.safetensors` if there is one and `resume` is true.
+
+    `init` names a finished model whose weights a new run begins with, in place of random ones.
 
     Leaves in `out`: `model.safetensors` (bfloat16), `record.json`, `log.jsonl` and the checkpoint. `compiled` counts
     on a GPU only. SIGINT and SIGTERM end the run after the current step, saved, with KeyboardInterrupt.
@@ -400,9 +405,12 @@ def train(
     """
     device = checked_device(device)
     check_run(model_config, config, data)
+    weights = None if init is None else initial_weights(init, model_config)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model_config, config, data, out, device)
+    if weights is not None:
+        trainer.model.load_state_dict(weights)
     if resume and trainer.path.is_file():
         trainer.restore()
     trim_log(out / "log.jsonl", trainer.step)
@@ -414,6 +422,15 @@ def train(
         run_steps(trainer, progress)
         export(trainer)
     return trainer.model.eval()
+
+
+def initial_weights(path: str | os.PathLike, model_config: GPTConfig) -> dict[str, Tensor]:
+    """The weights of a finished model; ValueError naming the first field in which its shape is another."""
+    model = load_model(path)
+    for name, value in asdict(model_config).items():
+        stored = getattr(model.config, name)
+        require(value == stored, name, value, f"{stored}, as in {path}")
+    return model.state_dict()
 
 
 def checked_device(device: torch.device | str) -> torch.device:
@@ -620,6 +637,7 @@ def run(
     device: torch.device | str | None = None,
     compiled: bool = True,
     resume: bool = True,
+    init: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> GPT:
     """Reads the local corpus and trains on it; everything is kept in the folder `out`. See `train`.
@@ -634,7 +652,7 @@ def run(
     require(config.context <= model_config.context, "context", config.context, f"≤ {model_config.context}, the model's")
     out = Path(out)
     data = prepare_data(config, out / "cache", packages=packages, folders=folders, progress=progress)
-    options = {"device": device, "compiled": compiled, "resume": resume, "progress": progress}
+    options = {"device": device, "compiled": compiled, "resume": resume, "init": init, "progress": progress}
     return train(model_config, config, data, out, **options)
 
 

@@ -1,0 +1,100 @@
+"""How far a correct result may lie from the oracle: one table, and where each number comes from.
+
+Errors of an attention output are measured in units of Σ p·|v|, what the sum would be without cancellation; the
+output itself can be close to zero although every term is rounded. First-order rounding analysis of
+
+    logit_j = scale · Σ_d q_d k_jd        D + 1 roundings of at most eps/2 · L each, L = scale · max_j Σ_d |q_d k_jd|
+    p_j = exp(logit_j - lse)              its exponent is off by both errors, and by eps/2 · 2L from the subtraction
+    out = Σ_j p_j v_j / Σ_j p_j           n additions above and below
+
+gives eps · ((D + 4)·2·L + n + 4) · Σ p·|v| for the output and eps · ((D + 4)·L + n + 4 + |lse|) for the log-sum-exp,
+with the eps of the dtype that sums are taken in: float32, and float64 for float64 input.
+
+dtype              output, in units of Σ p·|v|                 log-sum-exp
+float64            1e-9, the specification's                    1e-9 · max(1, |lse|)
+float32            the sum above                                the sum above
+bfloat16, float16  the sum above + 2·eps(dtype): probabilities  the sum above
+                   may be rounded before they meet the values,
+                   and the output is
+
+An exact logit has L = 0 here.
+"""
+
+import numpy as np
+import torch
+
+
+def eps(dtype):
+    """Distance from 1 to the next number."""
+    return torch.finfo(dtype).eps
+
+
+def logit_size(query, keys, lengths):
+    """L per query head: query [B, Hq, D] or [B, Hq, Q, D], keys [B, Hkv, T_max, D] arrays -> [B, Hq] or [B, Hq, Q]."""
+    group = query.shape[1] // keys.shape[1]
+    size = np.zeros(query.shape[:-1])
+    for s, length in enumerate(lengths):
+        for h in range(query.shape[1]):
+            terms = np.abs(query[s, h]) @ np.abs(keys[s, h // group, :length]).T  # [..., T]
+            size[s, h] = terms.max(axis=-1, initial=0.0)
+    return size * query.shape[-1] ** -0.5
+
+
+def accumulation(L, head_dim, n_tokens):
+    """The sum above for outputs, in units of Σ p·|v|, with float32's eps."""
+    return eps(torch.float32) * (2 * (head_dim + 4) * L + n_tokens + 4)
+
+
+def output_floor(dtype, L, head_dim, n_tokens):
+    """Allowed error of an output element in units of its Σ p·|v|."""
+    if dtype == torch.float64:
+        return 1e-9 + 0 * L
+    rounding = 0.0 if dtype == torch.float32 else 2 * eps(dtype)
+    return accumulation(L, head_dim, n_tokens) + rounding
+
+
+def lse_floor(dtype, L, head_dim, n_tokens, lse):
+    """Allowed error of a log-sum-exp; where it is -inf nothing but -inf will do."""
+    size = np.where(np.isfinite(lse), np.abs(lse), 0.0)
+    if dtype == torch.float64:
+        return 1e-9 * np.maximum(1.0, size)
+    return eps(torch.float32) * ((head_dim + 4) * L + n_tokens + 4 + size)
+
+
+def assert_within(actual, expected, allowed, what):
+    """|actual - expected| ≤ allowed elementwise; infinities must be equal, NaN never is. Returns the largest ratio."""
+    actual = actual.double().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
+    expected = np.asarray(expected)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} instead of {expected.shape}"
+    with np.errstate(invalid="ignore"):
+        error = np.where(actual == expected, 0.0, np.abs(actual - expected))
+    allowed = np.broadcast_to(allowed, error.shape)
+    good = error <= allowed  # False for NaN
+    if not good.all():
+        worst = np.unravel_index(np.argmax(np.where(good, -1.0, np.nan_to_num(error, nan=np.inf))), error.shape)
+        raise AssertionError(
+            f"{what}: {(~good).sum()} of {good.size} elements off; at {tuple(map(int, worst))} {actual[worst]} "
+            f"instead of {expected[worst]}, allowed {allowed[worst]:.3g}"
+        )
+    return float((error / np.maximum(allowed, np.finfo(np.float64).tiny)).max(initial=0.0))
+
+
+def assert_same_bits(actual, expected, what):
+    """Equal bit for bit, zeros' signs and NaN payloads included."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    assert actual.dtype == expected.dtype, what
+    assert torch.equal(actual.contiguous().view(integer), expected.contiguous().view(integer)), f"{what}: bits differ"
+
+
+def score_floor(dtype, query, bounds):
+    """Allowed error of block scores: query [B, Hq, D], bounds [B, Hkv, 2, D, M] arrays -> [B, Hkv, M].
+
+    G + 1 roundings per pooled channel and D + 1 per score, each relative to the terms they add:
+    eps · (G + D + 2) · Σ_d mean_g |q_gd| · max(|lo_d|, |hi_d|), for float64 1e-9 of the same sum.
+    """
+    batch, kv_heads, _, head_dim, _ = bounds.shape
+    group = query.shape[1] // kv_heads
+    terms = np.abs(query).reshape(batch, kv_heads, group, head_dim).mean(axis=2)[..., None]  # [B, Hkv, D, 1]
+    largest = np.abs(np.where(np.isfinite(bounds), bounds, 0.0)).max(axis=2)  # [B, Hkv, D, M]
+    unit = 1e-9 if dtype == torch.float64 else eps(torch.float32) * (group + head_dim + 2)
+    return unit * (terms * largest).sum(axis=2)
