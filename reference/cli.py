@@ -7,7 +7,9 @@ standard output; `--json` turns the results into one JSON object.
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
+import os
 import platform
 import sys
 import time
@@ -28,10 +30,13 @@ from .tokenizer import END_OF_TEXT, load_tokenizer, shipped_ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run one command; returns its exit status: 0, 2 for bad input, 130 and 141 as a shell has them for signals."""
     options = build_parser().parse_args(arguments)
     try:
         options.run(options)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ImportError) as error:
         print(f"resa {options.command}: {error}", file=sys.stderr)
         return 2
@@ -81,7 +86,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device: got {name!r}; allowed: cpu, cuda or cuda:INDEX") from None
-    is_there = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+    is_there = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
     require(is_there, "--device", name, "cpu, or cuda where there is a GPU")
     return device
 
@@ -93,6 +98,13 @@ def _add_sparsity(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--active-ratio", type=float, default=default.active_ratio, help="share of blocks attended")
     group.add_argument("--min-blocks", type=int, default=default.min_blocks, help="fewest blocks attended")
     group.add_argument("--local-blocks", type=int, default=default.local_blocks, help="newest blocks always attended")
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"got {value}; allowed: 0 … 2**63 − 1")
+    return value
 
 
 def _interval(text: str) -> int | None:
@@ -148,8 +160,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--tokens", type=int, default=512, help="how many tokens to write")
     parser.add_argument("--intervals", type=int, nargs="+", default=[8, 32, 128], help="tokens per rectification")
     parser.add_argument("--schedule", choices=SCHEDULES, default="paper", help="when the dense pass comes")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
+    parser.add_argument("--temperature", type=float, default=0.5, help="0 takes the most likely token")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the random numbers")
     parser.add_argument("--figure", type=Path, default=Path("out/demo.png"), help="where to draw the figure")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     _add_sparsity(parser)
@@ -171,6 +183,7 @@ def _run_demo(options: argparse.Namespace) -> None:
         subject, text = demo_prompt()
     else:
         subject, text = options.prompt_file.name, _read_text(options.prompt_file)
+    require(options.prompt_tokens >= 2, "--prompt-tokens", options.prompt_tokens, "an integer ≥ 2")
     prompt = tokenizer.encode_ordinary(text)[: options.prompt_tokens]
     length = len(prompt) + options.tokens
     require(len(prompt) >= 2, "--prompt-file", f"{len(prompt)} tokens", "a text of at least 2 tokens")
@@ -199,7 +212,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     _add_sparsity(parser)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     parser.add_argument("--top-p", type=float, default=1.0, help="mass of the tokens sampled from")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the random numbers")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
     _add_model(parser)
 
@@ -240,23 +253,17 @@ class _Writer:
     """Writes tokens as they come; a character whose bytes span tokens waits until it is whole."""
 
     def __init__(self, token_bytes: Callable[[int], bytes], *, silent: bool) -> None:
-        self.token_bytes, self.silent, self.waiting = token_bytes, silent, b""
+        self.token_bytes, self.silent = token_bytes, silent
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, sequence: int, position: int, token: int) -> None:
-        self.waiting += self.token_bytes(token)
-        try:
-            text = self.waiting.decode()
-        except UnicodeDecodeError as error:
-            if len(self.waiting) - error.start < 4 and error.end == len(self.waiting):
-                return
-            text = self.waiting.decode(errors="replace")
-        self.waiting = b""
+        text = self.decoder.decode(self.token_bytes(token))
         if not self.silent:
             print(text, end="", flush=True)
 
     def close(self) -> None:
         """Write what never became whole, and end the line."""
-        print(self.waiting.decode(errors="replace"))
+        print(self.decoder.decode(b"", final=True))
 
 
 # ---- train, tokenizer ------------------------------------------------------------------------------------------------
@@ -286,12 +293,44 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
             _add_field(training, entry.name, getattr(TrainConfig(), entry.name))
 
 
+FIELD_HELP = {
+    "vocab_size": "tokens in the vocabulary",
+    "n_layer": "layers",
+    "n_head": "query heads",
+    "n_kv_head": "KV heads; each serves n-head / n-kv-head query heads",
+    "head_dim": "channels per head",
+    "hidden_size": "channels of the residual stream",
+    "intermediate_size": "channels inside the MLP",
+    "context": "tokens per row, and the longest sequence the model is for",
+    "rope_theta": "base of the rotary angles",
+    "norm_eps": "epsilon of the RMS norms",
+    "qkv_bias": "bias of the query, key and value projections (Qwen2)",
+    "qk_norm": "RMS norm of queries and keys before RoPE (Qwen3)",
+    "tied_embeddings": "use the embedding as the output projection",
+    "steps": "optimizer steps",
+    "batch_tokens": "tokens per step, a multiple of the context",
+    "short_context": "tokens per row in the first part of the run",
+    "short_share": "that part's share of the steps",
+    "learning_rate": "the peak, after the warm-up",
+    "warmup_steps": "steps up to the peak",
+    "weight_decay": "of matrices",
+    "grad_clip": "largest norm of the whole gradient",
+    "lookup_fraction": "share of rows that are lookups rather than code",
+    "lookup_rows": "distinct lookup documents",
+    "lookup_far": "share of lookups with a uniform rather than log-uniform distance",
+    "seed": "of weights and batches",
+    "checkpoint_seconds": "between checkpoints",
+    "log_every": "steps per line of the log",
+    "eval_every": "steps per evaluation",
+}
+
+
 def _add_field(group: argparse._ArgumentGroup, name: str, default: object) -> None:
-    flag = "--" + name.replace("_", "-")
+    flag, text = "--" + name.replace("_", "-"), FIELD_HELP[name]
     if isinstance(default, bool):
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=" ")
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
     else:
-        group.add_argument(flag, type=type(default), default=default, help=" ")
+        group.add_argument(flag, type=type(default), default=default, help=text)
 
 
 def _add_corpus(parser: argparse.ArgumentParser, *, packages: bool) -> None:
@@ -309,17 +348,20 @@ def _run_train(options: argparse.Namespace) -> None:
 
     model_config = GPTConfig(**{entry.name: getattr(options, entry.name) for entry in fields(GPTConfig)})
     known = {entry.name: getattr(options, entry.name) for entry in fields(TrainConfig) if entry.name != "betas"}
-    run(
-        model_config,
-        TrainConfig(**known),
-        options.out,
-        packages=options.packages,
-        folders=options.folder,
-        device=options.device,
-        compiled=not options.no_compile,
-        resume=not options.fresh,
-        init=options.init,
-    )
+    try:
+        run(
+            model_config,
+            TrainConfig(**known),
+            options.out,
+            packages=options.packages,
+            folders=options.folder,
+            device=options.device,
+            compiled=not options.no_compile,
+            resume=not options.fresh,
+            init=options.init,
+        )
+    except RuntimeError as error:  # the loss diverged, or the device ran out of memory
+        raise ValueError(error) from error
     print((options.out / "record.json").read_text(), end="")
 
 
@@ -371,6 +413,9 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--intervals", type=int, nargs="+", default=[8, 32, 128], help="fidelity: of rectification")
     parser.add_argument("--schedule", choices=SCHEDULES, default="paper", help="fidelity: when the dense pass comes")
     parser.add_argument("--probes", type=int, default=64, help="language: lookups per distance")
+    parser.add_argument(
+        "--distances", type=int, nargs="+", default=[256, 1024, 4096, 7680], help="language: tokens to look back"
+    )
     parser.add_argument("--batch", type=int, default=8, help="sequences decoded at a time")
     _add_sparsity(parser)
     _add_corpus(parser, packages=False)
@@ -383,15 +428,16 @@ def _run_eval(options: argparse.Namespace) -> None:
     from .evals.language import measure_language
 
     config = _sparsity(options, schedule=options.schedule)
+    for name in ("probes", "batch", "documents", "tokens", "prompt_tokens"):
+        require(getattr(options, name) >= 1, f"--{name.replace('_', '-')}", getattr(options, name), "an integer ≥ 1")
     tokenizer, model = load_tokenizer(), _load(options)
     started = time.perf_counter()
     held_out = held_out_library()
     if options.packages or options.folder:
         held_out = local_corpus(packages=options.packages, folders=options.folder).held_out
     if options.question == "language":
-        result = measure_language(
-            model, held_out, tokenizer, n_probes=options.probes, batch=options.batch, config=config
-        )
+        amounts = {"distances": options.distances, "n_probes": options.probes, "batch": options.batch}
+        result = measure_language(model, held_out, tokenizer, config, **amounts)
     else:
         length = options.prompt_tokens + options.tokens
         require(length <= model.config.context, "--prompt-tokens + --tokens", length, f"≤ {model.config.context}")

@@ -8,12 +8,16 @@ drift; the figure shows the drift building up and being wiped. `evals/fidelity.p
 from __future__ import annotations
 
 import io
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tiktoken
+import torch
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -38,7 +42,7 @@ class DemoOptions:
 
     n_tokens: int = 512
     intervals: tuple[int, ...] = (8, 32, 128)
-    temperature: float = 0.8
+    temperature: float = 0.5
     seed: int = 0
     # Every token of the paper's schedule is decoded sparsely, so that the loss of all rows splits alike.
     config: ReSAConfig = field(default_factory=lambda: ReSAConfig(schedule="paper"))
@@ -63,18 +67,16 @@ def run_demo(
     options: DemoOptions,
     console: Console,
 ) -> dict[str, object]:
-    """Decode, printing as it goes; returns the whole result, JSON-ready but for the key `curves`."""
+    """Decode, printing as it goes; returns all that was measured, JSON-ready."""
     started = time.perf_counter()
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     variants = decoding_variants(options.config, options.intervals)
-    found: dict[str, Comparison] = {}
-    with Progress(*columns, console=console, transient=True) as bar:
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar, one_torch_thread():
 
         def counter(name: str) -> Callable[..., None]:
             task = bar.add_task(name, total=options.n_tokens)
             return lambda *_: bar.advance(task)
 
-        bar.console.print("Prefill, then dense decoding writes the tokens that all others are compared on …")
         teacher = teach(
             model,
             [prompt],
@@ -84,25 +86,53 @@ def run_demo(
             seed=options.seed,
             on_token=counter("dense"),
         )
-        bar.console.print(_elapsed(started) + " dense")
-        for name, config in variants.items():
-            found[name] = follow(model, teacher, config, on_step=counter(name))
-            same = common_prefix(teacher.tokens[0], found[name].own_tokens)
-            parted = f"parts from dense after {same} tokens"
-            bar.console.print(f"{_elapsed(started)} {name:<12} KL {found[name].kl.mean():.4f} nats; {parted}")
-    console.print()
-    console.print(side_by_side(teacher, found, tokenizer))
+        console.print(f"{_elapsed(started)} dense        wrote the tokens that all others are compared on")
+        found = {}
+        for name, comparison in follow_all(model, teacher, variants, counter):
+            found[name] = comparison
+            same = common_prefix(teacher.tokens[0], comparison.own_tokens)
+            loss = float(comparison.kl.mean())
+            console.print(f"{_elapsed(started)} {name:<12} KL {loss:.4f} nats; parts from dense after {same} tokens")
+    found = {name: found[name] for name in variants}
     rows = summarise(teacher, variants, found)
-    console.print(loss_table(rows))
-    console.print(cache_table(rows))
-    console.print(verdict(rows))
+    for part in (side_by_side(teacher, found, tokenizer), loss_table(rows), cache_table(rows), verdict(rows)):
+        console.print(part)
     return {
         "prompt_tokens": len(prompt),
         "options": asdict(options),
         "rows": rows,
         "seconds": round(time.perf_counter() - started, 1),
-        "curves": {name: comparison.mean_drift.tolist() for name, comparison in found.items()},
+        "curves": {name: comparison.mean_drift[0].tolist() for name, comparison in found.items()},
     }
+
+
+def follow_all(
+    model: GPT, teacher: Teacher, variants: dict[str, ReSAConfig], counter: Callable[[str], Callable[..., None]]
+) -> Iterator[tuple[str, Comparison]]:
+    """Each variant's comparison as it is done; on a CPU they run beside each other, a core each."""
+    is_cpu = teacher.cache.keys.device.type == "cpu"
+    with ThreadPoolExecutor(max_workers=(os.cpu_count() or 1) if is_cpu else 1) as pool:
+        # The last one, decode-only, takes longest: begun first, it does not end alone.
+        waiting = {
+            pool.submit(follow, model, teacher, config, on_step=counter(name)): name
+            for name, config in reversed(variants.items())
+        }
+        try:
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Steps of one token are too small to share among threads, and waiting for each other costs more than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _elapsed(started: float) -> str:
@@ -212,7 +242,7 @@ def side_by_side(teacher: Teacher, found: dict[str, Comparison], tokenizer: tikt
     for name in (name for name in SIDE_BY_SIDE if name in found):
         own = found[name].own_tokens
         same = common_prefix(dense, own)
-        whole, shared = _first_lines(tokenizer.decode(own)), tokenizer.decode(own[:same])
+        whole, shared = _first_lines(tokenizer.decode(own)), _first_lines(tokenizer.decode(own[:same]))
         text = Text(whole)
         text.stylize("bold yellow", min(len(shared), len(whole)))
         texts[name] = text

@@ -168,6 +168,16 @@ def test_angles_keep_their_digits_in_half_precision():
     assert (angles.flatten().double() - exact).abs().max() <= 4097 * 2**-23
 
 
+def test_half_precision_models_tell_late_positions_apart():
+    """From 256 on bfloat16 skips every other whole number; cached keys there are as accurate as those before."""
+    shape = Shape(layers=1, context=400)
+    model, tokens = shape.model(torch.bfloat16), shape.tokens(400)
+    cache, _ = dense_cache(model, [tokens], 16)
+    exact, _ = dense_cache(shape.model(torch.bfloat16).double(), [tokens], 16)
+    error = drift(cache, 0, exact)
+    assert error[257:].max() <= 2 * error[:257].max()
+
+
 def test_norm_by_hand():
     """Epsilon stands inside the root: 3 / sqrt(9 / 2 + 1/2 + 4) = 1."""
     norm = RMSNorm(2, 4.0)

@@ -23,6 +23,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ..cache import KVCache
+from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..generate import Generation, decode_along, generate, prefill, sample_token
 from ..model import GPT, Operations
@@ -111,7 +112,7 @@ class Comparison:
 
     kl: Tensor  # [B, N] nats, after each token of the continuation
     agreement: Tensor  # [B, N] bool
-    mean_drift: Tensor  # [N] mean over the continuation's tokens cached so far, after each step
+    mean_drift: Tensor  # [B, N] mean over the continuation's tokens cached so far, after each step
     largest_drift: float  # of any token at any step
     drift_after_rectification: float | None  # largest over all rectifications, None if there was none
     bytes_per_token: float  # keys, values and bounds read per sequence and decoded token
@@ -175,9 +176,12 @@ def follow(
 ) -> Comparison:
     """Lead `config`'s way of decoding along the teacher's tokens and compare it step by step.
 
+    All sequences are rectified at the same steps, so `config.dense_below` must be 0 (`ValueError` otherwise).
+
     Where the teacher chose its tokens itself, a second copy of its first prompt runs in the same batch and does so
     too, with the same random numbers. `on_step(step)` is called after each token.
     """
+    require(config.dense_below == 0, "config.dense_below", config.dense_below, "0: all sequences decode in step")
     batch, n_tokens = len(teacher.tokens), len(teacher.tokens[0])
     is_free = teacher.temperature is not None
     rows = [*range(batch), 0] if is_free else list(range(batch))
@@ -227,14 +231,14 @@ class _Record:
     kl: Tensor  # [B, N]
     agreement: Tensor  # [B, N]
     drift: Tensor  # [B, N] as of now
-    mean_drift: Tensor  # [N]
+    mean_drift: Tensor  # [B, N]
     largest_drift: float = 0.0
     after_rectification: float | None = None
 
     @classmethod
     def start(cls, batch: int, n_tokens: int) -> _Record:
         zeros = torch.zeros(batch, n_tokens)
-        return cls(zeros.clone(), zeros.bool(), zeros.clone(), torch.zeros(n_tokens))
+        return cls(zeros.clone(), zeros.bool(), zeros.clone(), zeros)
 
     def add_predictions(self, step: int, logits: Tensor, wanted: Tensor) -> None:
         given = logits.log_softmax(dim=-1)
@@ -249,7 +253,7 @@ class _Record:
         positions = lengths[: len(self.drift), None] - written + torch.arange(written, device=lengths.device)
         drift = kv_drift(state.cache, exact, positions).to(self.drift)
         self.drift[:, step + 1 - written : step + 1] = drift
-        self.mean_drift[step] = self.drift[:, : step + 1].mean()
+        self.mean_drift[:, step] = self.drift[:, : step + 1].mean(dim=1)
         self.largest_drift = max(self.largest_drift, float(drift.max()))
         if is_rectified:
             self.after_rectification = max(self.after_rectification or 0.0, float(drift.max()))
@@ -269,6 +273,10 @@ def measure_fidelity(
 
     documents: token lists of any lengths above n_tokens + 1. Intervals of confidence: bootstrap over documents.
     """
+    require(is_integer(n_tokens, 1), "n_tokens", n_tokens, "an integer ≥ 1")
+    require(is_integer(batch, 1), "batch", batch, "an integer ≥ 1")
+    shortest = min(map(len, documents), default=0)
+    require(shortest > n_tokens + 1, "documents", f"{shortest} tokens", f"documents of more than {n_tokens + 1} tokens")
     variants = decoding_variants(config, intervals)
     found: dict[str, list[Comparison]] = {name: [] for name in variants}
     starts = range(0, len(documents), batch)
@@ -291,7 +299,7 @@ def measure_fidelity(
             "drift_kl": float((kl - exact).mean()),
             "drift_kl_95": bootstrap((kl - exact).numpy()),
             "agreement": float(torch.cat([each.agreement for each in several]).float().mean()),
-            "mean_drift": float(torch.stack([each.mean_drift for each in several]).mean()),
+            "mean_drift": float(torch.cat([each.mean_drift for each in several]).mean()),
             "largest_drift": max(each.largest_drift for each in several),
         }
     return {"documents": len(documents), "tokens_each": n_tokens, "config": asdict(config), "variants": rows}

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..corpus import Document, lookup_probe
 from ..generate import decode_along, generate
@@ -28,6 +29,7 @@ from ..tokenizer import END_OF_TEXT
 from .statistics import bootstrap
 
 SHORT_CONTEXT = 1024  # tokens
+LATE = 4096  # tokens: positions from here on must profit from the context before
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def token_losses(model: GPT, tokens: Tensor, context: int) -> Tensor:
 
     tokens [n + 1] → nats [n] float32 on the CPU. Every token after the first window sees at least context / 2.
     """
-    n, half = len(tokens) - 1, context // 2
+    n, half = len(tokens) - 1, max(context // 2, 1)
     losses = torch.empty(n)
     for begin in range(0, max(n - half, 1), half):
         window = tokens[begin : begin + context + 1]
@@ -101,35 +103,43 @@ def measure_language(
     model: GPT,
     documents: Sequence[Document],
     tokenizer: tiktoken.Encoding,
+    config: ReSAConfig,
     *,
     distances: Sequence[int] = (256, 1024, 4096, 7680),
     n_probes: int = 64,
     batch: int = 8,
-    config: ReSAConfig | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, object]:
-    """All measurements of this module as one JSON-ready mapping; `documents` are held-out ones."""
-    long = model.config.context * 3 // 4  # tokens from which a document counts as long
+    """All measurements of this module as one JSON-ready mapping; `documents` are held-out ones.
+
+    Lookups are decoded densely and with `config`'s sparse steps. Raises `ValueError` before any work starts.
+    """
+    require(len(documents) > 0, "documents", "none", "at least one held-out document")
+    require(is_integer(n_probes, 1), "n_probes", n_probes, "an integer ≥ 1")
+    require(is_integer(batch, 1), "batch", batch, "an integer ≥ 1")
+    context = model.config.context
+    batches = []
+    for distance in distances:
+        drawn = [lookup_probe(tokenizer, np.random.default_rng((seed, distance, i)), distance) for i in range(n_probes)]
+        longest = max(len(prompt) + len(answer) for prompt, answer in drawn)
+        require(longest <= context, "distances", distance, f"probes of at most {context} tokens, the model's context")
+        batches += [(distance, drawn[first : first + batch]) for first in range(0, n_probes, batch)]
     shown = track(documents, "Held-out documents", console=Console(stderr=True), disable=not progress)
-    losses = [document_loss(model, document, tokenizer, long=long) for document in shown]
-    result = summarise_losses(losses, model.config.context)
-    config = config or ReSAConfig()
+    losses = [document_loss(model, document, tokenizer, long=context * 3 // 4) for document in shown]
     configs = {
         "dense": replace(config, interval=1, schedule="fused"),
         "sparse": replace(config, interval=None),
     }
-    result["lookups"] = {"active_ratio": config.active_ratio, "probes": n_probes, "accuracy": {}}
-    batches = [(distance, first) for distance in distances for first in range(0, n_probes, batch)]
-    found: dict[int, list[dict[str, Tensor]]] = {}
-    for distance, first in track(batches, "Lookups", console=Console(stderr=True), disable=not progress):
-        indices = range(first, min(first + batch, n_probes))
-        probes = [lookup_probe(tokenizer, np.random.default_rng((seed, distance, i)), distance) for i in indices]
-        found.setdefault(distance, []).append(lookup_hits(model, probes, configs))
-    for distance, hits in found.items():
-        accuracy = {name: float(torch.cat([each[name] for each in hits]).float().mean()) for name in configs}
-        result["lookups"]["accuracy"][str(distance)] = accuracy
-    return result
+    hits: dict[int, list[dict[str, Tensor]]] = {distance: [] for distance in distances}
+    for distance, probes in track(batches, "Lookups", console=Console(stderr=True), disable=not progress):
+        hits[distance].append(lookup_hits(model, probes, configs))
+    accuracy = {
+        str(distance): {name: float(torch.cat([each[name] for each in found]).float().mean()) for name in configs}
+        for distance, found in hits.items()
+    }
+    lookups = {"active_ratio": config.active_ratio, "probes": n_probes, "accuracy": accuracy}
+    return {**summarise_losses(losses, context), "lookups": lookups}
 
 
 def summarise_losses(losses: Sequence[DocumentLoss], context: int) -> dict[str, object]:
@@ -146,10 +156,10 @@ def summarise_losses(losses: Sequence[DocumentLoss], context: int) -> dict[str, 
         "fewer_bits_than_xz": 1 - bits / (8 * packed),
     }
     long = [loss for loss in losses if len(loss.nats_short)]
-    if long:
+    if long and context > LATE:
         early = np.array([float(loss.nats[256:1024].mean()) for loss in long])
-        late = np.array([float(loss.nats[4096:context].mean()) for loss in long])
-        late_short = np.array([float(loss.nats_short[4096:context].mean()) for loss in long])
+        late = np.array([float(loss.nats[LATE:context].mean()) for loss in long])
+        late_short = np.array([float(loss.nats_short[LATE:context].mean()) for loss in long])
         result["position"] = {
             "documents": len(long),
             "nats_256_to_1024": early.mean(),
