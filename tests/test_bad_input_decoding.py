@@ -386,6 +386,12 @@ def test_resized_refuses_less_than_the_longest_sequence(setting, capacity):
         setting.cache.resized(capacity)
 
 
+@pytest.mark.parametrize("sequences", [[], [2], [-1], [0, 1.0], [True]])
+def test_selected_refuses_sequences_that_are_not_there(setting, sequences):
+    with refused("sequences", str(sequences), "0 … 1"):
+        setting.cache.selected(sequences)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Configurations
 # --------------------------------------------------------------------------------------------------------------

@@ -158,6 +158,20 @@ class CacheMachine(RuleBasedStateMachine):
         assert_untouched(old, before, range(self.batch))
         self.cache = old.resized(capacity).resized(max(CAPACITY, capacity))
 
+    @rule(order=st.lists(st.integers(0, 2), min_size=3, max_size=3))
+    def select(self, order):
+        """The sequences in another order, some perhaps twice and some no more."""
+        rows = [s % self.batch for s in order[: self.batch]]
+        old, before = self.cache, snapshot(self.cache)
+        copy = old.selected(rows)
+        for stored in (copy.keys, copy.values, copy.bounds, copy.lengths):
+            stored.add_(1)  # the copy has memory of its own
+        assert_untouched(old, before, range(self.batch))
+        self.cache = old.selected(rows)
+        self.tokens = [list(self.tokens[s]) for s in rows]
+        self.open = [self.open[s] for s in rows]
+        self.sparse_tokens = [set(self.sparse_tokens[s]) for s in rows]
+
     @precondition(lambda self: min(len(tokens) for tokens in self.tokens) < CAPACITY)
     @rule(shift=st.sampled_from([1, 2]))
     def refuse_a_gap(self, shift):
@@ -218,6 +232,16 @@ class CacheMachine(RuleBasedStateMachine):
                         ours = getattr(self.cache, name)[layer, s, :, :kept].numpy()
                         theirs = getattr(expected, name)[layer]
                         assert np.abs(ours - theirs).max() <= EXACT * np.abs(theirs).max()
+
+
+def test_truncate_keeps_no_hold_of_the_callers_tensor():
+    """A caller that goes on counting in the tensor it passed must not move the cache's lengths."""
+    shape = Shape()
+    cache, _ = dense_cache(shape.model(), shape.prompts((6, 4)), 2)
+    kept = cache.lengths - 1
+    cache.truncate(kept)
+    kept -= 1
+    assert cache.lengths.tolist() == [5, 3]
 
 
 TestCacheMachine = CacheMachine.TestCase

@@ -1,0 +1,95 @@
+"""The checkpoint that comes with the package: what it is, what it answers, and the laws on real weights and text."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from resa.reference import ReSAConfig, generate, load_model, load_tokenizer, prefill, rectify, sparse_step
+from resa.reference.checkpoint import shipped_checkpoint
+from resa.reference.corpus import held_out_library
+from resa.reference.demo import DEMO_MODULE, demo_prompt
+
+PROMPT = "import os\n\n\ndef read(path):\n    with open("
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def record():
+    return json.loads((shipped_checkpoint().parent / "record.json").read_text())
+
+
+def test_the_record_describes_the_file(model, record):
+    assert hashlib.sha256(shipped_checkpoint().read_bytes()).hexdigest() == record["sha256"]
+    assert record["runs"][-1]["model"] == asdict(model.config)
+    assert record["runs"][-1]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert all(run["command"].startswith("resa train ") for run in record["runs"])
+    assert sum(run["tokens_seen"] for run in record["runs"]) == record["tokens_seen"]
+
+
+def test_it_is_small_enough_to_ship():
+    assert sum(path.stat().st_size for path in shipped_checkpoint().parent.iterdir()) <= 12_000_000
+
+
+def test_its_logits_are_pinned(model, tokenizer):
+    """Float32 sums round by about 1e-6 of logits near 10 and differ between processors: 1e-3 leaves room for both."""
+    tokens = tokenizer.encode_ordinary(PROMPT)
+    assert tokens == [728, 1204, 469, 319, 1729, 40, 730, 315, 264, 955, 2545, 40]
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens]))[0, -1]
+    top = logits.topk(8)
+    assert top.indices.tolist() == [730, 515, 898, 259, 102, 2329, 1964, 3296]
+    expected = [14.1062, 10.4474, 9.4502, 8.925, 8.4943, 8.3481, 8.1191, 7.8075]
+    assert top.values.tolist() == pytest.approx(expected, abs=1e-3)
+    assert float(logits.logsumexp(0)) == pytest.approx(14.1724, abs=1e-3)
+
+
+def test_it_has_learned_python(model, tokenizer):
+    generation = generate(model, [tokenizer.encode_ordinary(PROMPT)], 16)
+    assert tokenizer.decode(generation.tokens[0]).startswith('path, "rb") as f:\n        return f.read()')
+
+
+def test_the_file_of_the_demo_is_held_out(tokenizer):
+    _, text = demo_prompt()
+    assert DEMO_MODULE in [document.name for document in held_out_library()]
+    assert len(tokenizer.encode_ordinary(text)) > 4096
+
+
+def test_rectification_is_exact_on_real_weights_and_text(tokenizer):
+    """Law 6 where it matters: held-out code, trained weights, selection that leaves most blocks out."""
+    model = load_model(dtype=torch.float64)
+    tokens = tokenizer.encode_ordinary(demo_prompt()[1])[:800]
+    prompt, window = tokens[:-12], tokens[-12:]
+    config = ReSAConfig(min_blocks=4)
+    exact, cache = (model.new_cache(1, len(tokens), config.block_size) for _ in range(2))
+    prefill(model, [tokens], exact)
+    prefill(model, [prompt], cache)
+    for token in window:
+        sparse_step(model, torch.tensor([token]), cache, config)
+    before = (cache.keys - exact.keys).norm() / exact.keys[:, :, :, -12:].norm()
+    rectify(model, [window], cache, torch.tensor([len(window)]))
+    after = (cache.keys - exact.keys).norm() / exact.keys[:, :, :, -12:].norm()
+    assert before > 1e-3
+    assert after < 1e-9
+    torch.testing.assert_close(cache.values, exact.values, rtol=0, atol=1e-9 * float(exact.values.abs().max()))
+
+
+def test_held_out_code_costs_few_bits(model, tokenizer):
+    """Far below the eight bits of a byte; the whole measurement stands in docs/results/language.json."""
+    text = demo_prompt()[1]
+    tokens = torch.tensor([tokenizer.encode_ordinary(text)[:2048]])
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:], reduction="sum")
+    size = len(tokenizer.decode(tokens[0, 1:].tolist()).encode())
+    assert float(losses) / math.log(2) / size < 1.2
