@@ -43,10 +43,11 @@ def fidelity() -> str:
         ]
         for name, row in sorted(result["variants"].items(), key=lambda pair: -pair[1]["kl"])
     ]
+    config = result["config"]
     note = (
-        f"{result['documents']} held-out library modules, {result['tokens_each']} tokens each, after a prompt of 4,096; "
-        f'active ratio {result["config"]["active_ratio"]}, schedule "{result["config"]["schedule"]}"; bootstrap over '
-        f"modules; {result['device']}."
+        f"{result['documents']} held-out library modules, {result['tokens_each']} tokens each after a prompt of 4,096; "
+        f"active ratio {config['active_ratio']}, schedule `{config['schedule']}`; bootstrap over modules; "
+        f"{result['device']}."
     )
     return markdown(head, rows) + "\n\n" + note
 

@@ -1,0 +1,60 @@
+"""What the pages say is so: code runs as written, tables equal their files, links lead somewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "tutorials").glob("*.md"))]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """A Python program of the project; one torch thread, as several tests may run beside each other."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_example_in_the_readme_runs_as_written():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert sum(1 for line in code.splitlines() if line.strip()) <= 10
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith('path, "rb") as f:\n        return f.read()')
+    # 38 tokens chosen, the last never fed: 37 = 32 + 5.
+    assert done.stdout.endswith("\n5 tokens since the last rectification\n")
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda path: path.name)
+def test_a_tutorial_runs(script):
+    done = run(script)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+    assert script.name in (ROOT / "tutorials" / "README.md").read_text()
+
+
+def test_tables_are_what_their_files_say():
+    done = run("docs/make_tables.py", "--check")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_file_tree_in_the_readme_is_the_one_there_is():
+    (tree,) = re.findall(r"```\n(reference/.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    folders, modules = tree.split("fast/")[0], set(re.findall(r"\b(\w+\.py)\b", tree))
+    there = {path.name for path in (ROOT / "reference").rglob("*.py")} - {"__init__.py", "__main__.py"}
+    assert there - {"statistics.py"} <= modules
+    assert modules <= there | {"oracle.py"}
+    assert "evals/" in folders
+    for folder in ("reference", "fast", "tests", "tutorials", "docs"):
+        assert re.search(rf"^{folder}/ ", tree, re.MULTILINE)
+        assert (ROOT / folder).is_dir()
