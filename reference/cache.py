@@ -25,6 +25,7 @@ BlockBounds = Callable[[Tensor, Tensor, int], Tensor]
 class Window:
     """Where a window of newest tokens lies in a ragged cache: its token slots, and the blocks they touch."""
 
+    width: int  # Q, the most tokens of one sequence
     start: Tensor  # [B]
     end: Tensor  # [B]
     row: Tensor  # [tokens] sequence of each written token
@@ -50,7 +51,7 @@ class Window:
         block_row, block_column = is_touched.nonzero(as_tuple=True)
         touched = block[block_row, block_column]
         position = start[row] + column
-        return cls(start, end, row, column, position, slot, slots_in_use, block_row, block_column, touched)
+        return cls(width, start, end, row, column, position, slot, slots_in_use, block_row, block_column, touched)
 
 
 @dataclass
@@ -120,6 +121,7 @@ class KVCache:
         """
         letters = "B Hkv Q D"
         bind_shapes(cache=(self.keys[layer], "B Hkv T_max D"), keys=(keys, letters), values=(values, letters))
+        require(keys.shape[2] == window.width, "keys", f"{keys.shape[2]} tokens", f"the window's {window.width}")
         check_dtypes(FLOATS, cache=self.keys, keys=keys, values=values)
         row, column, position = window.row, window.column, window.position
         self.keys[layer][row, :, position] = keys[row, :, column]  # [tokens, Hkv, D]
@@ -142,7 +144,7 @@ class KVCache:
         cut = Window.plan((lengths - 1).clamp(min=0), lengths, 1, self.block_size)  # the block cut through
         for layer in range(self.keys.shape[0]):
             self._refresh_bounds(layer, cut)
-        self.lengths = lengths.to(torch.int32)
+        self.lengths = lengths.to(torch.int32, copy=True)
 
     def resized(self, capacity: int) -> KVCache:
         """A copy with room for `capacity` tokens per sequence; this cache stays as it is."""
@@ -167,6 +169,8 @@ class KVCache:
 
     def _refresh_bounds(self, layer: int, window: Window) -> None:
         """Rebuild the bounds of the blocks that the window touches from their keys."""
+        if self.capacity == 0:  # no slot to gather from
+            return
         slot = window.slot.clamp(max=self.capacity - 1)  # [B, n·b]
         sequence = torch.arange(len(slot), device=slot.device)[:, None]
         keys = self.keys[layer][sequence, :, slot].transpose(1, 2)  # [B, Hkv, n·b, D]

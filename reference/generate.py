@@ -43,6 +43,7 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache, *, chu
     require(is_integer(chunk_size, 1), "chunk_size", chunk_size, "an integer ≥ 1")
     tokens, lengths = _pad("prompts", prompts, cache)
     check_lengths("prompts: lengths in the cache", cache.lengths + lengths, cache.capacity)
+    model.check_tokens(tokens)
     logits = torch.zeros(len(prompts), model.config.vocab_size, dtype=cache.keys.dtype, device=tokens.device)
     for offset in range(0, tokens.shape[1], chunk_size):
         counts = (lengths - offset).clamp(0, chunk_size)
@@ -97,6 +98,12 @@ def decode_step(model: GPT, generation: Generation, config: ReSAConfig, active: 
     "paper" after it, its logits discarded.
     """
     cache, window = generation.cache, generation.window
+    bind_shapes(cache=(cache.lengths, "B"), active=(active, "B"))
+    require(active.dtype == torch.bool, "active", active.dtype, "bool")
+    require(
+        bool((generation.pending[active] >= 0).all()), "pending", generation.pending.tolist(), "a token where active"
+    )
+    check_lengths("lengths after the step", cache.lengths + active, cache.capacity)
     dense_due = cache.lengths < config.dense_below
     if config.interval is not None and config.schedule == "fused":
         dense_due = dense_due | (window + 1 >= config.interval)
@@ -124,7 +131,8 @@ def decode_along(
     """Decode along tokens that are given rather than chosen (teacher forcing), from a prefilled cache.
 
     tokens: one iterable per sequence, drawn from step by step; the first to end ends them all. Yields the logits
-    [B, V] after each step, and the state that decoding has reached. The cache is extended in place and must have room.
+    [B, V] after each step, and the state that decoding has reached; its last tokens have been fed, so it is none to
+    resume from. The cache is extended in place and must have room.
     """
     window = torch.zeros_like(cache.lengths, dtype=torch.int64)
     state = Generation([[] for _ in tokens], cache, window, torch.full_like(window, NO_TOKEN))
@@ -166,8 +174,8 @@ def generate(
     """
     config = ReSAConfig() if config is None else config
     _check_request(model, prompts, max_new_tokens, config, stop_tokens, resume)
-    choose = _token_chooser(len(prompts), temperature, top_p, generator)
     capacity = _check_capacity(model, prompts, max_new_tokens, resume)
+    choose = _token_chooser(len(prompts), temperature, top_p, generator)
     generation, feed = _open(model, prompts, capacity, config, resume)
     logits = prefill(model, feed, generation.cache)
     active = torch.full((len(prompts),), max_new_tokens > 0, device=logits.device)
@@ -192,10 +200,13 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
     """
     if temperature == 0:
         return int(logits.argmax())  # the first of equals
-    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    logits = logits.double()
+    # Less the largest, so that a division by the smallest temperature overflows to −∞ alone, never to ∞ − ∞.
+    probabilities = torch.softmax((logits - logits.max()) / temperature, dim=-1)
     ranked, ids = probabilities.sort(descending=True, stable=True)
     mass = ranked.cumsum(dim=0)
-    kept = int((mass - ranked < top_p).sum())  # tokens before which the mass has not been reached
+    # The tokens before which the mass has not been reached; less a little, for the rounding of the sums.
+    kept = max(int((mass - ranked < top_p - 1e-12).sum()), 1)
     device = "cpu" if generator is None else generator.device
     uniform = torch.rand((), dtype=torch.float64, device=device, generator=generator).item()
     chosen = int(torch.searchsorted(mass[:kept], uniform * mass[kept - 1], right=True))
@@ -206,9 +217,13 @@ def _token_chooser(
     batch: int, temperature: float, top_p: float, generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> Callable[[int, Tensor], int]:
     """`choose(sequence, logits)`, each sequence with a generator of its own (law 9)."""
-    is_number = isinstance(temperature, (int, float)) and 0 <= temperature < float("inf")
+    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    is_number = is_number and 0 <= temperature < float("inf")
     require(is_number, "temperature", temperature, "a finite number ≥ 0")
-    require(isinstance(top_p, (int, float)) and 0 < top_p <= 1, "top_p", top_p, "0 < top_p ≤ 1")
+    is_share = isinstance(top_p, (int, float)) and not isinstance(top_p, bool) and 0 < top_p <= 1
+    require(is_share, "top_p", top_p, "0 < top_p ≤ 1")
+    is_generator = generator is None or isinstance(generator, (torch.Generator, Sequence))
+    require(is_generator, "generator", generator, "a torch.Generator, one per prompt, or None")
     if isinstance(generator, Sequence):
         require(len(generator) == batch, "generator", f"{len(generator)} generators", f"one, or {batch}")
         own = list(generator)
@@ -241,6 +256,7 @@ def _check_request(
         require(is_fed, f"prompts[{index}]", repr(prompt)[:60], "a non-empty list of token ids")
         is_known = all(is_integer(token, 0) and token < vocabulary for token in prompt)
         require(is_known, f"prompts[{index}]", repr(prompt)[:60], f"token ids 0 … {vocabulary - 1}")
+    require(isinstance(stop_tokens, Collection), "stop_tokens", stop_tokens, "a list or set of token ids")
     for token in stop_tokens:
         require(is_integer(token, 0) and token < vocabulary, "stop_tokens", token, f"token ids 0 … {vocabulary - 1}")
     if resume is not None:

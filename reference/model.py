@@ -219,12 +219,16 @@ class GPT(nn.Module):
     def _check_pass(self, tokens: Tensor, letters: str, cache: KVCache, **per_sequence: Tensor) -> dict[str, int]:
         others = {name: (tensor, "B") for name, tensor in per_sequence.items()}
         sizes = bind_shapes(cache=(cache.lengths, "B"), tokens=(tokens, letters), **others)
+        self.check_tokens(tokens)
+        return sizes
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """The tokens must be integers of the vocabulary."""
         check_dtypes(INTEGERS, tokens=tokens)
         if tokens.numel():
             low, high = (int(limit) for limit in tokens.aminmax())
             vocabulary = self.config.vocab_size
             require(low >= 0 and high < vocabulary, "tokens", f"{low} … {high}", f"0 … {vocabulary - 1}")
-        return sizes
 
 
 def _causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
