@@ -336,7 +336,7 @@ def test_a_closed_pipe_is_no_error_to_read_about(path):
 )
 @pytest.mark.parametrize("as_json", [[], ["--json"]])
 def test_generate_refuses_by_name(resa, path, arguments, named, as_json):
-    result = resa("generate", "a = 1\n", "--model", path, *arguments, *as_json)
+    result = resa("generate", "a = 1\n", "--model", path, "--tokens", 9, *arguments, *as_json)
     assert_refused(result, "generate", named)
     assert not as_json or result[1] == ""
 
