@@ -37,7 +37,8 @@ def sparse_attention(
     query [B, Hq, D], keys and values [B, Hkv, T_max, D], indices [B, Hkv, N] with −1 for nothing, lengths [B]
     → out [B, Hq, D] in the query's dtype and, if asked, lse [B, Hq]: the natural log-sum-exp of the logits
     scaled by D**-0.5, float32 (float64 for float64 input). The G heads of a group share one selection.
-    No visible token gives zeros and −∞. Raises `ValueError` for arguments that do not fit together.
+    No visible token gives zeros and −∞. Values of valid tokens must be finite. Raises `ValueError` for arguments that
+    do not fit together.
     """
     sizes = bind_shapes(
         query=(query, "B Hq D"),
@@ -83,7 +84,8 @@ def dense_attention(
     query [B, Hq, Q, D], keys and values [B, Hkv, T_max, D], lengths [B] (the window's own tokens included),
     query_lengths [B] (default Q) → out [B, Hq, Q, D] in the query's dtype and, if asked, lse [B, Hq, Q]. Query i
     of sequence s stands at position lengths[s] − query_lengths[s] + i and sees the keys up to and including that
-    position. Rows at or past query_lengths[s], or at negative positions, give zeros and −∞.
+    position. Rows at or past query_lengths[s], or at negative positions, give zeros and −∞. Values of valid tokens
+    must be finite: 0 · NaN is NaN, so that a row would see the NaN of a later one.
     Raises `ValueError` for arguments that do not fit together.
     """
     sizes = bind_shapes(

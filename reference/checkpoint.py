@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checks import FLOATS, refuse, require
+from .checks import FLOATS, checked_device, refuse, require
 from .config import GPTConfig
 from .files import write_atomically
 from .model import GPT, Operations
@@ -63,6 +63,7 @@ def load_model(
     """
     path = shipped_checkpoint() if path is None else path
     require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))
+    device = checked_device("device", device)
     header = read_header(path, MODEL_FORMAT)
     config = config_from_json(path, header.get("config", ""))
     # One layer has several tensors: a damaged count must not make us build a billion layers.
@@ -72,6 +73,8 @@ def load_model(
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tensors = read_tensors(path, shapes)
     placed = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    for name, tensor in placed.items():
+        require(bool(tensor.isfinite().all()), f"{path}: tensor {name}", "values too large", f"what fits {dtype}")
     model.load_state_dict(placed, strict=False, assign=True)  # read_tensors has compared the names
     if config.tied_embeddings:
         model.output.weight = model.embed.weight

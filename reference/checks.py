@@ -88,3 +88,15 @@ def check_heads(query_heads: int, kv_heads: int) -> None:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums are taken in float32, for float64 input in float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def checked_device(argument: str, device: torch.device | str) -> torch.device:
+    """The CPU or a GPU that is there; `ValueError` for anything else."""
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:  # not a device's name at all
+        chosen = None
+    allowed = "cpu" + "".join(f", cuda:{index}" for index in range(torch.cuda.device_count()))
+    is_gpu = chosen is not None and chosen.type == "cuda" and (chosen.index or 0) < torch.cuda.device_count()
+    require(is_gpu or chosen == torch.device("cpu"), argument, device, allowed)
+    return chosen

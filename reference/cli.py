@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import hashlib
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
 
 from .checkpoint import load_model, shipped_checkpoint
-from .checks import require
+from .checks import checked_device, require
 from .config import SCHEDULES, GPTConfig, ReSAConfig
 from .files import write_atomically
 from .generate import generate
@@ -37,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"resa {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -46,11 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every command and its arguments."""
-    parser = argparse.ArgumentParser(
-        prog="resa", description="Rectified sparse attention, from one readable reference."
-    )
+    parser = _Parser(prog="resa", description="Rectified sparse attention, from one readable reference.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_generate(commands)
@@ -78,17 +86,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(options: argparse.Namespace) -> GPT:
-    return load_model(options.model, device=_device(options.device))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: got {name!r}; allowed: cpu, cuda or cuda:INDEX") from None
-    is_there = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
-    require(is_there, "--device", name, "cpu, or cuda where there is a GPU")
-    return device
+    return load_model(options.model, device=checked_device("--device", options.device))
 
 
 def _add_sparsity(parser: argparse.ArgumentParser) -> None:
@@ -125,20 +123,31 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"--prompt-file: {path} is not UTF-8 text ({error})") from None
 
 
+def _writable(argument: str, path: Path) -> Path:
+    """The path, in a folder that exists from now on and may be written: found out before the work, not after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{argument}: got {path}; allowed: a file in a folder that can be made ({error})") from None
+    require(os.access(path.parent, os.W_OK) and not path.is_dir(), argument, path, "a file in a folder one may write")
+    return path
+
+
 def _report(result: dict[str, object], out: Path | None) -> None:
     """Print a result as JSON and, if asked, keep it in a file with what it was measured on."""
     text = json.dumps(result, indent=1)
     print(text)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, (text + "\n").encode())
 
 
-def _provenance(device: str) -> dict[str, str]:
-    """Command, device and versions that a result was measured with."""
+def _provenance(options: argparse.Namespace) -> dict[str, str]:
+    """Command, checkpoint, device and versions that a result was measured with."""
+    device = options.device
     is_gpu = torch.device(device).type == "cuda"
     return {
-        "command": "resa " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["resa", *sys.argv[1:]]),
+        "checkpoint_sha256": hashlib.sha256(options.model.read_bytes()).hexdigest(),
         "device": torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -156,7 +165,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     parser = _command(commands, "demo", _run_demo, text)
     parser.add_argument("--prompt-file", type=Path, help="continue this file (default: a held-out library module)")
-    parser.add_argument("--prompt-tokens", type=int, default=4096, help="take at most this many of the file's tokens")
+    parser.add_argument("--prompt-tokens", type=int, default=3072, help="take at most this many of the file's tokens")
     parser.add_argument("--tokens", type=int, default=512, help="how many tokens to write")
     parser.add_argument("--intervals", type=int, nargs="+", default=[8, 32, 128], help="tokens per rectification")
     parser.add_argument("--schedule", choices=SCHEDULES, default="paper", help="when the dense pass comes")
@@ -193,7 +202,7 @@ def _run_demo(options: argparse.Namespace) -> None:
     draw_figure(result, options.figure, subject.split(" (")[0])
     console.print(f"The figure is {options.figure}; all this took {result['seconds']} s.")
     if options.json:
-        _report({**result, "subject": subject, "figure": str(options.figure), **_provenance(options.device)}, None)
+        _report({**result, "subject": subject, "figure": str(options.figure), **_provenance(options)}, None)
 
 
 # ---- generate --------------------------------------------------------------------------------------------------------
@@ -226,8 +235,10 @@ def _run_generate(options: argparse.Namespace) -> None:
     require(len(prompt) > 0, "prompt", repr(text), "at least one character")
     if not options.json:
         print(text, end="", flush=True)
-    writer = _Writer(tokenizer.decode_single_token_bytes, silent=options.json)
+    reading = Console(stderr=True).status(f"Reading {len(prompt):,} tokens …")
+    writer = _Writer(tokenizer.decode_single_token_bytes, reading.stop, silent=options.json)
     started = time.perf_counter()
+    reading.start()
     generation = generate(
         model,
         [prompt],
@@ -239,6 +250,7 @@ def _run_generate(options: argparse.Namespace) -> None:
         stop_tokens=[tokenizer.encode_single_token(END_OF_TEXT)],
         on_token=writer,
     )
+    reading.stop()
     seconds = time.perf_counter() - started
     tokens = generation.tokens[0]
     if options.json:
@@ -252,11 +264,12 @@ def _run_generate(options: argparse.Namespace) -> None:
 class _Writer:
     """Writes tokens as they come; a character whose bytes span tokens waits until it is whole."""
 
-    def __init__(self, token_bytes: Callable[[int], bytes], *, silent: bool) -> None:
-        self.token_bytes, self.silent = token_bytes, silent
+    def __init__(self, token_bytes: Callable[[int], bytes], on_first: Callable[[], None], *, silent: bool) -> None:
+        self.token_bytes, self.on_first, self.silent = token_bytes, on_first, silent
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, sequence: int, position: int, token: int) -> None:
+        self.on_first()  # does nothing from the second token on
         text = self.decoder.decode(self.token_bytes(token))
         if not self.silent:
             print(text, end="", flush=True)
@@ -283,6 +296,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is a GPU)")
     parser.add_argument("--no-compile", action="store_true", help="do not compile the model on a GPU")
     parser.add_argument("--init", type=Path, help="begin with this finished model's weights, not with random ones")
+    parser.add_argument("--json", action="store_true", help="accepted for uniformity: the record is printed as JSON")
     parser.add_argument("--fresh", action="store_true", help="start over, even if --out holds a checkpoint")
     shape = parser.add_argument_group("the model's shape")
     for entry in fields(GPTConfig):
@@ -368,9 +382,10 @@ def _run_train(options: argparse.Namespace) -> None:
 def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
     text = "Train the vocabulary, or look at how it cuts a text. With TEXT or --prompt-file, shows the tokens."
     parser = _command(commands, "tokenizer", _run_tokenizer, text)
-    parser.add_argument("text", nargs="?", help="show the tokens of this text")
-    parser.add_argument("--prompt-file", type=Path, help="show the tokens of this file")
-    parser.add_argument("--train", type=Path, metavar="FILE", help="train ranks and write them to FILE")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("text", nargs="?", help="show the tokens of this text")
+    task.add_argument("--prompt-file", type=Path, help="show the tokens of this file")
+    task.add_argument("--train", type=Path, metavar="FILE", help="train ranks and write them to FILE")
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens, with the 256 bytes and the end of text")
     parser.add_argument("--ranks", type=Path, default=shipped_ranks(), help="the ranks to show tokens with")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -381,6 +396,7 @@ def _run_tokenizer(options: argparse.Namespace) -> None:
     from .train import run_tokenizer
 
     if options.train is not None:
+        _writable("--train", options.train)
         result = run_tokenizer(
             options.train, vocab_size=options.vocab_size, packages=options.packages, folders=options.folder
         )
@@ -407,6 +423,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "eval", _run_eval, text)
     parser.add_argument("question", choices=("language", "fidelity"), help="what to measure")
     parser.add_argument("--out", type=Path, help="write the JSON result to this file too")
+    parser.add_argument("--json", action="store_true", help="accepted for uniformity: the result is printed as JSON")
     parser.add_argument("--documents", type=int, default=16, help="fidelity: how many held-out documents")
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="fidelity: tokens before the first step")
     parser.add_argument("--tokens", type=int, default=512, help="fidelity: tokens decoded per document")
@@ -428,13 +445,16 @@ def _run_eval(options: argparse.Namespace) -> None:
     from .evals.language import measure_language
 
     config = _sparsity(options, schedule=options.schedule)
+    if options.out is not None:
+        _writable("--out", options.out)
     for name in ("probes", "batch", "documents", "tokens", "prompt_tokens"):
         require(getattr(options, name) >= 1, f"--{name.replace('_', '-')}", getattr(options, name), "an integer ≥ 1")
     tokenizer, model = load_tokenizer(), _load(options)
     started = time.perf_counter()
-    held_out = held_out_library()
     if options.packages or options.folder:
         held_out = local_corpus(packages=options.packages, folders=options.folder).held_out
+    else:
+        held_out = held_out_library()
     if options.question == "language":
         amounts = {"distances": options.distances, "n_probes": options.probes, "batch": options.batch}
         result = measure_language(model, held_out, tokenizer, config, **amounts)
@@ -446,4 +466,4 @@ def _run_eval(options: argparse.Namespace) -> None:
         require(len(long) > 0, "--prompt-tokens", options.prompt_tokens, "less than the longest held-out document")
         result = measure_fidelity(model, long, options.tokens, config, options.intervals, batch=options.batch)
     seconds = round(time.perf_counter() - started, 1)
-    _report({"question": options.question, **result, **_provenance(options.device), "seconds": seconds}, options.out)
+    _report({"question": options.question, **result, **_provenance(options), "seconds": seconds}, options.out)

@@ -50,6 +50,8 @@ class DemoOptions:
     def __post_init__(self) -> None:
         require(is_integer(self.n_tokens, 2), "tokens", self.n_tokens, "an integer ≥ 2")
         require(len(self.intervals) > 0, "intervals", self.intervals, "at least one")
+        is_number = isinstance(self.temperature, (int, float)) and 0 <= self.temperature < float("inf")
+        require(is_number, "temperature", self.temperature, "a finite number ≥ 0")
 
 
 def demo_prompt() -> tuple[str, str]:
@@ -71,7 +73,8 @@ def run_demo(
     started = time.perf_counter()
     variants = decoding_variants(options.config, options.intervals)
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar, one_torch_thread():
+    progress = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=progress, transient=True) as bar, one_torch_thread():
 
         def counter(name: str) -> Callable[..., None]:
             task = bar.add_task(name, total=options.n_tokens)
@@ -86,13 +89,14 @@ def run_demo(
             seed=options.seed,
             on_token=counter("dense"),
         )
-        console.print(f"{_elapsed(started)} dense        wrote the tokens that all others are compared on")
+        bar.console.print(f"{_elapsed(started)} dense        wrote the tokens that all others are compared on")
         found = {}
         for name, comparison in follow_all(model, teacher, variants, counter):
             found[name] = comparison
-            same = common_prefix(teacher.tokens[0], comparison.own_tokens)
-            loss = float(comparison.kl.mean())
-            console.print(f"{_elapsed(started)} {name:<12} KL {loss:.4f} nats; parts from dense after {same} tokens")
+            loss, alike = float(comparison.kl.mean()), float(comparison.agreement.float().mean())
+            bar.console.print(
+                f"{_elapsed(started)} {name:<12} KL from dense {loss:.4f} nats, same top token {alike:.1%}"
+            )
     found = {name: found[name] for name in variants}
     rows = summarise(teacher, variants, found)
     for part in (side_by_side(teacher, found, tokenizer), loss_table(rows), cache_table(rows), verdict(rows)):
@@ -114,7 +118,7 @@ def follow_all(
     with ThreadPoolExecutor(max_workers=(os.cpu_count() or 1) if is_cpu else 1) as pool:
         # The last one, decode-only, takes longest: begun first, it does not end alone.
         waiting = {
-            pool.submit(follow, model, teacher, config, on_step=counter(name)): name
+            pool.submit(follow, model, teacher, config, own_choice=name in SIDE_BY_SIDE, on_step=counter(name)): name
             for name, config in reversed(variants.items())
         }
         try:
@@ -164,6 +168,8 @@ def summarise(
     }
     for name, comparison in found.items():
         kl = float(comparison.kl.mean())
+        config, blocks = variants[name], int(teacher.opening.cache.lengths.min()) / variants[name].block_size
+        is_modelled = config.active_ratio * blocks >= config.min_blocks  # below, min_blocks decides what is read
         rows[name] = {
             "kl": kl,
             "step_error": step_error,
@@ -174,7 +180,7 @@ def summarise(
             "after_rectification": comparison.drift_after_rectification,
             "bytes_per_token": comparison.bytes_per_token,
             "read_ratio": comparison.bytes_per_token / teacher.bytes_per_token,
-            "cost_model": read_ratio(variants[name]),
+            "cost_model": read_ratio(variants[name]) if is_modelled else None,
         }
     return rows
 
@@ -210,7 +216,7 @@ def cache_table(rows: dict[str, dict[str, float | None]]) -> Table:
             "–" if after is None else f"{after:.1g}",
             f"{row['bytes_per_token'] / 2**20:.2f}",
             f"{row['read_ratio']:.3f}",
-            f"{row['cost_model']:.3f}",
+            "–" if row["cost_model"] is None else f"{row['cost_model']:.3f}",
         )
     return table
 

@@ -42,7 +42,8 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache, *, chu
     """
     require(is_integer(chunk_size, 1), "chunk_size", chunk_size, "an integer ≥ 1")
     tokens, lengths = _pad("prompts", prompts, cache)
-    check_lengths("prompts: lengths in the cache", cache.lengths + lengths, cache.capacity)
+    room = min(cache.capacity, model.config.context)
+    check_lengths("prompts: lengths in the cache", cache.lengths + lengths, room)
     model.check_tokens(tokens)
     logits = torch.zeros(len(prompts), model.config.vocab_size, dtype=cache.keys.dtype, device=tokens.device)
     for offset in range(0, tokens.shape[1], chunk_size):
@@ -225,6 +226,8 @@ def _token_chooser(
     is_generator = generator is None or isinstance(generator, (torch.Generator, Sequence))
     require(is_generator, "generator", generator, "a torch.Generator, one per prompt, or None")
     if isinstance(generator, Sequence):
+        are_generators = all(isinstance(each, torch.Generator) for each in generator)
+        require(are_generators, "generator", repr(generator)[:60], "torch.Generators")
         require(len(generator) == batch, "generator", f"{len(generator)} generators", f"one, or {batch}")
         own = list(generator)
     elif temperature == 0:
@@ -249,6 +252,8 @@ def _check_request(
     require(is_integer(max_new_tokens, 0), "max_new_tokens", max_new_tokens, "an integer ≥ 0")
     is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
     require(is_list, "prompts", repr(prompts)[:60], "a non-empty list of token lists")
+    is_generation = resume is None or isinstance(resume, Generation)
+    require(is_generation, "resume", type(resume).__name__, "a Generation, or None")
     vocabulary = model.config.vocab_size
     for index, prompt in enumerate(prompts):
         is_continued = resume is not None and index < len(resume.tokens) and len(resume.tokens[index]) > 0
@@ -262,6 +267,10 @@ def _check_request(
     if resume is not None:
         require(len(prompts) == len(resume.tokens), "prompts", f"{len(prompts)} lists", f"{len(resume.tokens)}")
         block_size = resume.cache.block_size
+        keys, weight, shape = resume.cache.keys, model.embed.weight, model.config
+        given = (keys.shape[0], keys.shape[2], keys.shape[4], keys.dtype, keys.device)
+        wanted = (shape.n_layer, shape.n_kv_head, shape.head_dim, weight.dtype, weight.device)
+        require(given == wanted, "resume", f"a cache of {given}", f"this model's layers, KV heads, head_dim … {wanted}")
         require(config.block_size == block_size, "config.block_size", config.block_size, f"{block_size}, the cache's")
 
 
@@ -305,6 +314,9 @@ def _newest_tokens(generation: Generation, counts: Tensor) -> list[list[int]]:
 def _pad(argument: str, tokens: Sequence[Sequence[int]], cache: KVCache) -> tuple[Tensor, Tensor]:
     """Ragged token lists as one tensor [B, longest], padded with 0, and their lengths [B] int32."""
     batch = len(cache.lengths)
+    for index, row in enumerate(tokens):
+        is_list = isinstance(row, Sequence) and all(is_integer(token, 0) for token in row)
+        require(is_list, f"{argument}[{index}]", repr(row)[:60], "a list of token ids")
     require(len(tokens) == batch, argument, f"{len(tokens)} lists", f"{batch}, one per sequence of the cache")
     longest = max(len(row) for row in tokens)
     padded = [list(row) + [0] * (longest - len(row)) for row in tokens]

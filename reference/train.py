@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from .checkpoint import load_model, read_header, read_tensors, save_model, save_tensors
-from .checks import is_integer, require
+from .checks import checked_device, is_integer, require
 from .config import GPTConfig
 from .corpus import (
     STANDARD_LIBRARY,
@@ -282,6 +282,7 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=device.type == "cuda")
         self.loss_of: Callable[[GPT, Tensor], Tensor] = loss_of
+        self.init: str | None = None  # digest of the weights begun with, if they were not random
         self.step = 0  # steps done
         self.seconds = 0.0  # spent on those steps, over all processes that took part
         self.loss_sum = torch.zeros((), device=device)  # over the steps since the last line of the log
@@ -343,7 +344,7 @@ class Trainer:
         """What must be the same for a run to be the same run; as JSON gives it back."""
         fields = {"model." + name: value for name, value in asdict(self.model.config).items()}
         fields |= {"train." + name: value for name, value in self.config.decisive().items()}
-        return json.loads(json.dumps({**fields, "data": self.data.digest}))
+        return json.loads(json.dumps({**fields, "data": self.data.digest, "init": self.init}))
 
     def save(self) -> None:
         """Writes the state to one file in one step."""
@@ -403,7 +404,7 @@ def train(
 
     Errors: ValueError for inputs that do not fit, before any work; RuntimeError if the loss is not finite.
     """
-    device = checked_device(device)
+    device = checked_device("device", device)
     check_run(model_config, config, data)
     weights = None if init is None else initial_weights(init, model_config)
     out = Path(out)
@@ -411,6 +412,7 @@ def train(
     trainer = Trainer(model_config, config, data, out, device)
     if weights is not None:
         trainer.model.load_state_dict(weights)
+        trainer.init = hashlib.sha256(Path(init).read_bytes()).hexdigest()
     if resume and trainer.path.is_file():
         trainer.restore()
     trim_log(out / "log.jsonl", trainer.step)
@@ -431,18 +433,6 @@ def initial_weights(path: str | os.PathLike, model_config: GPTConfig) -> dict[st
         stored = getattr(model.config, name)
         require(value == stored, name, value, f"{stored}, as in {path}")
     return model.state_dict()
-
-
-def checked_device(device: torch.device | str) -> torch.device:
-    """The device to train on; ValueError if there is none such here."""
-    try:
-        given = torch.device(device)
-    except RuntimeError:  # not a device's name at all
-        given = None
-    allowed = "cpu" + "".join(f", cuda:{index}" for index in range(torch.cuda.device_count()))
-    is_gpu = given is not None and given.type == "cuda" and (given.index or 0) < torch.cuda.device_count()
-    require(is_gpu or given == torch.device("cpu"), "device", device, allowed)
-    return given
 
 
 def check_run(model_config: GPTConfig, config: TrainConfig, data: TrainData) -> None:
@@ -602,6 +592,7 @@ def export(trainer: Trainer) -> None:
     is_gpu = trainer.device.type == "cuda"
     record = {
         "command": shlex.join(["resa", *sys.argv[1:]]),
+        "init_sha256": trainer.init,
         "model": asdict(trainer.model.config),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "train": asdict(config),
@@ -644,12 +635,14 @@ def run(
 
     `device` None is the GPU if there is one. The vocabulary is the shipped tokenizer's.
     """
-    device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = checked_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     vocabulary = load_tokenizer().n_vocab
     require(
         model_config.vocab_size == vocabulary, "vocab_size", model_config.vocab_size, f"{vocabulary}, the tokenizer's"
     )
     require(config.context <= model_config.context, "context", config.context, f"≤ {model_config.context}, the model's")
+    if init is not None:
+        initial_weights(init, model_config)  # refused here or not at all: the corpus takes a minute to read
     out = Path(out)
     data = prepare_data(config, out / "cache", packages=packages, folders=folders, progress=progress)
     options = {"device": device, "compiled": compiled, "resume": resume, "init": init, "progress": progress}

@@ -11,8 +11,9 @@ import oracle
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from resa.reference import GPT, Generation, GPTConfig, KVCache, ReSAConfig, block_bounds, decode_step, prefill
 from tolerances import assert_same_bits
+
+from resa.reference import GPT, Generation, GPTConfig, KVCache, ReSAConfig, block_bounds, decode_step, prefill
 
 EXACT = 1e-9  # the specification's tolerance in float64, for relative differences
 # What a test that wants to see a difference asks for: a hundred times what a test of equality lets pass.

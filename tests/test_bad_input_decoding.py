@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from small_models import Shape, assert_untouched, snapshot, started
+
 from resa.reference import (
     GPT,
     Generation,
@@ -22,7 +24,6 @@ from resa.reference import (
     rectify,
     sparse_step,
 )
-from small_models import Shape, assert_untouched, snapshot, started
 
 SHAPE = Shape(seed=1, context=24)
 CONFIG = ReSAConfig(block_size=2, min_blocks=2, interval=3)
@@ -179,7 +180,10 @@ def test_resume_without_a_pending_token_needs_a_prompt():
         ([[1] * 4, [2]], {}, "prompts: lengths in the cache"),
         ([[1], [2] * 8], {}, "prompts: lengths in the cache"),
         ([[1], [23]], {}, "tokens"),
-        ([[1], [-1]], {}, "tokens"),
+        ([[1], [-1]], {}, "prompts[1]"),
+        ([[1], [1.5]], {}, "prompts[1]"),
+        ([[1], "ab"], {}, "prompts[1]"),
+        ([[1], 5], {}, "prompts[1]"),
         ([[1], [2]], {"chunk_size": 0}, "chunk_size"),
         ([[1], [2]], {"chunk_size": 2.0}, "chunk_size"),
         ([[1], [2]], {"chunk_size": True}, "chunk_size"),

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+
 from resa.reference.config import GPTConfig, ReSAConfig
 
 # One valid call: two sequences, two KV heads of three query heads, four channels, ten slots in blocks of four.

@@ -14,7 +14,6 @@ import torch
 from hypothesis import note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from resa.reference import ReSAConfig, prefill, rectify, sparse_step
 from small_models import (
     EXACT,
     NAN,
@@ -30,6 +29,8 @@ from small_models import (
     snapshot,
     weights,
 )
+
+from resa.reference import ReSAConfig, prefill, rectify, sparse_step
 
 CAPACITY = 40
 masks = st.lists(st.booleans(), min_size=3, max_size=3)  # cut to the batch

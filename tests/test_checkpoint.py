@@ -12,10 +12,11 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import Shape, shapes
+
 from resa.reference import REFERENCE_OPS
 from resa.reference.checkpoint import load_model, read_header, read_tensors, save_model, save_tensors
 from resa.reference.files import write_atomically
-from small_models import Shape, shapes
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

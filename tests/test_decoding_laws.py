@@ -13,8 +13,6 @@ import pytest
 import torch
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
-from resa.reference import ReSAConfig, generate, prefill, rectify, sparse_step
-from resa.reference.generate import decode_along
 from small_models import (
     EXACT,
     NAN,
@@ -36,6 +34,9 @@ from small_models import (
     weights,
 )
 from tolerances import assert_same_bits
+
+from resa.reference import ReSAConfig, generate, prefill, rectify, sparse_step
+from resa.reference.generate import decode_along
 
 
 @dataclass(frozen=True)

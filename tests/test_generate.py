@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
-from resa.reference import ReSAConfig, generate, sample_token
 from small_models import (
     EXACT,
     VISIBLE,
@@ -24,6 +23,8 @@ from small_models import (
     sparse_configs,
 )
 from tolerances import assert_same_bits
+
+from resa.reference import ReSAConfig, generate, sample_token
 
 SHAPE = Shape(seed=11)
 PROMPTS = SHAPE.prompts((19, 1, 8))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from resa import reference
 
 FOLDER = Path(reference.__file__).parent

@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
-from resa.reference.config import ReSAConfig
 from strategies import NAN, ORDINARY_KEYS, Case, build_scores, cases, decoding
 from tolerances import assert_same_bits, assert_within, eps
+
+from resa.reference.config import ReSAConfig
 
 INF = math.inf
 EPS = eps(torch.float64)

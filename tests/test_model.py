@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from resa.reference import GPT, REFERENCE_OPS, Operations, ReSAConfig, generate, prefill, rectify, sparse_step
-from resa.reference.model import RMSNorm, apply_rotary, rotary_angles
 from small_models import (
     EXACT,
     VISIBLE,
@@ -22,6 +20,9 @@ from small_models import (
     started,
     weights,
 )
+
+from resa.reference import GPT, REFERENCE_OPS, Operations, ReSAConfig, generate, prefill, rectify, sparse_step
+from resa.reference.model import RMSNorm, apply_rotary, rotary_angles
 
 CONFIG = ReSAConfig(block_size=2, min_blocks=2, interval=3)
 

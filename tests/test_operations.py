@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import event, given, target
 from hypothesis import strategies as st
-from resa.reference.config import ReSAConfig
 from strategies import NAN, SCORE_KINDS, Case, build_scores, cases, decoding
 from tolerances import (
     assert_same_bits,
@@ -23,6 +22,8 @@ from tolerances import (
     output_floor,
     score_floor,
 )
+
+from resa.reference.config import ReSAConfig
 
 INF = math.inf
 WIDE, NARROW = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)

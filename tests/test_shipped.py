@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+
 from resa.reference import ReSAConfig, generate, load_model, load_tokenizer, prefill, rectify, sparse_step
 from resa.reference.checkpoint import shipped_checkpoint
 from resa.reference.corpus import held_out_library

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from resa.reference.tokenizer import (
     END_OF_TEXT,
     PATTERN,

@@ -13,6 +13,8 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import Shape
+
 from resa.reference import corpus
 from resa.reference import train as train_module
 from resa.reference.checkpoint import load_model, read_header
@@ -31,7 +33,6 @@ from resa.reference.train import (
     train,
     trim_log,
 )
-from small_models import Shape
 
 MODEL = Shape(context=16).config()
 CONFIG = TrainConfig(

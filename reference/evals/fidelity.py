@@ -14,7 +14,7 @@ owed to drift.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -94,7 +94,7 @@ class Teacher:
     tokens: list[list[int]]  # [B][N] the continuation
     log_probs: Tensor  # [B, N, V] log-probabilities after each of its tokens
     cache: KVCache  # of one dense pass over prompt and continuation
-    temperature: float | None  # None: the continuation was given
+    temperature: float  # with which it chose, and its seed
     seed: int
 
     @property
@@ -132,7 +132,6 @@ def teach(
     on_token: Callable[[int, int, int], None] | None = None,
 ) -> Teacher:
     """Continue every prompt densely by `n_tokens`, or take the `continuations` given, and keep the predictions."""
-    temperature = temperature if continuations is None else None
     opening = generate(model, [list(prompt[:-1]) for prompt in prompts], 0, config)
     last_tokens = [list(prompt[-1:]) for prompt in prompts]
     if continuations is None:
@@ -172,31 +171,31 @@ def follow(
     teacher: Teacher,
     config: ReSAConfig,
     *,
+    own_choice: bool = False,
     on_step: Callable[[int], None] | None = None,
 ) -> Comparison:
     """Lead `config`'s way of decoding along the teacher's tokens and compare it step by step.
 
     All sequences are rectified at the same steps, so `config.dense_below` must be 0 (`ValueError` otherwise).
 
-    Where the teacher chose its tokens itself, a second copy of its first prompt runs in the same batch and does so
-    too, with the same random numbers. `on_step(step)` is called after each token.
+    With `own_choice` a second copy of the first prompt runs in the same batch and chooses its tokens itself, as the
+    teacher did and with the same random numbers. `on_step(step)` is called after each token.
     """
     require(config.dense_below == 0, "config.dense_below", config.dense_below, "0: all sequences decode in step")
     batch, n_tokens = len(teacher.tokens), len(teacher.tokens[0])
-    is_free = teacher.temperature is not None
-    rows = [*range(batch), 0] if is_free else list(range(batch))
+    rows = [*range(batch), 0] if own_choice else list(range(batch))
     meter = ReadMeter()
     model = model.with_ops(meter.wrap(model.ops))
     cache = teacher.opening.cache.selected(rows).resized(teacher.cache.capacity)
     logits = prefill(model, [teacher.last_tokens[row] for row in rows], cache)
     meter.read = 0  # what counts is decoding
     fed: list[Iterable[int]] = list(teacher.tokens)
-    if is_free:
+    if own_choice:
         fed.append(own := OwnChoice(logits[-1], teacher.temperature, teacher.seed))
     record = _Record.start(batch, n_tokens)
     window, state = 0, None
     for step, (logits, state) in enumerate(decode_along(model, cache, fed, config)):
-        if is_free:
+        if own_choice:
             own.logits = logits[-1]
         record.add_predictions(step, logits[:batch], teacher.log_probs[:, step])
         record.add_drift(step, state, window, teacher.cache)
@@ -210,7 +209,7 @@ def follow(
         record.largest_drift,
         record.after_rectification,
         meter.read / (len(rows) * n_tokens),
-        state.tokens[-1] if is_free else None,
+        state.tokens[-1] if own_choice else None,
     )
 
 
@@ -289,17 +288,28 @@ def measure_fidelity(
             for name, variant in variants.items():
                 found[name].append(follow(model, teacher, variant))
                 bar.advance(task)
-    exact = torch.cat([each.kl for each in found["decode-only"]]).mean(dim=1)
+    rows = summarise_fidelity(found)
+    return {"documents": len(documents), "tokens_each": n_tokens, "config": asdict(config), "variants": rows}
+
+
+def summarise_fidelity(found: Mapping[str, Sequence[Comparison]]) -> dict[str, dict[str, object]]:
+    """Means and intervals per variant; differences between variants are taken document by document."""
+    losses = {name: torch.cat([each.kl for each in several]).mean(dim=1) for name, several in found.items()}
     rows = {}
     for name, several in found.items():
-        kl = torch.cat([each.kl for each in several]).mean(dim=1)  # [documents]
+        kl = losses[name]  # [documents]
+        drift, gain = kl - losses["decode-only"], losses["sparse"] - kl
+        after = [each.drift_after_rectification for each in several if each.drift_after_rectification is not None]
         rows[name] = {
             "kl": float(kl.mean()),
             "kl_95": bootstrap(kl.numpy()),
-            "drift_kl": float((kl - exact).mean()),
-            "drift_kl_95": bootstrap((kl - exact).numpy()),
+            "drift_kl": float(drift.mean()),
+            "drift_kl_95": bootstrap(drift.numpy()),
+            "gain_over_sparse": float(gain.mean()),
+            "gain_over_sparse_95": bootstrap(gain.numpy()),
             "agreement": float(torch.cat([each.agreement for each in several]).float().mean()),
             "mean_drift": float(torch.cat([each.mean_drift for each in several]).mean()),
             "largest_drift": max(each.largest_drift for each in several),
+            "drift_after_rectification": max(after, default=None),
         }
-    return {"documents": len(documents), "tokens_each": n_tokens, "config": asdict(config), "variants": rows}
+    return rows
