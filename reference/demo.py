@@ -8,12 +8,13 @@ drift; the figure shows the drift building up and being wiped. `evals/fidelity.p
 from __future__ import annotations
 
 import io
-import os
+import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import tiktoken
@@ -113,19 +114,43 @@ def run_demo(
 def follow_all(
     model: GPT, teacher: Teacher, variants: dict[str, ReSAConfig], counter: Callable[[str], Callable[..., None]]
 ) -> Iterator[tuple[str, Comparison]]:
-    """Each variant's comparison as it is done; on a CPU they run beside each other, a core each."""
-    is_cpu = teacher.cache.keys.device.type == "cpu"
-    with ThreadPoolExecutor(max_workers=(os.cpu_count() or 1) if is_cpu else 1) as pool:
-        # The last one, decode-only, takes longest: begun first, it does not end alone.
-        waiting = {
-            pool.submit(follow, model, teacher, config, own_choice=name in SIDE_BY_SIDE, on_step=counter(name)): name
-            for name, config in reversed(variants.items())
-        }
-        try:
-            for done in as_completed(waiting):
-                yield waiting[done], done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """Each variant's comparison as it is done; on a Linux CPU all run side by side, in processes of their own.
+
+    Threads would not do: a step is hundreds of small operations, and Python's lock makes them wait for each other.
+    """
+    advance = {name: counter(name) for name in variants}
+    if teacher.cache.keys.device.type != "cpu" or sys.platform != "linux":
+        for name, config in variants.items():
+            yield name, follow(model, teacher, config, own_choice=name in SIDE_BY_SIDE, on_step=advance[name])
+        return
+    context = multiprocessing.get_context("fork")  # the children begin with the model and the teacher in memory
+    running: dict[Connection, str] = {}
+    for name, config in variants.items():
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (sender, model, teacher, config, name in SIDE_BY_SIDE)
+        context.Process(target=_follow_and_send, args=arguments, daemon=True).start()
+        sender.close()  # the child has its own: once that is closed, reading ends with an EOFError
+        running[receiver] = name
+    while running:
+        for receiver in wait(list(running)):
+            try:
+                message = receiver.recv()
+            except EOFError:
+                raise ChildProcessError(
+                    f"{running[receiver]}: its process ended early, perhaps out of memory"
+                ) from None
+            if message is None:
+                advance[running[receiver]]()
+            else:
+                tensors = {key: torch.tensor(message[key]) for key in ("kl", "agreement", "mean_drift")}
+                yield running.pop(receiver), Comparison(**{**message, **tensors})
+
+
+def _follow_and_send(sender: Connection, model: GPT, teacher: Teacher, config: ReSAConfig, own_choice: bool) -> None:
+    """`follow` in a child: None down the pipe for each step, at the end the comparison, its tensors as lists."""
+    found = follow(model, teacher, config, own_choice=own_choice, on_step=lambda _: sender.send(None))
+    values = {entry.name: getattr(found, entry.name) for entry in fields(found)}
+    sender.send({key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in values.items()})
 
 
 @contextmanager

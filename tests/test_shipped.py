@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,25 @@ def test_the_record_describes_the_file(model, record):
     assert record["runs"][-1]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert all(run["command"].startswith("resa train ") for run in record["runs"])
     assert sum(run["tokens_seen"] for run in record["runs"]) == record["tokens_seen"]
+
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+
+
+def test_the_results_are_of_this_file_and_meet_what_was_asked_of_it(record):
+    language, fidelity = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("language", "fidelity"))
+    assert language["checkpoint_sha256"] == fidelity["checkpoint_sha256"] == record["sha256"]
+    assert language["bits_per_byte"] <= 1.00
+    assert language["fewer_bits_than_xz"] >= 0.40
+    assert language["position"]["difference_95"][1] < 0  # late in a document it is better than early
+    assert language["position"]["context_gain_95"][1] < 0
+    assert language["lookups"]["accuracy"]["4096"]["dense"] >= 0.90
+    variants = fidelity["variants"]
+    losses = [variants[name]["kl"] for name in ("decode-only", "ReSA f=8", "ReSA f=32", "ReSA f=128", "sparse")]
+    assert losses == sorted(losses)
+    assert variants["ReSA f=32"]["gain_over_sparse_95"][0] > 0
+    assert variants["sparse"]["drift_after_rectification"] is None
+    assert max(variants[name]["drift_after_rectification"] for name in ("ReSA f=8", "ReSA f=32")) < 1e-4
 
 
 def test_it_is_small_enough_to_ship():
