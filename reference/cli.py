@@ -165,7 +165,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     parser = _command(commands, "demo", _run_demo, text)
     parser.add_argument("--prompt-file", type=Path, help="continue this file (default: a held-out library module)")
-    parser.add_argument("--prompt-tokens", type=int, default=3072, help="take at most this many of the file's tokens")
+    parser.add_argument("--prompt-tokens", type=int, default=4096, help="take at most this many of the file's tokens")
     parser.add_argument("--tokens", type=int, default=512, help="how many tokens to write")
     parser.add_argument("--intervals", type=int, nargs="+", default=[8, 32, 128], help="tokens per rectification")
     parser.add_argument("--schedule", choices=SCHEDULES, default="paper", help="when the dense pass comes")
