@@ -1,5 +1,5 @@
 # Every target sets up what it needs. `make demo PYTHON=/path/to/python` uses an interpreter that already
-# has the packages instead of making .venv.
+# has the packages instead of making .venv; `make demo ARGS='--prompt-file my.py'` passes arguments on.
 VENV := .venv
 BASE_PYTHON ?= python3
 
@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: install  ## dense, sparse and rectified sparse decoding of a real file, side by side
-	$(PYTHON) -m resa.reference demo
+	$(PYTHON) -m resa.reference demo $(ARGS)
 
 test: install  ## every test
 	$(PYTHON) -m pytest
