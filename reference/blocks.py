@@ -78,7 +78,7 @@ def active_blocks(lengths: Tensor, config: ReSAConfig) -> Tensor:
     [3, 4, 3, 0]
     """
     total = (lengths.long() + config.block_size - 1) // config.block_size  # M
-    # Less 1e-9, because 0.1 · 30 is a little more than 3 in float64 and must still give 3.
+    # Less 1e-9, because 0.28 · 25 is a little more than 7 in float64 and must still give 7.
     share = torch.ceil(config.active_ratio * total.double() - 1e-9).long()
     return torch.minimum(total, share.clamp(min=config.min_blocks))
 
