@@ -1,7 +1,7 @@
 """What rectification repairs, watched on a real file: `resa demo`.
 
 A held-out standard-library file is continued densely; then sparse, rectified and decode-only decoding are led along
-those same tokens, each beside a copy that chooses its own. The table splits what each loses into step error and
+those same tokens, two of them beside a copy that chooses its own. The table splits what each loses into step error and
 drift; the figure shows the drift building up and being wiped. `evals/fidelity.py` does the measuring.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -148,6 +149,7 @@ def follow_all(
 
 def _follow_and_send(sender: Connection, model: GPT, teacher: Teacher, config: ReSAConfig, own_choice: bool) -> None:
     """`follow` in a child: None down the pipe for each step, at the end the comparison, its tensors as lists."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its children without a word
     found = follow(model, teacher, config, own_choice=own_choice, on_step=lambda _: sender.send(None))
     values = {entry.name: getattr(found, entry.name) for entry in fields(found)}
     sender.send({key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in values.items()})
