@@ -1,0 +1,252 @@
+"""Which blocks of the cache a decoding step reads, in Triton: bounds (eq. 3), scores (eq. 4), selection (eq. 5).
+
+The reference states each result over the whole cache at once; here each is one kernel that reads every byte it needs
+once. Scoring reads half the bounds: `max(q̄·lo, q̄·hi)` is `q̄·hi` where q̄ ≥ 0 and `q̄·lo` elsewhere, and because bounds
+are stored channel by channel, the half not called for is never touched. Selection does not sort: it bisects for the
+n-th highest score, then numbers the blocks at or above it in order.
+
+The public functions check their arguments, which waits for the device. The `enqueue_…` functions behind them only
+launch, so that the decode loop can capture them in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resa.reference.blocks import active_blocks
+from resa.reference.checks import bind_shapes, check_dtypes, check_heads, check_lengths, is_integer, require
+from resa.reference.config import ReSAConfig
+
+from .checks import check_device, check_kernel_dtypes, check_layout, check_sizes
+
+# Keys of the selection order, below that of −∞ (−2139095041): NaN, then what may not be chosen.
+NAN_KEY = tl.constexpr(-2139095042)
+OUT_KEY = tl.constexpr(-2147483648)
+MANY_SCORES = 2**17  # from here on larger tiles pay: there are programs enough to fill the GPU
+GUESSES = tl.constexpr(12)  # passes that interpolate; simulated rows of 16,384 scores took 7 to 13
+
+
+def block_bounds(keys: Tensor, lengths: Tensor, block_size: int) -> Tensor:
+    """Smallest and largest key of every block, per channel (eq. 3).
+
+    keys [B, Hkv, T_max, D], lengths [B] → bounds [B, Hkv, 2, D, M] in the keys' dtype: 0 = lo, 1 = hi,
+    M = ceil(T_max / block_size). Only keys before the length count; a block without any has lo = +∞, hi = −∞.
+    Raises `ValueError` for arguments that do not fit together or that the kernels do not support.
+    """
+    sizes = bind_shapes(keys=(keys, "B Hkv T_max D"), lengths=(lengths, "B"))
+    check_kernel_dtypes(keys=keys)
+    check_lengths("lengths", lengths, sizes["T_max"])
+    require(is_integer(block_size, 1), "block_size", block_size, "an integer ≥ 1")
+    check_sizes(D=sizes["D"], block_size=block_size)
+    check_layout(keys=keys)
+    batch, kv_heads, capacity, head_dim = keys.shape
+    n_blocks = triton.cdiv(capacity, block_size)
+    bounds = keys.new_empty(batch, kv_heads, 2, head_dim, n_blocks)
+    if bounds.numel():
+        tile = max(16, 2048 // head_dim)
+        grid = (triton.cdiv(n_blocks, tile), batch * kv_heads)
+        lengths = lengths.to(torch.int32).contiguous()
+        _bounds_kernel[grid](keys, lengths, bounds, kv_heads, capacity, n_blocks, head_dim, block_size, tile)
+    return bounds
+
+
+@triton.jit
+def _bounds_kernel(
+    keys_ptr, lengths_ptr, bounds_ptr, n_kv_head, capacity, n_blocks,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Bounds of BLOCKS blocks of one KV head.
+
+    Grid: (ceil(M / BLOCKS), B·Hkv). Tile: [BLOCKS, D], walking through the blocks token by token together.
+    Invariant: after j steps lo and hi are the extremes of the blocks' first j valid tokens, NaN where one is NaN.
+    """
+    i_row = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths_ptr + i_row // n_kv_head)
+    o_block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+    o_d = tl.arange(0, D)
+    lo = tl.full([BLOCKS, D], float("inf"), tl.float32)  # the neutral elements of min and max
+    hi = tl.full([BLOCKS, D], float("-inf"), tl.float32)
+    p_key = keys_ptr + (i_row * capacity + o_block * BLOCK_SIZE)[:, None] * D + o_d
+    for j in range(BLOCK_SIZE):
+        m_key = (o_block * BLOCK_SIZE + j < length)[:, None]
+        key = tl.load(p_key + j * D, mask=m_key, other=0.0).to(tl.float32)  # [BLOCKS, D]
+        lo = tl.where(m_key, tl.minimum(lo, key, propagate_nan=tl.PropagateNan.ALL), lo)
+        hi = tl.where(m_key, tl.maximum(hi, key, propagate_nan=tl.PropagateNan.ALL), hi)
+    # Turned to [D, BLOCKS], because neighbours in memory are blocks of one channel.
+    o_channel = i_row * 2 * D + o_d[:, None]  # [D, 1]: D channels of lo, then D of hi
+    m_block = (o_block < n_blocks)[None, :]
+    p_lo = bounds_ptr + o_channel * n_blocks + o_block[None, :]
+    p_hi = bounds_ptr + (o_channel + D) * n_blocks + o_block[None, :]
+    tl.store(p_lo, tl.trans(lo).to(bounds_ptr.dtype.element_ty), mask=m_block)
+    tl.store(p_hi, tl.trans(hi).to(bounds_ptr.dtype.element_ty), mask=m_block)
+
+
+def score_blocks(query: Tensor, bounds: Tensor, lengths: Tensor, block_size: int) -> Tensor:
+    """Upper bound of the pooled query's logit over each block, without the softmax scale (eq. 4).
+
+        score[i] = Σ_d max(q̄_d · lo[i]_d, q̄_d · hi[i]_d),  q̄ = mean of the group's query heads
+
+    query [B, Hq, D], bounds [B, Hkv, 2, D, M], lengths [B] → scores [B, Hkv, M] float32, −∞ for blocks past the
+    end. Raises `ValueError` for arguments that do not fit together or that the kernels do not support.
+    """
+    sizes = bind_shapes(query=(query, "B Hq D"), bounds=(bounds, "B Hkv 2 D M"), lengths=(lengths, "B"))
+    check_heads(sizes["Hq"], sizes["Hkv"])
+    check_kernel_dtypes(query=query, bounds=bounds)
+    require(is_integer(block_size, 1), "block_size", block_size, "an integer ≥ 1")
+    check_sizes(D=sizes["D"], G=sizes["Hq"] // sizes["Hkv"], block_size=block_size)
+    check_lengths("lengths", lengths, sizes["M"] * block_size)
+    check_layout(bounds=bounds)
+    return enqueue_scores(query.contiguous(), bounds, lengths.to(torch.int32).contiguous(), block_size)
+
+
+def enqueue_scores(query: Tensor, bounds: Tensor, lengths: Tensor, block_size: int) -> Tensor:
+    """`score_blocks` without its checks: nothing is read back from the device."""
+    batch, kv_heads, _, head_dim, n_blocks = bounds.shape
+    scores = bounds.new_empty(batch, kv_heads, n_blocks, dtype=torch.float32)
+    if scores.numel():
+        group = query.shape[1] // kv_heads
+        tile = 64 if scores.numel() >= MANY_SCORES and head_dim <= 128 else 32
+        grid = (triton.cdiv(n_blocks, tile), batch * kv_heads)
+        _score_kernel[grid](
+            query, bounds, lengths, scores, kv_heads, n_blocks, group, head_dim, block_size, tile, n_blocks % 16 == 0,
+            num_warps=1,
+        )  # fmt: skip
+    return scores
+
+
+@triton.jit
+def _score_kernel(
+    query_ptr, bounds_ptr, lengths_ptr, scores_ptr, n_kv_head, n_blocks,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Scores of BLOCKS blocks of one KV head.
+
+    Grid: (ceil(M / BLOCKS), B·Hkv). Tile: [D, BLOCKS], the one bound of each channel that the sign of q̄ calls for.
+    Invariant: every score of the tile is written, −∞ past the end.
+    """
+    i_row = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths_ptr + i_row // n_kv_head)
+    o_block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+    o_d = tl.arange(0, D)
+    o_g = tl.arange(0, 16)
+    p_query = query_ptr + (i_row * G + o_g)[:, None] * D + o_d
+    query = tl.load(p_query, mask=(o_g < G)[:, None], other=0.0).to(tl.float32)  # [16, D]
+    pooled = (tl.sum(query, axis=0) / G)[:, None]  # [D, 1]
+    total = tl.cdiv(length, BLOCK_SIZE)
+    o_side = tl.where(pooled >= 0, D, 0) + o_d[:, None]  # [D, 1]: rows 0 … D−1 are lo, D … 2D−1 hi
+    p_bound = bounds_ptr + (i_row * 2 * D + o_side) * n_blocks + o_block[None, :]
+    bound = tl.load(p_bound, mask=(o_block < _row_end(total, ALIGNED))[None, :], other=0.0).to(tl.float32)
+    product = tl.where((pooled == 0) & (tl.abs(bound) == float("inf")), 0.0, pooled * bound)  # 0·∞ is 0
+    score = tl.where(o_block < total, tl.sum(product, axis=0), float("-inf"))
+    tl.store(scores_ptr + i_row * n_blocks + o_block, score, mask=o_block < n_blocks)
+
+
+@triton.jit
+def _row_end(total, ALIGNED: tl.constexpr):
+    """Where to stop reading a row of blocks, `total` of which count.
+
+    A mask that may change between any two neighbours splits a load into single elements. Where rows are padded to
+    multiples of 16, reading up to one keeps it whole; what lies past `total` must be masked after the load.
+    """
+    return tl.cdiv(total, 16) * 16 if ALIGNED else total
+
+
+def select_blocks(scores: Tensor, lengths: Tensor, config: ReSAConfig) -> Tensor:
+    """The blocks to attend: the newest `local_blocks`, then the highest scores, n in all (eq. 5).
+
+    scores [B, Hkv, M] float32, lengths [B] → indices [B, Hkv, N] int32, ascending, −1 behind them; N is the n of a
+    full cache, so that no length has to be read back. Equal scores: the lower index wins. NaN ranks below every
+    number, and blocks past the end are never taken. Raises `ValueError` for arguments that do not fit together or
+    that the kernels do not support.
+    """
+    sizes = bind_shapes(scores=(scores, "B Hkv M"), lengths=(lengths, "B"))
+    check_dtypes((torch.float32,), scores=scores)
+    check_device("scores", scores)
+    check_sizes(block_size=config.block_size)
+    check_lengths("lengths", lengths, sizes["M"] * config.block_size)
+    check_layout(scores=scores)
+    counts = active_blocks(lengths, config).to(torch.int32)
+    return enqueue_selection(scores, lengths.to(torch.int32).contiguous(), counts, config)
+
+
+def enqueue_selection(scores: Tensor, lengths: Tensor, counts: Tensor, config: ReSAConfig) -> Tensor:
+    """`select_blocks` without its checks, given counts [B] int32 = `active_blocks(lengths, config)`."""
+    batch, kv_heads, n_blocks = scores.shape
+    full = torch.tensor([n_blocks * config.block_size])
+    width = int(active_blocks(full, config))  # on the CPU: nothing waits
+    indices = scores.new_empty(batch, kv_heads, width, dtype=torch.int32)
+    if indices.numel():
+        tile = max(4, triton.next_power_of_2(n_blocks))
+        _select_kernel[(batch * kv_heads,)](
+            scores, lengths, counts, indices, kv_heads, n_blocks, width, config.local_blocks, config.block_size, tile,
+            n_blocks % 16 == 0, num_warps=min(8, max(1, tile // 256)),
+        )  # fmt: skip
+    return indices
+
+
+@triton.jit
+def _select_kernel(
+    scores_ptr, lengths_ptr, counts_ptr, indices_ptr, n_kv_head, n_blocks, width, local_blocks,
+    BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The selected blocks of one KV head, ascending, −1 behind them.
+
+    Grid: (B·Hkv,). Tile: [BLOCKS], the whole row in registers, BLOCKS ≥ M.
+    Scores become integers of the same order. Invariant of the search: `at_low` ≥ `needed` candidates have a key of
+    `low` or more, `at_high` < `needed` one of `high` or more. It guesses by interpolation, which a smooth distribution
+    rewards, and after GUESSES passes halves, which none can defeat. Among the keys equal to the last `low`, the lowest
+    indices are taken, found by a second search that only runs when there are more of them than needed.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths_ptr + i_row // n_kv_head)
+    n = tl.load(counts_ptr + i_row // n_kv_head)
+    total = tl.cdiv(length, BLOCK_SIZE)
+    o_block = tl.arange(0, BLOCKS)
+    m_score = o_block < _row_end(total, ALIGNED)
+    score = tl.load(scores_ptr + i_row * n_blocks + o_block, mask=m_score, other=0.0) + 0.0  # −0 is 0
+    bits = score.to(tl.int32, bitcast=True)
+    key = tl.where(score != score, NAN_KEY, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    is_local = (o_block >= total - local_blocks) & (o_block < total)
+    key = tl.where((o_block < total) & (is_local == 0), key, OUT_KEY)
+
+    candidates = total - tl.minimum(local_blocks, total)
+    needed = n - (total - candidates)
+    low = tl.min(tl.where(key == OUT_KEY, 2147483647, key), axis=0)
+    high = tl.max(key, axis=0) + 1
+    at_low, at_high, n_pass = candidates, 0, 0  # candidates at or above low and high
+    while (at_low > needed) & (high > low + 1):
+        width_half = (high >> 1) - (low >> 1)  # half of it, because the whole can exceed 32 bits
+        share = (at_low - needed).to(tl.float32) / (at_low - at_high).to(tl.float32)
+        guess = low + 2 * (width_half.to(tl.float32) * share).to(tl.int32)
+        halfway = (low & high) + ((low ^ high) >> 1)
+        middle = tl.where(n_pass < GUESSES, tl.minimum(tl.maximum(guess, low + 1), high - 1), halfway)
+        above = tl.sum((key >= middle).to(tl.int32), axis=0)
+        is_low = above >= needed
+        low, high = tl.where(is_low, middle, low), tl.where(is_low, high, middle)
+        at_low, at_high = tl.where(is_low, above, at_low), tl.where(is_low, at_high, above)
+        n_pass += 1
+
+    is_tied = (key == low) & (key > OUT_KEY)
+    first = BLOCKS  # tied blocks before it are taken: all of them, unless that were too many
+    if at_low > needed:
+        first = 0
+        last = BLOCKS
+        wanted = tl.sum(is_tied.to(tl.int32), axis=0) - (at_low - needed)
+        while last > first + 1:  # at most `wanted` tied blocks lie before `first`, more before `last`
+            middle = (first + last) >> 1
+            before = tl.sum((is_tied & (o_block < middle)).to(tl.int32), axis=0)
+            first, last = tl.where(before <= wanted, middle, first), tl.where(before <= wanted, last, middle)
+    is_chosen = ((key > low) & (key > OUT_KEY)) | (is_tied & (o_block < first))
+    is_taken = (is_local | is_chosen) & (n > 0)
+    # Ranks in two steps, four neighbours in one thread first: a scan over the whole row at once costs five times the
+    # exchanges between threads.
+    quartet = tl.reshape(is_taken.to(tl.int32), [BLOCKS // 4, 4])
+    taken = tl.sum(quartet, axis=1)
+    rank = (tl.cumsum(taken, axis=0) - taken)[:, None] + tl.cumsum(quartet, axis=1) - 1  # [BLOCKS / 4, 4]
+    p_index = indices_ptr + i_row * width
+    tl.store(p_index + rank, tl.reshape(o_block, [BLOCKS // 4, 4]), mask=quartet > 0)
+    if n < width:
+        tl.store(p_index + o_block, -1, mask=(o_block >= n) & (o_block < width))
