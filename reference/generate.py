@@ -174,15 +174,15 @@ def generate(
     Raises `ValueError` naming the argument before any work starts.
     """
     config = ReSAConfig() if config is None else config
-    _check_request(model, prompts, max_new_tokens, config, stop_tokens, resume)
-    capacity = _check_capacity(model, prompts, max_new_tokens, resume)
-    choose = _token_chooser(len(prompts), temperature, top_p, generator)
-    generation, feed = _open(model, prompts, capacity, config, resume)
+    check_request(model, prompts, max_new_tokens, config, stop_tokens, resume)
+    capacity = needed_capacity(model, prompts, max_new_tokens, resume)
+    own = sequence_generators(len(prompts), temperature, top_p, generator)
+    generation, feed = open_generation(model, prompts, capacity, config, resume)
     logits = prefill(model, feed, generation.cache)
     active = torch.full((len(prompts),), max_new_tokens > 0, device=logits.device)
     while active.any():
         for sequence in active.nonzero()[:, 0].tolist():
-            token = choose(sequence, logits[sequence])
+            token = sample_token(logits[sequence], temperature, top_p, own[sequence])
             generation.tokens[sequence].append(token)
             generation.pending[sequence] = token
             if on_token is not None:
@@ -214,10 +214,10 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
     return int(ids[min(chosen, kept - 1)])
 
 
-def _token_chooser(
+def sequence_generators(
     batch: int, temperature: float, top_p: float, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> Callable[[int, Tensor], int]:
-    """`choose(sequence, logits)`, each sequence with a generator of its own (law 9)."""
+) -> list[torch.Generator | None]:
+    """One generator for each sequence, so that none draws from another's (law 9), after checking the sampling."""
     is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     is_number = is_number and 0 <= temperature < float("inf")
     require(is_number, "temperature", temperature, "a finite number ≥ 0")
@@ -229,18 +229,16 @@ def _token_chooser(
         are_generators = all(isinstance(each, torch.Generator) for each in generator)
         require(are_generators, "generator", repr(generator)[:60], "torch.Generators")
         require(len(generator) == batch, "generator", f"{len(generator)} generators", f"one, or {batch}")
-        own = list(generator)
-    elif temperature == 0:
-        own = [None] * batch
-    else:
-        base = torch.default_generator if generator is None else generator
-        # Drawn one by one, so that the seed of prompt i does not depend on how many follow.
-        seeds = [torch.randint(2**63 - 1, (), generator=base, device=base.device).item() for _ in range(batch)]
-        own = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return lambda sequence, logits: sample_token(logits, temperature, top_p, own[sequence])
+        return list(generator)
+    if temperature == 0:
+        return [None] * batch
+    base = torch.default_generator if generator is None else generator
+    # Drawn one by one, so that the seed of prompt i does not depend on how many follow.
+    seeds = [torch.randint(2**63 - 1, (), generator=base, device=base.device).item() for _ in range(batch)]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def _check_request(
+def check_request(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -248,6 +246,7 @@ def _check_request(
     stop_tokens: Collection[int],
     resume: Generation | None,
 ) -> None:
+    """Refuse by name what `generate` can't work with."""
     require(isinstance(config, ReSAConfig), "config", type(config).__name__, "a ReSAConfig")
     require(is_integer(max_new_tokens, 0), "max_new_tokens", max_new_tokens, "an integer ≥ 0")
     is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
@@ -274,10 +273,10 @@ def _check_request(
         require(config.block_size == block_size, "config.block_size", config.block_size, f"{block_size}, the cache's")
 
 
-def _check_capacity(
+def needed_capacity(
     model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, resume: Generation | None
 ) -> int:
-    """Tokens per sequence that the cache must hold; the last generated one is never fed."""
+    """Tokens per sequence that the cache must hold, refused if the model can't; the last generated one is never fed."""
     held = [0] * len(prompts)
     if resume is not None:
         has_pending = (resume.pending != NO_TOKEN).to(resume.cache.lengths)
@@ -290,7 +289,7 @@ def _check_capacity(
     return max(before + len(prompt) for prompt, before in zip(prompts, held, strict=True)) + max(max_new_tokens - 1, 0)
 
 
-def _open(
+def open_generation(
     model: GPT, prompts: Sequence[Sequence[int]], capacity: int, config: ReSAConfig, resume: Generation | None
 ) -> tuple[Generation, list[list[int]]]:
     """The generation to work on, and what each sequence prefills before its first new token."""

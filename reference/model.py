@@ -149,7 +149,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V] of dense causal attention over `tokens` [B, T] alone; no cache. Used for training."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self.output(self._transform(tokens, positions, _causal_attention))
+        return self.output(self.transform(tokens, positions, _causal_attention))
 
     def with_ops(self, ops: Operations) -> GPT:
         """This very model, its weights shared, decoding with other operations."""
@@ -180,7 +180,7 @@ class GPT(nn.Module):
             return self.ops.dense_attention(query, keys, values, window.end, query_lengths=counts)
 
         positions = start[:, None] + torch.arange(sizes["Q"], device=tokens.device)
-        hidden = self._transform(tokens, positions, attend)
+        hidden = self.transform(tokens, positions, attend)
         cache.commit(window)
         return hidden
 
@@ -203,12 +203,12 @@ class GPT(nn.Module):
             out = self.ops.sparse_attention(step_query, keys, values, indices, window.end, b)
             return out[:, :, None]  # [B, Hq, 1, D]
 
-        hidden = self._transform(tokens[:, None], start[:, None], attend)
+        hidden = self.transform(tokens[:, None], start[:, None], attend)
         cache.commit(window)
         return hidden[:, 0]
 
-    def _transform(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """The transformer up to its final norm; tokens and positions [B, Q] → [B, Q, C]."""
+    def transform(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The transformer up to its final norm, its attention supplied; tokens and positions [B, Q] → [B, Q, C]."""
         x = self.embed(tokens)
         config = self.config
         cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, accumulation_dtype(x.dtype))

@@ -1,0 +1,383 @@
+"""Decoding on the GPU without waiting for it: sparse steps and rectifications as CUDA graphs.
+
+The reference's loop looks at the device for every token: at lengths, at windows, at the token chosen. Here all of that
+stays on the device. Every step is one replay of a graph that decides by per-sequence masks who takes a sparse step and
+who is rectified; lengths, windows, chosen tokens and stop flags are tensors that the graph updates in place. The host
+only keeps count of which kinds of step can be due, and reads tokens back once per interval when a callback or a stop
+token asks for it, else once at the end.
+
+Where the kernels are interpreted (`TRITON_INTERPRET=1`), the same steps run one operation after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from resa.reference.blocks import active_blocks
+from resa.reference.cache import KVCache
+from resa.reference.checks import check_lengths, is_integer, require
+from resa.reference.config import ReSAConfig
+from resa.reference.generate import (
+    NO_TOKEN,
+    Generation,
+    check_request,
+    needed_capacity,
+    open_generation,
+    sequence_generators,
+)
+from resa.reference.model import GPT
+
+from .attention import count_dense_units, enqueue_dense, enqueue_sparse
+from .blocks import enqueue_scores, enqueue_selection
+from .cache import enqueue_write
+from .checks import INTERPRETED, check_kernel_dtypes, check_sizes
+
+PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt; changes no result
+READ_BACK = 32  # tokens between two looks at the device where no interval says otherwise
+
+
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    config: ReSAConfig | None = None,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    stop_tokens: Collection[int] = (),
+    on_token: Callable[[int, int, int], None] | None = None,
+    resume: Generation | None = None,
+) -> Generation:
+    """Continue every prompt by up to `max_new_tokens` tokens; the reference's `generate`, argument for argument.
+
+    Only when `on_token` is called differs: once per interval, for all tokens chosen since. Raises `ValueError` naming
+    the argument before any work starts, also for what the kernels do not support.
+    """
+    config = ReSAConfig() if config is None else config
+    check_request(model, prompts, max_new_tokens, config, stop_tokens, resume)
+    check_model(model, config)
+    capacity = needed_capacity(model, prompts, max_new_tokens, resume)
+    own = sequence_generators(len(prompts), temperature, top_p, generator)
+    generation, feed = open_generation(model, prompts, padded_capacity(capacity, config.block_size), config, resume)
+    logits = prefill(model, feed, generation.cache)
+    if max_new_tokens == 0:
+        return generation
+    choose = Sampler(temperature, top_p, own, max_new_tokens, logits.device)
+    loop = DecodeLoop(model, generation.cache, max_new_tokens, config, choose, stop_tokens)
+    return loop.run(logits, on_token)
+
+
+def padded_capacity(tokens: int, block_size: int) -> int:
+    """The next capacity at which every row of bounds is 16 blocks wide or a multiple: loads of it need no splitting."""
+    return triton.cdiv(tokens, 16 * block_size) * 16 * block_size
+
+
+def check_model(model: GPT, config: ReSAConfig) -> None:
+    """The kernels must support the model's shape, dtype and device, and the block size."""
+    shape = model.config
+    check_kernel_dtypes(model=model.embed.weight)
+    check_sizes(D=shape.head_dim, G=shape.n_head // shape.n_kv_head, block_size=config.block_size)
+
+
+@torch.no_grad()
+def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache, *, chunk_size: int = PREFILL_CHUNK) -> Tensor:
+    """Append each sequence's prompt to the cache densely, `chunk_size` tokens at a time.
+
+    Returns the logits [B, V] after each prompt's last token. An empty prompt leaves its sequence as it is (and its
+    logits zero). The result does not depend on the chunking. Raises `ValueError` for prompts that don't fit.
+    """
+    require(is_integer(chunk_size, 1), "chunk_size", chunk_size, "an integer ≥ 1")
+    counts = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=cache.lengths.device)
+    check_lengths("prompts: lengths in the cache", cache.lengths + counts, min(cache.capacity, model.config.context))
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=counts.device)
+    logits = torch.zeros(len(prompts), model.config.vocab_size, dtype=cache.keys.dtype, device=counts.device)
+    arrivals = new_arrivals(model, cache, min(chunk_size, longest))
+    for offset in range(0, longest, chunk_size):
+        fed = (counts - offset).clamp(0, chunk_size)
+        chunk = tokens[:, offset : offset + chunk_size].long()
+        hidden = dense_pass(model, chunk, cache, cache.lengths, cache.lengths + fed, arrivals)
+        cache.lengths += fed
+        ends_here = (fed > 0) & (counts <= offset + chunk_size)
+        logits[ends_here] = model.output(hidden[ends_here, fed[ends_here].long() - 1])
+    return logits
+
+
+def new_arrivals(model: GPT, cache: KVCache, width: int) -> Tensor:
+    """Zeroed arrival counters, enough for passes of up to `width` tokens over one layer of the cache."""
+    group = model.config.n_head // model.config.n_kv_head
+    units = max(len(cache.lengths) * model.config.n_kv_head, count_dense_units(cache.keys[0], group, width))
+    return torch.zeros(units, dtype=torch.int32, device=cache.lengths.device)
+
+
+def dense_pass(model: GPT, tokens: Tensor, cache: KVCache, start: Tensor, end: Tensor, arrivals: Tensor) -> Tensor:
+    """Feed a window densely, as `GPT.dense_pass`, without reading anything back.
+
+    Sequence s feeds its first end[s] − start[s] tokens at positions start[s], …; none where they are equal. tokens
+    [B, Q], start and end [B] int32 → final hidden states [B, Q, C]. The caller moves the lengths.
+    """
+    counts = end - start
+    visible = torch.where(counts > 0, end, 0)  # nothing is computed for a sequence that feeds nothing
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values, bounds = cache.keys[layer], cache.values[layer], cache.bounds[layer]
+        enqueue_write(keys, values, bounds, key.contiguous(), value.contiguous(), start, end, cache.block_size)
+        return enqueue_dense(query.contiguous(), keys, values, visible, counts, arrivals)[0]
+
+    positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    return model.transform(tokens, positions, attend)
+
+
+def sparse_pass(
+    model: GPT,
+    tokens: Tensor,
+    cache: KVCache,
+    start: Tensor,
+    end: Tensor,
+    config: ReSAConfig,
+    arrivals: Tensor,
+    beside: torch.cuda.Stream | None,
+) -> Tensor:
+    """Feed one token to each sequence with end[s] = start[s] + 1, as `GPT.sparse_pass`, without reading anything back.
+
+    tokens [B], start and end [B] int32 → final hidden states [B, C]. The newest block is always attended, so its score
+    is not needed: scoring covers the blocks before it, while the write goes on in the stream `beside` (None: before).
+    The caller moves the lengths.
+    """
+    visible = torch.where(end > start, end, 0)
+    completed = (visible - 1).clamp(min=0) // cache.block_size * cache.block_size  # tokens before the newest block
+    counts = active_blocks(visible, config).to(torch.int32)
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values, bounds = cache.keys[layer], cache.values[layer], cache.bounds[layer]
+        query, key, value = query[:, :, 0].contiguous(), key.contiguous(), value.contiguous()
+        if beside is not None:
+            beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # does nothing for None
+            enqueue_write(keys, values, bounds, key, value, start, end, cache.block_size)
+        scores = enqueue_scores(query, bounds, completed, cache.block_size)
+        indices = enqueue_selection(scores, visible, counts, config)
+        if beside is not None:
+            torch.cuda.current_stream().wait_stream(beside)
+        return enqueue_sparse(query, keys, values, indices, visible, cache.block_size, arrivals)[0][:, :, None]
+
+    return model.transform(tokens[:, None], start[:, None], attend)[:, 0]
+
+
+class Kinds(NamedTuple):
+    """What a step consists of; each combination that occurs becomes one CUDA graph."""
+
+    sparse: bool  # some sequence feeds its pending token sparsely
+    dense: bool  # some sequence re-encodes its window together with the pending token
+    rectify: bool  # some sequence re-encodes its window alone (schedule "paper")
+
+
+class Forecast:
+    """The host's account of lengths and windows: which kinds of step can be due next.
+
+    It follows every sequence as if none had met a stop token, and so never leaves out a kind that the device needs; a
+    kind too many finds its mask empty.
+    """
+
+    def __init__(self, lengths: list[int], config: ReSAConfig) -> None:
+        self.lengths, self.windows, self.config = lengths, [0] * len(lengths), config
+
+    def advance(self) -> Kinds:
+        """The kinds of the step that every sequence takes now."""
+        interval, fused = self.config.interval, self.config.schedule == "fused"
+        sparse = dense = rectify = False
+        for s, window in enumerate(self.windows):
+            is_full = interval is not None and window + 1 >= interval
+            is_dense = self.lengths[s] < self.config.dense_below or (fused and is_full)
+            is_rectified = not fused and not is_dense and is_full
+            sparse, dense, rectify = sparse or not is_dense, dense or is_dense, rectify or is_rectified
+            self.windows[s] = 0 if is_dense or is_rectified else window + 1
+            self.lengths[s] += 1
+        return Kinds(sparse, dense, rectify)
+
+
+class DecodeLoop:
+    """The state of decoding as tensors on the device, and the steps that update it in place.
+
+    tokens [B, N], −1 where none is chosen yet; count [B] of those chosen; pending [B], the last of them; window [B], w;
+    active [B]. The lengths are the cache's own tensor.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        cache: KVCache,
+        max_new_tokens: int,
+        config: ReSAConfig,
+        choose: Sampler,
+        stop_tokens: Collection[int],
+    ) -> None:
+        batch, device = len(cache.lengths), cache.lengths.device
+        self.model, self.cache, self.config, self.choose = model, cache, config, choose
+        self.tokens = torch.full((batch, max_new_tokens), NO_TOKEN, device=device)
+        self.count = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.pending = torch.full((batch,), NO_TOKEN, device=device)
+        self.window = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.active = torch.ones(batch, dtype=torch.bool, device=device)
+        self.stop = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=device)
+        self.width = config.interval or 1  # the widest dense pass
+        self.arrivals = new_arrivals(model, cache, self.width)
+        self.beside = None if INTERPRETED else torch.cuda.Stream(device)
+        self.graphs: dict[Kinds, torch.cuda.CUDAGraph | None] = {}
+        self.delivered = 0  # tokens per sequence that `on_token` has been told of
+
+    @torch.no_grad()
+    def run(self, logits: Tensor, on_token: Callable[[int, int, int], None] | None) -> Generation:
+        """Decode from the prefill's last logits [B, V] to the end."""
+        first_positions = self.cache.lengths.tolist()
+        forecast = Forecast(list(first_positions), self.config)
+        is_watched = on_token is not None or len(self.stop) > 0
+        every = self.config.interval or READ_BACK
+        self.append(logits, self.active.clone())
+        for step in range(1, self.tokens.shape[1]):
+            if is_watched and step % every == 0 and not self.report(first_positions, on_token):
+                break
+            self.launch(forecast.advance())
+        self.report(first_positions, on_token)
+        count = self.count.tolist()
+        self.choose.settle(count)
+        tokens = [row[:n] for row, n in zip(self.tokens.tolist(), count, strict=True)]
+        return Generation(tokens, self.cache, self.window.long(), self.pending)
+
+    def launch(self, kinds: Kinds) -> None:
+        """Run one step: as it stands the first time, which compiles what it needs, and as a graph from then on."""
+        if INTERPRETED or kinds not in self.graphs:
+            self.graphs[kinds] = None
+            return self.step(kinds)
+        if self.graphs[kinds] is None:
+            self.graphs[kinds] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[kinds]):
+                self.step(kinds)
+        return self.graphs[kinds].replay()
+
+    def step(self, kinds: Kinds) -> None:
+        """Feed every active sequence's pending token, by the same rules as the reference's `decode_step`."""
+        config, stepping = self.config, self.active.clone()
+        due = self.cache.lengths < config.dense_below
+        if config.interval is not None and config.schedule == "fused":
+            due |= self.window + 1 >= config.interval
+        sparse, dense = stepping & ~due, stepping & due
+        if kinds.sparse:
+            self.sparse_step(sparse)
+        if kinds.dense:
+            self.dense_step(dense, appends=True)
+        if kinds.rectify:
+            self.dense_step(stepping & (self.window >= config.interval), appends=False)
+
+    def sparse_step(self, mask: Tensor) -> None:
+        """Feed the pending tokens of the sequences in mask [B], attending to the selected blocks alone."""
+        start, end = self.cache.lengths.clone(), self.cache.lengths + mask
+        tokens = self.pending.clamp(min=0)
+        hidden = sparse_pass(self.model, tokens, self.cache, start, end, self.config, self.arrivals, self.beside)
+        self.cache.lengths.copy_(end)
+        self.window += mask
+        self.append(self.model.output(hidden), mask)
+
+    def dense_step(self, mask: Tensor, *, appends: bool) -> None:
+        """Re-encode the windows of the sequences in mask [B], and with `appends` their pending tokens as well."""
+        window = self.window * mask
+        counts = window + mask if appends else window
+        start = self.cache.lengths - window
+        end = start + counts
+        # The last token chosen is the pending one; the window's tokens come right before it.
+        column = (self.count - 1 - window)[:, None] + torch.arange(self.width, device=mask.device)
+        tokens = self.tokens.gather(1, column.clamp(0, self.tokens.shape[1] - 1)).clamp(min=0)
+        hidden = dense_pass(self.model, tokens, self.cache, start, end, self.arrivals)
+        self.cache.lengths.copy_(end)
+        self.window.masked_fill_(mask, 0)
+        if appends:
+            last = (counts - 1).clamp(min=0).long()
+            self.append(self.model.output(hidden[torch.arange(len(last), device=last.device), last]), mask)
+
+    def append(self, logits: Tensor, mask: Tensor) -> None:
+        """Choose the next token of the sequences in mask [B] from logits [B, V]; see whose generation it ends."""
+        token = torch.where(mask, self.choose(logits, self.count), self.pending)
+        place = self.count.clamp(max=self.tokens.shape[1] - 1)[:, None]
+        self.tokens.scatter_(1, place, torch.where(mask[:, None], token[:, None], self.tokens.gather(1, place)))
+        self.pending.copy_(token)
+        self.count += mask
+        has_ended = (self.count == self.tokens.shape[1]) | (token[:, None] == self.stop).any(dim=1)
+        self.active &= ~(mask & has_ended)
+
+    def report(self, first_positions: list[int], on_token: Callable[[int, int, int], None] | None) -> bool:
+        """Read back what was chosen and hand it to the callback in order; whether any sequence goes on."""
+        waiting = [_to_host(tensor) for tensor in (self.tokens, self.count, self.active)]
+        if not INTERPRETED:
+            torch.cuda.current_stream().synchronize()
+        tokens, count, active = (tensor.tolist() for tensor in waiting)
+        for place in range(self.delivered, max(count)):
+            for sequence, position in enumerate(first_positions):
+                if on_token is not None and place < count[sequence]:
+                    on_token(sequence, position + place, tokens[sequence][place])
+        self.delivered = max(count)
+        return any(active)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, there once the stream has been waited for; on the CPU the tensor itself."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+class Sampler:
+    """The reference's `sample_token` for a whole batch, on the device.
+
+    Its uniform numbers are drawn ahead, from copies of the sequences' generators; `settle` then moves the generators
+    themselves by what was used.
+    """
+
+    def __init__(
+        self,
+        temperature: float,
+        top_p: float,
+        generators: Sequence[torch.Generator | None],
+        max_new_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self.temperature, self.top_p, self.generators = temperature, top_p, generators
+        if temperature > 0:
+            ahead = [_uniforms(_twin(generator), max_new_tokens) for generator in generators]
+            self.uniforms = torch.stack(ahead).to(device)  # [B, N]
+
+    def __call__(self, logits: Tensor, count: Tensor) -> Tensor:
+        """The tokens [B] chosen from logits [B, V], each sequence's count[s]-th."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)  # the first of equals
+        logits = logits.double()
+        highest = logits.amax(dim=-1, keepdim=True)
+        probabilities = torch.softmax((logits - highest) / self.temperature, dim=-1)
+        ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+        mass = ranked.cumsum(dim=-1)
+        kept = (mass - ranked < self.top_p - 1e-12).sum(dim=-1, keepdim=True).clamp(min=1)
+        uniform = self.uniforms.gather(1, count.clamp(max=self.uniforms.shape[1] - 1)[:, None])
+        place = (mass <= uniform * mass.gather(1, kept - 1)).sum(dim=-1, keepdim=True)
+        return ids.gather(1, torch.minimum(place, kept - 1))[:, 0]
+
+    def settle(self, count: list[int]) -> None:
+        """Let every generator have drawn one number per token that was generated."""
+        for generator, n in zip(self.generators, count, strict=True):
+            if self.temperature > 0:
+                _uniforms(generator, n)
+
+
+def _twin(generator: torch.Generator) -> torch.Generator:
+    """Another generator in the same state."""
+    return torch.Generator(generator.device).set_state(generator.get_state())
+
+
+def _uniforms(generator: torch.Generator, n: int) -> Tensor:
+    """n uniform numbers, drawn one by one: a single draw of n gives others."""
+    draws = [torch.rand((), dtype=torch.float64, device=generator.device, generator=generator) for _ in range(n)]
+    return torch.stack(draws) if draws else torch.zeros(0, dtype=torch.float64)
