@@ -2,8 +2,8 @@
 
 Unlike the reference, which gathers what is visible and applies one softmax, both kernels walk over the tokens with a
 running maximum and sum, and share one sequence's tokens among several programs (*splits*), because a batch has fewer
-heads than the GPU has multiprocessors. Each split leaves its normalised output and log-sum-exp in memory; the one that
-arrives last merges them (law 4), always in the same order, so that reruns give the same bits.
+heads than the GPU has multiprocessors. Each split leaves its sums in memory; the one that arrives last merges them
+(law 4), always in the same order, so that reruns give the same bits.
 
 The public functions check their arguments, which waits for the device. The `enqueue_…` functions behind them only
 launch, so that the decode loop can capture them in a CUDA graph.
@@ -28,6 +28,7 @@ from resa.reference.checks import (
 )
 
 from .checks import INTERPRETED, check_kernel_dtypes, check_layout, check_sizes
+from .launch import let_next_start, overlapped, wait_for_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MERGED_AT_ONCE = tl.constexpr(4)
@@ -66,7 +67,8 @@ def sparse_attention(
     require(is_integer(block_size, 1), "block_size", block_size, "an integer ≥ 1")
     check_sizes(D=sizes["D"], G=sizes["Hq"] // sizes["Hkv"], block_size=block_size)
     check_layout(keys=keys, values=values)
-    query, indices, lengths = query.contiguous(), indices.to(torch.int32).contiguous(), lengths.to(torch.int32)
+    indices = indices.clamp(-1, sizes["T_max"]).to(torch.int32).contiguous()  # far past the end is past the end
+    query, lengths = query.contiguous(), lengths.to(torch.int32)
     arrivals = torch.zeros(sizes["B"] * sizes["Hkv"], dtype=torch.int32, device=query.device)
     out, lse = enqueue_sparse(query, keys, values, indices, lengths.contiguous(), block_size, arrivals)
     return (out, lse) if return_lse else out
@@ -83,10 +85,10 @@ def enqueue_sparse(
         tokens, warps, stages, resident = sparse_tile(head_dim, keys.element_size(), block_size)
         width = indices.shape[2]
         splits = count_splits(rows, resident, triton.cdiv(width * block_size, tokens), query.device)
-        partial = query.new_empty(rows, splits, GROUP_ROWS * (head_dim + 1), dtype=torch.float32)
+        partial = query.new_empty(rows, splits, GROUP_ROWS * (head_dim + 2), dtype=torch.float32)
         _sparse_kernel[(splits, rows)](
             query, keys, values, indices, lengths, out, lse, partial, arrivals, kv_heads, capacity, width,
-            group, head_dim, block_size, tokens, num_warps=warps, num_stages=stages,
+            group, head_dim, block_size, tokens, num_warps=warps, num_stages=stages, **overlapped(query.device),
         )  # fmt: skip
     return out, lse
 
@@ -117,6 +119,7 @@ def _sparse_kernel(
     """
     i_row = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths_ptr + i_row // n_kv_head)
+    total = tl.cdiv(length, BLOCK_SIZE)
     o_g, o_d, o_t = tl.arange(0, 16), tl.arange(0, D), tl.arange(0, TOKENS)
     m_g = o_g < G
     query = tl.load(query_ptr + (i_row * G + o_g)[:, None] * D + o_d, mask=m_g[:, None], other=0.0)  # [16, D]
@@ -127,11 +130,14 @@ def _sparse_kernel(
     m = tl.full([16], float("-inf"), tl.float32)
     z = tl.zeros([16], tl.float32)
     acc = tl.zeros([16, D], tl.float32)
+    wait_for_previous()  # for the indices; the query and the lengths are older than the kernel before this one
+    let_next_start()
     for start in range(first, last, blocks):
         o_entry = start + o_t // BLOCK_SIZE  # [TOKENS]
         block = tl.load(indices_ptr + i_row * width + o_entry, mask=o_entry < last, other=-1)
-        position = block * BLOCK_SIZE + o_t % BLOCK_SIZE
-        is_visible = (block >= 0) & (position < length)
+        is_block = (block >= 0) & (block < total)
+        position = tl.where(is_block, block, 0) * BLOCK_SIZE + o_t % BLOCK_SIZE  # no index is too large for 32 bits
+        is_visible = is_block & (position < length)
         o_token = (i_row * capacity + position)[:, None] * D + o_d  # [TOKENS, D]
         key = tl.load(keys_ptr + o_token, mask=is_visible[:, None], other=0.0)
         value = tl.load(values_ptr + o_token, mask=is_visible[:, None], other=0.0)
@@ -163,53 +169,58 @@ def _attend(query, key, value, is_visible, MASKED: tl.constexpr, m, z, acc):
 def _finish(m, z, acc, partial_ptr, arrivals_ptr, i_unit, out_ptr, lse_ptr, o_out, m_out):
     """Write the output rows o_out [R] of unit i_unit, once all its splits (grid axis 0) have arrived.
 
-    partial holds, per unit and split, R·D outputs and R log-sum-exps. Invariant: the count of arrivals is zero
-    before and after.
+    partial holds, per unit and split, acc [R, D], m [R] and z [R]. Invariant: the count of arrivals is zero before and
+    after.
     """
     R: tl.constexpr = acc.shape[0]
     D: tl.constexpr = acc.shape[1]
     o_r, o_d = tl.arange(0, R), tl.arange(0, D)
-    total = tl.where(z == 0, 1.0, z)  # nothing visible: 0 and −∞
-    out = acc / total[:, None]
-    lse = tl.where(z == 0, float("-inf"), m * D**-0.5 + tl.log(total))
     splits = tl.num_programs(0)
     is_last = True
     if splits > 1:
-        p_split = partial_ptr + (i_unit * splits + tl.program_id(0)) * R * (D + 1)
-        tl.store(p_split + o_r[:, None] * D + o_d, out)
-        tl.store(p_split + R * D + o_r, lse)
+        p_split = partial_ptr + (i_unit * splits + tl.program_id(0)) * R * (D + 2)
+        tl.store(p_split + o_r[:, None] * D + o_d, acc, mask=m_out[:, None])
+        tl.store(p_split + R * D + o_r, m, mask=m_out)
+        tl.store(p_split + R * (D + 1) + o_r, z, mask=m_out)
         tl.debug_barrier()  # every thread's part is written before one of them reports it
         is_last = tl.atomic_add(arrivals_ptr + i_unit, 1, sem="acq_rel") == splits - 1
         if is_last:
-            out, lse = _merge(partial_ptr + i_unit * splits * R * (D + 1), splits, R, D)
+            m, z, acc = _merge(partial_ptr + i_unit * splits * R * (D + 2), splits, m_out, R, D)
             tl.store(arrivals_ptr + i_unit, 0)
     if is_last:
-        tl.store(out_ptr + o_out[:, None] * D + o_d, out.to(out_ptr.dtype.element_ty), mask=m_out[:, None])
+        total = tl.where(z == 0, 1.0, z)  # nothing visible: 0 and −∞
+        lse = tl.where(z == 0, float("-inf"), m * D**-0.5 + tl.log(total))
+        out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + o_out[:, None] * D + o_d, out, mask=m_out[:, None])
         tl.store(lse_ptr + o_out, lse, mask=m_out)
 
 
 @triton.jit
-def _merge(partial_ptr, splits, R: tl.constexpr, D: tl.constexpr):
-    """The splits' outputs weighted by their share exp(lse − m) of the whole sum; empty splits weigh nothing."""
+def _merge(partial_ptr, splits, m_out, R: tl.constexpr, D: tl.constexpr):
+    """The splits' m, z and acc as those of the whole; empty splits weigh nothing.
+
+    Merged by m and z apart, not by their log-sum-exp: where logits are huge, that has no digits left for z.
+    """
     o_r, o_d = tl.arange(0, R), tl.arange(0, D)
     m = tl.full([R], float("-inf"), tl.float32)
     z = tl.zeros([R], tl.float32)
     acc = tl.zeros([R, D], tl.float32)
     for base in range(0, splits, MERGED_AT_ONCE):
         for i in tl.static_range(MERGED_AT_ONCE):  # unrolled, so that their loads wait together
-            is_there = base + i < splits
-            p_split = partial_ptr + (base + i) * R * (D + 1)
+            m_row = m_out & (base + i < splits)
+            p_split = partial_ptr + (base + i) * R * (D + 2)
             # .cg reads the shared cache: another multiprocessor wrote this a moment ago.
-            out = tl.load(p_split + o_r[:, None] * D + o_d, mask=is_there, other=0.0, cache_modifier=".cg")
-            lse = tl.load(p_split + R * D + o_r, mask=is_there, other=float("-inf"), cache_modifier=".cg")
-            m_next = tl.maximum(m, lse)
+            acc_i = tl.load(p_split + o_r[:, None] * D + o_d, mask=m_row[:, None], other=0.0, cache_modifier=".cg")
+            m_i = tl.load(p_split + R * D + o_r, mask=m_row, other=float("-inf"), cache_modifier=".cg")
+            z_i = tl.load(p_split + R * (D + 1) + o_r, mask=m_row, other=0.0, cache_modifier=".cg")
+            m_next = tl.maximum(m, m_i)
             m_safe = tl.where(m_next == float("-inf"), 0.0, m_next)
-            decay, weight = tl.exp(m - m_safe), tl.exp(lse - m_safe)
-            z = z * decay + weight
-            acc = acc * decay[:, None] + weight[:, None] * out
+            decay = tl.exp2((m - m_safe) * (D**-0.5 * LOG2_E))
+            decay_i = tl.exp2((m_i - m_safe) * (D**-0.5 * LOG2_E))
+            z = z * decay + z_i * decay_i
+            acc = acc * decay[:, None] + acc_i * decay_i[:, None]
             m = m_next
-    total = tl.where(z == 0, 1.0, z)
-    return acc / total[:, None], tl.where(z == 0, float("-inf"), m + tl.log(total))
+    return m, z, acc
 
 
 def dense_attention(
@@ -245,6 +256,8 @@ def dense_attention(
     check_lengths("query_lengths", query_lengths, sizes["Q"])
     check_sizes(D=sizes["D"], G=sizes["Hq"] // sizes["Hkv"])
     check_layout(keys=keys, values=values)
+    for argument, tensor in (("keys", keys), ("values", values)):  # the copy engine's tiles begin at multiples of 16
+        require(tensor.data_ptr() % 16 == 0, argument, f"address {tensor.data_ptr():#x}", "one divisible by 16")
     lengths, query_lengths = (x.to(torch.int32).contiguous() for x in (lengths, query_lengths))
     units = count_dense_units(keys, sizes["Hq"] // sizes["Hkv"], sizes["Q"])
     arrivals = torch.zeros(units, dtype=torch.int32, device=query.device)
@@ -273,7 +286,7 @@ def enqueue_dense(
         tiles = triton.cdiv(n_queries * group, rows)
         units = batch * kv_heads * tiles
         splits = count_splits(units, resident, triton.cdiv(capacity, tokens), query.device)
-        partial = query.new_empty(units if splits > 1 else 0, splits, rows * (head_dim + 1), dtype=torch.float32)
+        partial = query.new_empty(units if splits > 1 else 0, splits, rows * (head_dim + 2), dtype=torch.float32)
         _dense_kernel[(splits, tiles, batch * kv_heads)](
             query, tile_of(keys, tokens), tile_of(values, tokens), lengths, query_lengths, out, lse, partial, arrivals,
             kv_heads, capacity, n_queries, group, head_dim, rows, tokens, num_warps=warps, num_stages=stages,

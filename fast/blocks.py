@@ -20,7 +20,9 @@ from resa.reference.blocks import active_blocks
 from resa.reference.checks import bind_shapes, check_dtypes, check_heads, check_lengths, is_integer, require
 from resa.reference.config import ReSAConfig
 
+from .bounds8 import Bounds8
 from .checks import check_device, check_kernel_dtypes, check_layout, check_sizes
+from .launch import let_next_start, overlapped, wait_for_previous
 
 # Keys of the selection order, below that of −∞ (−2139095041): NaN, then what may not be chosen.
 NAN_KEY = tl.constexpr(-2139095042)
@@ -84,49 +86,54 @@ def _bounds_kernel(
     tl.store(p_hi, tl.trans(hi).to(bounds_ptr.dtype.element_ty), mask=m_block)
 
 
-def score_blocks(query: Tensor, bounds: Tensor, lengths: Tensor, block_size: int) -> Tensor:
+def score_blocks(query: Tensor, bounds: Tensor | Bounds8, lengths: Tensor, block_size: int) -> Tensor:
     """Upper bound of the pooled query's logit over each block, without the softmax scale (eq. 4).
 
         score[i] = Σ_d max(q̄_d · lo[i]_d, q̄_d · hi[i]_d),  q̄ = mean of the group's query heads
 
-    query [B, Hq, D], bounds [B, Hkv, 2, D, M], lengths [B] → scores [B, Hkv, M] float32, −∞ for blocks past the
-    end. Raises `ValueError` for arguments that do not fit together or that the kernels do not support.
+    query [B, Hq, D], bounds [B, Hkv, 2, D, M], exact or in 8 bits, lengths [B] → scores [B, Hkv, M] float32, −∞ for
+    blocks past the end. Raises `ValueError` for arguments that do not fit together or that the kernels do not support.
     """
-    sizes = bind_shapes(query=(query, "B Hq D"), bounds=(bounds, "B Hkv 2 D M"), lengths=(lengths, "B"))
+    table = bounds.codes if isinstance(bounds, Bounds8) else bounds
+    sizes = bind_shapes(query=(query, "B Hq D"), bounds=(table, "B Hkv 2 D M"), lengths=(lengths, "B"))
     check_heads(sizes["Hq"], sizes["Hkv"])
-    check_kernel_dtypes(query=query, bounds=bounds)
+    check_kernel_dtypes(query=query, **({} if isinstance(bounds, Bounds8) else {"bounds": bounds}))
     require(is_integer(block_size, 1), "block_size", block_size, "an integer ≥ 1")
     check_sizes(D=sizes["D"], G=sizes["Hq"] // sizes["Hkv"], block_size=block_size)
     check_lengths("lengths", lengths, sizes["M"] * block_size)
-    check_layout(bounds=bounds)
+    check_layout(bounds=table)
     return enqueue_scores(query.contiguous(), bounds, lengths.to(torch.int32).contiguous(), block_size)
 
 
-def enqueue_scores(query: Tensor, bounds: Tensor, lengths: Tensor, block_size: int) -> Tensor:
+def enqueue_scores(query: Tensor, bounds: Tensor | Bounds8, lengths: Tensor, block_size: int) -> Tensor:
     """`score_blocks` without its checks: nothing is read back from the device."""
-    batch, kv_heads, _, head_dim, n_blocks = bounds.shape
-    scores = bounds.new_empty(batch, kv_heads, n_blocks, dtype=torch.float32)
+    is_compressed = isinstance(bounds, Bounds8)
+    table, scale = (bounds.codes, bounds.scale) if is_compressed else (bounds, None)
+    batch, kv_heads, _, head_dim, n_blocks = table.shape
+    scores = query.new_empty(batch, kv_heads, n_blocks, dtype=torch.float32)
     if scores.numel():
         group = query.shape[1] // kv_heads
         tile = 64 if scores.numel() >= MANY_SCORES and head_dim <= 128 else 32
         grid = (triton.cdiv(n_blocks, tile), batch * kv_heads)
         _score_kernel[grid](
-            query, bounds, lengths, scores, kv_heads, n_blocks, group, head_dim, block_size, tile, n_blocks % 16 == 0,
-            num_warps=1,
+            query, table, scale, lengths, scores, kv_heads, n_blocks, group, head_dim, block_size, tile,
+            n_blocks % 16 == 0, num_warps=1, **overlapped(query.device),
         )  # fmt: skip
     return scores
 
 
 @triton.jit
 def _score_kernel(
-    query_ptr, bounds_ptr, lengths_ptr, scores_ptr, n_kv_head, n_blocks,
+    query_ptr, bounds_ptr, scale_ptr, lengths_ptr, scores_ptr, n_kv_head, n_blocks,
     G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Scores of BLOCKS blocks of one KV head.
 
-    Grid: (ceil(M / BLOCKS), B·Hkv). Tile: [D, BLOCKS], the one bound of each channel that the sign of q̄ calls for.
-    Invariant: every score of the tile is written, −∞ past the end.
+    Grid: (ceil(M / BLOCKS), B·Hkv). Tile: [D, BLOCKS], the one bound of each channel that the sign of q̄ calls for, as
+    it is or, with a scale, decoded. Invariant: every score of the tile is written, −∞ past the end.
     """
+    wait_for_previous()
+    let_next_start()
     i_row = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths_ptr + i_row // n_kv_head)
     o_block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
@@ -134,12 +141,20 @@ def _score_kernel(
     o_g = tl.arange(0, 16)
     p_query = query_ptr + (i_row * G + o_g)[:, None] * D + o_d
     query = tl.load(p_query, mask=(o_g < G)[:, None], other=0.0).to(tl.float32)  # [16, D]
-    pooled = (tl.sum(query, axis=0) / G)[:, None]  # [D, 1]
+    pooled = tl.sum(query, axis=0) / G  # [D]
+    side = tl.where(pooled >= 0, D, 0) + o_d  # [D]: rows 0 … D−1 are lo, D … 2D−1 hi
+    p_bound = bounds_ptr + (i_row * 2 * D + side)[:, None] * n_blocks + o_block[None, :]
     total = tl.cdiv(length, BLOCK_SIZE)
-    o_side = tl.where(pooled >= 0, D, 0) + o_d[:, None]  # [D, 1]: rows 0 … D−1 are lo, D … 2D−1 hi
-    p_bound = bounds_ptr + (i_row * 2 * D + o_side) * n_blocks + o_block[None, :]
-    bound = tl.load(p_bound, mask=(o_block < _row_end(total, ALIGNED))[None, :], other=0.0).to(tl.float32)
-    product = tl.where((pooled == 0) & (tl.abs(bound) == float("inf")), 0.0, pooled * bound)  # 0·∞ is 0
+    bound = tl.load(p_bound, mask=(o_block < _row_end(total, ALIGNED))[None, :], other=0)  # [D, BLOCKS]
+    if scale_ptr is None:
+        weight = pooled[:, None]
+        is_zero = (weight == 0) & (tl.abs(bound) == float("inf"))  # 0·∞ is 0
+        product = tl.where(is_zero, 0.0, weight * bound.to(tl.float32))
+    else:
+        weight = (pooled * tl.load(scale_ptr + i_row * D + o_d))[:, None]
+        bound = bound.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        unbounded = tl.where(weight == 0, 0.0, float("inf"))  # q̄·∞ is ∞ on either side
+        product = tl.where(tl.abs(bound) <= 448, weight * bound, unbounded)  # the code 0x7F is no number up to 448
     score = tl.where(o_block < total, tl.sum(product, axis=0), float("-inf"))
     tl.store(scores_ptr + i_row * n_blocks + o_block, score, mask=o_block < n_blocks)
 
@@ -182,7 +197,7 @@ def enqueue_selection(scores: Tensor, lengths: Tensor, counts: Tensor, config: R
         tile = max(4, triton.next_power_of_2(n_blocks))
         _select_kernel[(batch * kv_heads,)](
             scores, lengths, counts, indices, kv_heads, n_blocks, width, config.local_blocks, config.block_size, tile,
-            n_blocks % 16 == 0, num_warps=min(8, max(1, tile // 256)),
+            n_blocks % 16 == 0, num_warps=min(8, max(1, tile // 256)), **overlapped(scores.device),
         )  # fmt: skip
     return indices
 
@@ -200,6 +215,8 @@ def _select_kernel(
     rewards, and after GUESSES passes halves, which none can defeat. Among the keys equal to the last `low`, the lowest
     indices are taken, found by a second search that only runs when there are more of them than needed.
     """
+    wait_for_previous()
+    let_next_start()
     i_row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths_ptr + i_row // n_kv_head)
     n = tl.load(counts_ptr + i_row // n_kv_head)

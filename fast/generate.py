@@ -33,11 +33,13 @@ from resa.reference.generate import (
 from resa.reference.model import GPT
 
 from .attention import count_dense_units, enqueue_dense, enqueue_sparse
-from .blocks import enqueue_scores, enqueue_selection
+from .blocks import block_bounds, enqueue_scores, enqueue_selection
+from .bounds8 import Bounds8, compress_bounds
 from .cache import enqueue_write
 from .checks import INTERPRETED, check_kernel_dtypes, check_sizes
 
 PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt; changes no result
+Bounds = Sequence[Tensor | Bounds8]  # per layer: [B, Hkv, 2, D, M], exact or in 8 bits
 READ_BACK = 32  # tokens between two looks at the device where no interval says otherwise
 
 
@@ -53,11 +55,13 @@ def generate(
     stop_tokens: Collection[int] = (),
     on_token: Callable[[int, int, int], None] | None = None,
     resume: Generation | None = None,
+    eight_bit_bounds: bool = False,
 ) -> Generation:
     """Continue every prompt by up to `max_new_tokens` tokens; the reference's `generate`, argument for argument.
 
-    Only when `on_token` is called differs: once per interval, for all tokens chosen since. Raises `ValueError` naming
-    the argument before any work starts, also for what the kernels do not support.
+    Two things differ. `on_token` is called once per interval, for all tokens chosen since. And `eight_bit_bounds` lets
+    selection read bounds rounded outward to 8 bits, half the bytes, which may select other blocks. Raises `ValueError`
+    naming the argument before any work starts, also for what the kernels do not support.
     """
     config = ReSAConfig() if config is None else config
     check_request(model, prompts, max_new_tokens, config, stop_tokens, resume)
@@ -69,8 +73,16 @@ def generate(
     if max_new_tokens == 0:
         return generation
     choose = Sampler(temperature, top_p, own, max_new_tokens, logits.device)
-    loop = DecodeLoop(model, generation.cache, max_new_tokens, config, choose, stop_tokens)
-    return loop.run(logits, on_token)
+    cache = generation.cache
+    if eight_bit_bounds:
+        bounds = [compress_bounds(layer) for layer in cache.bounds]
+        cache.bounds = cache.bounds.new_empty(*cache.bounds.shape[:-1], 0)  # not both at once
+    else:
+        bounds = cache.bounds
+    generation = DecodeLoop(model, cache, bounds, max_new_tokens, config, choose, stop_tokens).run(logits, on_token)
+    if eight_bit_bounds:
+        cache.bounds = torch.stack([block_bounds(keys, cache.lengths, config.block_size) for keys in cache.keys])
+    return generation
 
 
 def padded_capacity(tokens: int, block_size: int) -> int:
@@ -102,7 +114,7 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache, *, chu
     for offset in range(0, longest, chunk_size):
         fed = (counts - offset).clamp(0, chunk_size)
         chunk = tokens[:, offset : offset + chunk_size].long()
-        hidden = dense_pass(model, chunk, cache, cache.lengths, cache.lengths + fed, arrivals)
+        hidden = dense_pass(model, chunk, cache, cache.bounds, cache.lengths, cache.lengths + fed, arrivals)
         cache.lengths += fed
         ends_here = (fed > 0) & (counts <= offset + chunk_size)
         logits[ends_here] = model.output(hidden[ends_here, fed[ends_here].long() - 1])
@@ -116,65 +128,97 @@ def new_arrivals(model: GPT, cache: KVCache, width: int) -> Tensor:
     return torch.zeros(units, dtype=torch.int32, device=cache.lengths.device)
 
 
-def dense_pass(model: GPT, tokens: Tensor, cache: KVCache, start: Tensor, end: Tensor, arrivals: Tensor) -> Tensor:
+def dense_pass(
+    model: GPT, tokens: Tensor, cache: KVCache, bounds: Bounds, start: Tensor, end: Tensor, arrivals: Tensor
+) -> Tensor:
     """Feed a window densely, as `GPT.dense_pass`, without reading anything back.
 
     Sequence s feeds its first end[s] − start[s] tokens at positions start[s], …; none where they are equal. tokens
-    [B, Q], start and end [B] int32 → final hidden states [B, Q, C]. The caller moves the lengths.
+    [B, Q], start and end [B] int32 → final hidden states [B, Q, C]. `bounds` are kept up to date; the caller moves the
+    lengths.
     """
     counts = end - start
     visible = torch.where(counts > 0, end, 0)  # nothing is computed for a sequence that feeds nothing
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values, bounds = cache.keys[layer], cache.values[layer], cache.bounds[layer]
-        enqueue_write(keys, values, bounds, key.contiguous(), value.contiguous(), start, end, cache.block_size)
+        keys, values, new = cache.keys[layer], cache.values[layer], (key.contiguous(), value.contiguous())
+        enqueue_write(keys, values, bounds[layer], *new, start, end, cache.block_size)
         return enqueue_dense(query.contiguous(), keys, values, visible, counts, arrivals)[0]
 
     positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     return model.transform(tokens, positions, attend)
 
 
-def sparse_pass(
-    model: GPT,
-    tokens: Tensor,
-    cache: KVCache,
-    start: Tensor,
-    end: Tensor,
-    config: ReSAConfig,
-    arrivals: Tensor,
-    beside: torch.cuda.Stream | None,
-) -> Tensor:
-    """Feed one token to each sequence with end[s] = start[s] + 1, as `GPT.sparse_pass`, without reading anything back.
+class SparseStep(NamedTuple):
+    """What all layers of a sparse step share: where each sequence's token goes, and how much there is to read."""
 
-    tokens [B], start and end [B] int32 → final hidden states [B, C]. The newest block is always attended, so its score
-    is not needed: scoring covers the blocks before it, while the write goes on in the stream `beside` (None: before).
-    The caller moves the lengths.
+    start: Tensor  # [B] int32: the position of the token fed
+    end: Tensor  # [B] int32: start + 1, or start for a sequence that feeds nothing
+    visible: Tensor  # [B] int32: tokens to attend to, 0 for a sequence that feeds nothing
+    completed: Tensor  # [B] int32: those before the newest block
+    counts: Tensor  # [B] int32: blocks to select, n
+    config: ReSAConfig
+    arrivals: Tensor  # [≥ B·Hkv] int32 zeros
+    beside: torch.cuda.Stream | None
+
+    @classmethod
+    def plan(
+        cls, start: Tensor, end: Tensor, config: ReSAConfig, arrivals: Tensor, beside: torch.cuda.Stream | None
+    ) -> SparseStep:
+        """The step of the sequences with end[s] = start[s] + 1; `beside` is a stream for what can wait."""
+        visible = torch.where(end > start, end, 0)
+        completed = (visible - 1).clamp(min=0) // config.block_size * config.block_size
+        counts = active_blocks(visible, config).to(torch.int32)
+        return cls(start, end, visible, completed, counts, config, arrivals, beside)
+
+
+def attend_sparsely(
+    step: SparseStep,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bounds: Tensor | Bounds8,
+) -> Tensor:
+    """One layer of a sparse step: append, score, select, attend.
+
+    query [B, Hq, D], key and value [B, Hkv, 1, D]; keys, values [B, Hkv, T_max, D] and bounds [B, Hkv, 2, D, M] are
+    extended in place → out [B, Hq, D]. The newest block is always attended, so its score is not needed: scoring covers
+    the blocks before it and does not wait for the write.
     """
-    visible = torch.where(end > start, end, 0)
-    completed = (visible - 1).clamp(min=0) // cache.block_size * cache.block_size  # tokens before the newest block
-    counts = active_blocks(visible, config).to(torch.int32)
+    b = step.config.block_size
+    if step.beside is not None:
+        step.beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(step.beside):  # does nothing for None
+        enqueue_write(keys, values, bounds, key, value, step.start, step.end, b)
+    scores = enqueue_scores(query, bounds, step.completed, b)
+    indices = enqueue_selection(scores, step.visible, step.counts, step.config)
+    if step.beside is not None:
+        torch.cuda.current_stream().wait_stream(step.beside)
+    return enqueue_sparse(query, keys, values, indices, step.visible, b, step.arrivals)[0]
+
+
+def sparse_pass(model: GPT, tokens: Tensor, cache: KVCache, bounds: Bounds, step: SparseStep) -> Tensor:
+    """Feed one token per sequence, as `GPT.sparse_pass`, without reading anything back.
+
+    tokens [B] → final hidden states [B, C]. `bounds` are kept up to date; the caller moves the lengths.
+    """
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values, bounds = cache.keys[layer], cache.values[layer], cache.bounds[layer]
         query, key, value = query[:, :, 0].contiguous(), key.contiguous(), value.contiguous()
-        if beside is not None:
-            beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # does nothing for None
-            enqueue_write(keys, values, bounds, key, value, start, end, cache.block_size)
-        scores = enqueue_scores(query, bounds, completed, cache.block_size)
-        indices = enqueue_selection(scores, visible, counts, config)
-        if beside is not None:
-            torch.cuda.current_stream().wait_stream(beside)
-        return enqueue_sparse(query, keys, values, indices, visible, cache.block_size, arrivals)[0][:, :, None]
+        out = attend_sparsely(step, query, key, value, cache.keys[layer], cache.values[layer], bounds[layer])
+        return out[:, :, None]
 
-    return model.transform(tokens[:, None], start[:, None], attend)[:, 0]
+    return model.transform(tokens[:, None], step.start[:, None], attend)[:, 0]
 
 
 class Kinds(NamedTuple):
     """What a step consists of; each combination that occurs becomes one CUDA graph."""
 
     sparse: bool  # some sequence feeds its pending token sparsely
-    dense: bool  # some sequence re-encodes its window together with the pending token
+    dense: bool  # some sequence feeds its pending token densely, its cache being short
+    fused: bool  # some sequence re-encodes its window together with the pending token
     rectify: bool  # some sequence re-encodes its window alone (schedule "paper")
 
 
@@ -190,16 +234,19 @@ class Forecast:
 
     def advance(self) -> Kinds:
         """The kinds of the step that every sequence takes now."""
-        interval, fused = self.config.interval, self.config.schedule == "fused"
-        sparse = dense = rectify = False
+        config, kinds = self.config, {"sparse": False, "dense": False, "fused": False, "rectify": False}
         for s, window in enumerate(self.windows):
-            is_full = interval is not None and window + 1 >= interval
-            is_dense = self.lengths[s] < self.config.dense_below or (fused and is_full)
-            is_rectified = not fused and not is_dense and is_full
-            sparse, dense, rectify = sparse or not is_dense, dense or is_dense, rectify or is_rectified
-            self.windows[s] = 0 if is_dense or is_rectified else window + 1
+            is_full = config.interval is not None and window + 1 >= config.interval
+            if self.lengths[s] < config.dense_below:
+                kinds["dense"], self.windows[s] = True, 0
+            elif is_full and config.schedule == "fused":
+                kinds["fused"], self.windows[s] = True, 0
+            else:
+                kinds["sparse"], self.windows[s] = True, window + 1
+                if is_full:
+                    kinds["rectify"], self.windows[s] = True, 0
             self.lengths[s] += 1
-        return Kinds(sparse, dense, rectify)
+        return Kinds(**kinds)
 
 
 class DecodeLoop:
@@ -213,21 +260,21 @@ class DecodeLoop:
         self,
         model: GPT,
         cache: KVCache,
+        bounds: Bounds,
         max_new_tokens: int,
         config: ReSAConfig,
         choose: Sampler,
         stop_tokens: Collection[int],
     ) -> None:
         batch, device = len(cache.lengths), cache.lengths.device
-        self.model, self.cache, self.config, self.choose = model, cache, config, choose
+        self.model, self.cache, self.bounds, self.config, self.choose = model, cache, bounds, config, choose
         self.tokens = torch.full((batch, max_new_tokens), NO_TOKEN, device=device)
         self.count = torch.zeros(batch, dtype=torch.int64, device=device)
         self.pending = torch.full((batch,), NO_TOKEN, device=device)
         self.window = torch.zeros(batch, dtype=torch.int32, device=device)
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
         self.stop = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=device)
-        self.width = config.interval or 1  # the widest dense pass
-        self.arrivals = new_arrivals(model, cache, self.width)
+        self.arrivals = new_arrivals(model, cache, config.interval or 1)
         self.beside = None if INTERPRETED else torch.cuda.Stream(device)
         self.graphs: dict[Kinds, torch.cuda.CUDAGraph | None] = {}
         self.delivered = 0  # tokens per sequence that `on_token` has been told of
@@ -264,36 +311,42 @@ class DecodeLoop:
     def step(self, kinds: Kinds) -> None:
         """Feed every active sequence's pending token, by the same rules as the reference's `decode_step`."""
         config, stepping = self.config, self.active.clone()
-        due = self.cache.lengths < config.dense_below
+        dense = stepping & (self.cache.lengths < config.dense_below)
+        sparse, fused = stepping & ~dense, None
         if config.interval is not None and config.schedule == "fused":
-            due |= self.window + 1 >= config.interval
-        sparse, dense = stepping & ~due, stepping & due
+            fused = sparse & (self.window + 1 >= config.interval)
+            sparse = sparse & ~fused
         if kinds.sparse:
             self.sparse_step(sparse)
         if kinds.dense:
-            self.dense_step(dense, appends=True)
+            self.dense_step(dense, 1, appends=True)
+        if kinds.fused:
+            self.dense_step(fused, config.interval, appends=True)
         if kinds.rectify:
-            self.dense_step(stepping & (self.window >= config.interval), appends=False)
+            self.dense_step(stepping & (self.window >= config.interval), config.interval, appends=False)
 
     def sparse_step(self, mask: Tensor) -> None:
         """Feed the pending tokens of the sequences in mask [B], attending to the selected blocks alone."""
         start, end = self.cache.lengths.clone(), self.cache.lengths + mask
-        tokens = self.pending.clamp(min=0)
-        hidden = sparse_pass(self.model, tokens, self.cache, start, end, self.config, self.arrivals, self.beside)
+        step = SparseStep.plan(start, end, self.config, self.arrivals, self.beside)
+        hidden = sparse_pass(self.model, self.pending.clamp(min=0), self.cache, self.bounds, step)
         self.cache.lengths.copy_(end)
         self.window += mask
         self.append(self.model.output(hidden), mask)
 
-    def dense_step(self, mask: Tensor, *, appends: bool) -> None:
-        """Re-encode the windows of the sequences in mask [B], and with `appends` their pending tokens as well."""
+    def dense_step(self, mask: Tensor, width: int, *, appends: bool) -> None:
+        """Re-encode the windows of the sequences in mask [B], and with `appends` their pending tokens as well.
+
+        `width` is the most tokens of one sequence. While a cache is below `dense_below` its window is empty.
+        """
         window = self.window * mask
         counts = window + mask if appends else window
         start = self.cache.lengths - window
         end = start + counts
         # The last token chosen is the pending one; the window's tokens come right before it.
-        column = (self.count - 1 - window)[:, None] + torch.arange(self.width, device=mask.device)
+        column = (self.count - 1 - window)[:, None] + torch.arange(width, device=mask.device)
         tokens = self.tokens.gather(1, column.clamp(0, self.tokens.shape[1] - 1)).clamp(min=0)
-        hidden = dense_pass(self.model, tokens, self.cache, start, end, self.arrivals)
+        hidden = dense_pass(self.model, tokens, self.cache, self.bounds, start, end, self.arrivals)
         self.cache.lengths.copy_(end)
         self.window.masked_fill_(mask, 0)
         if appends:

@@ -1,4 +1,4 @@
-"""`python -m resa.reference` is the command `resa`."""
+"""`python -m resa.reference` is the command `resa` with the reference alone."""
 
 import sys
 

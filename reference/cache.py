@@ -173,7 +173,8 @@ class KVCache:
             return
         slot = window.slot.clamp(max=self.capacity - 1)  # [B, n·b]
         sequence = torch.arange(len(slot), device=slot.device)[:, None]
-        keys = self.keys[layer][sequence, :, slot].transpose(1, 2)  # [B, Hkv, n·b, D]
+        # Contiguous, because that is all a kernel may take.
+        keys = self.keys[layer][sequence, :, slot].transpose(1, 2).contiguous()  # [B, Hkv, n·b, D]
         bounds = self.block_bounds(keys, window.slots_in_use, self.block_size)  # [B, Hkv, 2, D, n]
         row, column = window.block_row, window.block_column
         self.bounds[layer][row, ..., window.block] = bounds[row, ..., column]  # [blocks, Hkv, 2, D]

@@ -2,6 +2,9 @@
 
 A bad argument is one clear line on standard error and exit status 2. Progress goes to standard error, results to
 standard output; `--json` turns the results into one JSON object.
+
+`python -m resa.reference` decodes with the reference alone. The installed command is `resa.fast.cli`, which hands
+`main` a second backend: nothing here knows which.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,14 +30,31 @@ from .checkpoint import load_model, shipped_checkpoint
 from .checks import checked_device, require
 from .config import SCHEDULES, GPTConfig, ReSAConfig
 from .files import write_atomically
-from .generate import generate
-from .model import GPT
+from .generate import Generation, generate
+from .model import GPT, REFERENCE_OPS, Operations
 from .tokenizer import END_OF_TEXT, load_tokenizer, shipped_ranks
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0, 2 for bad input, 130 and 141 as a shell has them for signals."""
-    options = build_parser().parse_args(arguments)
+@dataclass(frozen=True)
+class Backend:
+    """One rendering of decoding, for the commands to run on; its functions import what they need when called."""
+
+    generate: Callable[..., Generation]  # with the signature of `resa.reference.generate`
+    operations: Callable[[], Operations]  # for commands with a loop of their own
+    needs: Callable[[torch.device], str | None]  # what is missing to run on the device, None where it runs
+    dense_below: Callable[[int], int]  # caches of fewer tokens decode faster densely, in a batch of so many
+
+
+REFERENCE = Backend(generate, lambda: REFERENCE_OPS, needs=lambda device: None, dense_below=lambda batch: 0)
+BACKENDS = {"reference": REFERENCE}
+
+
+def main(arguments: Sequence[str] | None = None, *, backends: Mapping[str, Backend] = BACKENDS) -> int:
+    """Run one command; returns its exit status: 0, 2 for bad input, 130 and 141 as a shell has them for signals.
+
+    backends: by name, the fastest first; "reference" must be among them.
+    """
+    options = build_parser(backends).parse_args(arguments)
     try:
         options.run(options)
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -56,12 +76,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(backends: Mapping[str, Backend] = BACKENDS) -> argparse.ArgumentParser:
     """Every command and its arguments."""
     parser = _Parser(prog="resa", description="Rectified sparse attention, from one readable reference.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_demo(commands)
-    _add_generate(commands)
+    _add_demo(commands, backends)
+    _add_generate(commands, backends)
     _add_train(commands)
     _add_tokenizer(commands)
     _add_eval(commands)
@@ -89,6 +109,24 @@ def _load(options: argparse.Namespace) -> GPT:
     return load_model(options.model, device=checked_device("--device", options.device))
 
 
+def _add_backend(parser: argparse.ArgumentParser, backends: Mapping[str, Backend]) -> None:
+    text = "what decodes; auto is the fastest that runs on the --device if that is a GPU, else the reference"
+    parser.add_argument("--backend", choices=("auto", *backends), default="auto", help=text)
+    parser.set_defaults(backends=backends)
+
+
+def _chosen_backend(options: argparse.Namespace) -> str:
+    """Name of the backend to use; one that was asked for by name runs on the device asked for, or is refused."""
+    name, backends, device = options.backend, options.backends, checked_device("--device", options.device)
+    if name == "auto" and device.type == "cpu":
+        return "reference"
+    if name == "auto":
+        return next(each for each, backend in backends.items() if backend.needs(device) is None)
+    needed = backends[name].needs(device)
+    require(needed is None, "--backend", name, f"reference ({name} needs {needed})")
+    return name
+
+
 def _add_sparsity(parser: argparse.ArgumentParser) -> None:
     default = ReSAConfig()
     group = parser.add_argument_group("sparse attention")
@@ -107,6 +145,10 @@ def _seed(text: str) -> int:
 
 def _interval(text: str) -> int | None:
     return None if text == "never" else int(text)
+
+
+def _dense_below(text: str) -> int | None:
+    return None if text == "auto" else int(text)
 
 
 def _sparsity(options: argparse.Namespace, **more: object) -> ReSAConfig:
@@ -157,7 +199,7 @@ def _provenance(options: argparse.Namespace) -> dict[str, str]:
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 
-def _add_demo(commands: argparse._SubParsersAction) -> None:
+def _add_demo(commands: argparse._SubParsersAction, backends: Mapping[str, Backend]) -> None:
     text = (
         "Continue a real Python file with dense, sparse and rectified sparse decoding side by side. Prints what each"
         " writes, a table of what each loses against dense decoding on the same tokens and what it reads, and draws"
@@ -175,6 +217,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     _add_sparsity(parser)
     _add_model(parser)
+    _add_backend(parser, backends)
 
 
 def _run_demo(options: argparse.Namespace) -> None:
@@ -187,7 +230,8 @@ def _run_demo(options: argparse.Namespace) -> None:
     config = _sparsity(options, schedule=options.schedule)
     settings = DemoOptions(options.tokens, tuple(options.intervals), options.temperature, options.seed, config)
     console = Console(quiet=options.json, highlight=False)
-    tokenizer, model = load_tokenizer(), _load(options)
+    name = _chosen_backend(options)
+    tokenizer, model = load_tokenizer(), _load(options).with_ops(options.backends[name].operations())
     if options.prompt_file is None:
         subject, text = demo_prompt()
     else:
@@ -197,18 +241,20 @@ def _run_demo(options: argparse.Namespace) -> None:
     length = len(prompt) + options.tokens
     require(len(prompt) >= 2, "--prompt-file", f"{len(prompt)} tokens", "a text of at least 2 tokens")
     require(length <= model.config.context, "--prompt-tokens + --tokens", length, f"≤ {model.config.context}")
-    console.print(f"Continuing {subject}: {len(prompt):,} tokens read, {options.tokens} to write, on {options.device}.")
+    work = f"{len(prompt):,} tokens read, {options.tokens} to write"
+    console.print(f"Continuing {subject}: {work}, on {options.device} (backend {name}).")
     result = run_demo(model, tokenizer, prompt, settings, console)
     draw_figure(result, options.figure, subject.split(" (")[0])
     console.print(f"The figure is {options.figure}; all this took {result['seconds']} s.")
     if options.json:
-        _report({**result, "subject": subject, "figure": str(options.figure), **_provenance(options)}, None)
+        told = {"subject": subject, "figure": str(options.figure), "backend": name}
+        _report({**result, **told, **_provenance(options)}, None)
 
 
 # ---- generate --------------------------------------------------------------------------------------------------------
 
 
-def _add_generate(commands: argparse._SubParsersAction) -> None:
+def _add_generate(commands: argparse._SubParsersAction, backends: Mapping[str, Backend]) -> None:
     text = "Continue Python code. Reads a prompt and writes what the model makes of it, token by token."
     parser = _command(commands, "generate", _run_generate, text)
     source = parser.add_mutually_exclusive_group()
@@ -217,18 +263,23 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="how many tokens to write")
     parser.add_argument("--interval", type=_interval, default=32, help="tokens per rectification, or never; 1 is dense")
     parser.add_argument("--schedule", choices=SCHEDULES, default="fused", help="when the dense pass comes")
-    parser.add_argument("--dense-below", type=int, default=0, help="caches shorter than this decode densely")
+    text = "caches shorter than this decode densely; auto is the backend's measured crossover, 0 for the reference"
+    parser.add_argument("--dense-below", type=_dense_below, default="auto", help=text)
     _add_sparsity(parser)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     parser.add_argument("--top-p", type=float, default=1.0, help="mass of the tokens sampled from")
     parser.add_argument("--seed", type=_seed, default=0, help="of the random numbers")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
     _add_model(parser)
+    _add_backend(parser, backends)
 
 
 def _run_generate(options: argparse.Namespace) -> None:
     text = options.prompt if options.prompt_file is None else _read_text(options.prompt_file)
-    config = _sparsity(options, interval=options.interval, schedule=options.schedule, dense_below=options.dense_below)
+    name = _chosen_backend(options)
+    backend = options.backends[name]
+    dense_below = backend.dense_below(1) if options.dense_below is None else options.dense_below
+    config = _sparsity(options, interval=options.interval, schedule=options.schedule, dense_below=dense_below)
     require(options.tokens >= 0, "--tokens", options.tokens, "an integer ≥ 0")
     tokenizer, model = load_tokenizer(), _load(options)
     prompt = tokenizer.encode_ordinary(text)
@@ -239,7 +290,7 @@ def _run_generate(options: argparse.Namespace) -> None:
     writer = _Writer(tokenizer.decode_single_token_bytes, reading.stop, silent=options.json)
     started = time.perf_counter()
     reading.start()
-    generation = generate(
+    generation = backend.generate(
         model,
         [prompt],
         options.tokens,
@@ -255,10 +306,11 @@ def _run_generate(options: argparse.Namespace) -> None:
     tokens = generation.tokens[0]
     if options.json:
         result = {"prompt_tokens": len(prompt), "tokens": tokens, "text": tokenizer.decode(tokens)}
-        _report({**result, "seconds": round(seconds, 3)}, None)
+        _report({**result, "backend": name, "dense_below": dense_below, "seconds": round(seconds, 3)}, None)
     else:
         writer.close()
-        print(f"{len(prompt)} + {len(tokens)} tokens in {seconds:.1f} s", file=sys.stderr)
+        chosen = f"backend {name}, dense below {dense_below:,} tokens" if dense_below else f"backend {name}"
+        print(f"{len(prompt)} + {len(tokens)} tokens in {seconds:.1f} s ({chosen})", file=sys.stderr)
 
 
 class _Writer:

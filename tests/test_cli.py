@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,8 +125,17 @@ def test_help_of_a_command_explains_and_shows_defaults(resa, command, monkeypatc
             "--temperature": 0.5,
             "--active-ratio": 0.1,
             "--device": "cpu",
+            "--backend": "auto",
         },
-        "generate": {"--tokens": 128, "--interval": 32, "--schedule": "fused", "--block-size": 16, "--min-blocks": 16},
+        "generate": {
+            "--tokens": 128,
+            "--interval": 32,
+            "--schedule": "fused",
+            "--dense-below": "auto",
+            "--block-size": 16,
+            "--min-blocks": 16,
+            "--backend": "auto",
+        },
         "train": {"--seed": 0, "--n-layer": 12, "--vocab-size": 4096},
         "tokenizer": {"--vocab-size": 4096},
         "eval": {"--documents": 16, "--probes": 64, "--batch": 8, "--local-blocks": 1},
@@ -138,10 +148,10 @@ def test_help_of_a_command_explains_and_shows_defaults(resa, command, monkeypatc
 
 def test_the_defaults_are_those_of_the_configuration(resa):
     options = cli.build_parser().parse_args(["generate"])
-    given_config = cli._sparsity(
-        options, interval=options.interval, schedule=options.schedule, dense_below=options.dense_below
-    )
+    given_config = cli._sparsity(options, interval=options.interval, schedule=options.schedule)
     assert given_config == ReSAConfig()
+    assert options.dense_below is None  # left to the backend
+    assert cli.REFERENCE.dense_below(1) == ReSAConfig().dense_below
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["generate", "--nonsense"], ["eval"], ["eval", "taste"], ["train"]])
@@ -188,6 +198,7 @@ def test_generate_is_generate(resa, path, tokenizer, arguments, config, options)
     assert result["tokens"] == wanted
     assert result["text"] == tokenizer.decode(wanted)
     assert result["prompt_tokens"] == len(tokenizer.encode_ordinary(text))
+    assert (result["backend"], result["dense_below"]) == ("reference", config.dense_below)
     assert result["seconds"] >= 0
 
 
@@ -207,7 +218,9 @@ def test_generate_writes_the_prompt_and_its_continuation(resa, path, tokenizer):
     status, out, err = resa("generate", text, "--tokens", 9, "--model", path)
     assert (status, out) == (0, text + wanted + "\n")
     n_prompt = len(tokenizer.encode_ordinary(text))
-    assert re.fullmatch(rf"{n_prompt} \+ 9 tokens in [0-9.]+ s\n", err)
+    assert re.fullmatch(rf"{n_prompt} \+ 9 tokens in [0-9.]+ s \(backend reference\)\n", err)
+    err = resa("generate", text, "--tokens", 9, "--model", path, "--dense-below", 2000)[2]
+    assert err.endswith(" s (backend reference, dense below 2,000 tokens)\n")
 
 
 def test_generate_without_a_prompt_or_without_tokens(resa, path):
@@ -290,13 +303,13 @@ def test_a_character_is_written_whole_after_bytes_that_are_none(capsys):
     assert capsys.readouterr().out == "\ufffd€\n"
 
 
-def test_an_interruption_is_one_line(resa, path, monkeypatch):
+def test_an_interruption_is_one_line(path, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "generate", interrupted)
-    status, _, err = resa("generate", "--model", path)
-    assert (status, err) == (130, "resa generate: interrupted\n")
+    backends = {"reference": replace(cli.REFERENCE, generate=interrupted)}
+    assert cli.main(["generate", "--model", str(path)], backends=backends) == 130
+    assert capsys.readouterr().err == "resa generate: interrupted\n"
 
 
 def test_a_closed_pipe_is_no_error_to_read_about(path):
@@ -347,6 +360,8 @@ def test_generate_refuses_by_name(resa, path, arguments, named, as_json):
         (["--interval", "1.5"], "--interval"),
         (["--tokens", "many"], "--tokens"),
         (["--schedule", "weekly"], "--schedule"),
+        (["--dense-below", "later"], "--dense-below"),
+        (["--backend", "triton"], "--backend"),  # the reference does not know it
         (["--active-ratio", "a lot"], "--active-ratio"),
         (["a", "--prompt-file", "b"], "--prompt-file"),
     ],
@@ -424,7 +439,7 @@ def test_the_demo_prints_draws_and_continues_a_given_file(resa, path, prompt_fil
     status, out, err = resa("demo", "--prompt-file", prompt_file, *DEMO, "--figure", figure, "--model", path)
     assert status == 0
     assert "decode-only  KL from dense" in err  # as it goes
-    assert "Continuing prompt.py: 40 tokens read, 8 to write" in out
+    assert "Continuing prompt.py: 40 tokens read, 8 to write, on cpu (backend reference)." in out
     for name in ("dense", "sparse", "ReSA f=4", "ReSA f=3", "decode-only"):
         assert name in out
     assert str(figure) in out.replace("\n", "")
@@ -440,6 +455,7 @@ def test_the_demo_in_json(resa, path, prompt_file, tmp_path):
     assert status == 0
     assert list(result["rows"]) == ["dense", "sparse", "ReSA f=4", "ReSA f=3", "decode-only"]
     assert (result["subject"], result["figure"], result["prompt_tokens"]) == ("prompt.py", str(figure), 40)
+    assert result["backend"] == "reference"
     told = result["options"]
     assert (told["n_tokens"], told["temperature"], told["seed"]) == (8, 0.0, 9)
     config = told["config"]

@@ -1,5 +1,7 @@
 """Who may import whom: `config → cache → blocks → attention → model → generate`, each only from its left.
 
+`fast/` keeps the same order and may import from `reference/` besides, never the reverse.
+
 Read from the syntax trees, function bodies and type-checking blocks included, and once at run time.
 """
 
@@ -10,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from resa import reference
+from resa import fast, reference
 
 FOLDER = Path(reference.__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
+FAST = Path(fast.__file__).parent
+FAST_FILES = sorted(FAST.rglob("*.py"))
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 ARROW = ["checks", "config", "cache", "blocks", "attention", "model", "generate"]
+FAST_ARROW = ["checks", "launch", "bounds8", "cache", "blocks", "attention", "model", "generate"]
 
 
 def imports(tree, package="resa.reference"):
@@ -36,10 +41,10 @@ def imports(tree, package="resa.reference"):
 
 
 def read(path):
-    """The syntax tree of a file of the package, and what it imports."""
+    """The syntax tree of a file of either package, and what it imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    package = ".".join(["resa.reference", *path.relative_to(FOLDER).parent.parts])
-    return tree, imports(tree, package)
+    folder, package = (FAST, "resa.fast") if path.is_relative_to(FAST) else (FOLDER, "resa.reference")
+    return tree, imports(tree, ".".join([package, *path.relative_to(folder).parent.parts]))
 
 
 def test_relative_imports_are_understood():
@@ -100,6 +105,44 @@ def test_the_reference_stands_alone(path):
             assert all(getattr(value, "value", True) is False for value in allows), f"{path.name}:{node.lineno}"
 
 
+@pytest.mark.parametrize("path", FAST_FILES, ids=lambda path: str(path.relative_to(FAST)))
+def test_the_fast_path_imports_the_reference_and_itself(path):
+    """Besides them torch, triton and the standard library; of the reference only what is public."""
+    _, found = read(path)
+    for line, module in found:
+        where = f"{path.name}:{line} imports {module}"
+        parts = module.split(".")
+        shown = {"rich"} if path.name == "__main__.py" else set()
+        assert parts[0] in {"resa", "torch", "triton", "__future__"} | shown | set(sys.stdlib_module_names), where
+        assert parts[0] not in PICKLERS, where
+        assert module != "torch.load", where
+        if parts[0] == "resa":
+            assert parts[1] in {"reference", "fast"}, where
+            assert parts[1] == "fast" or not any(part.startswith("_") for part in parts[2:]), where
+
+
+@pytest.mark.parametrize("path", FAST_FILES, ids=lambda path: str(path.relative_to(FAST)))
+def test_a_fast_file_imports_only_from_its_left(path):
+    """Of its own package; the command line and what goes with it may import from all of it."""
+    if path.parent.name == "bench":
+        return
+    if path.stem not in FAST_ARROW:
+        assert path.stem in {"__init__", "__main__", "cli", "crossover"}
+        return
+    allowed = {f"resa.fast.{left}" for left in FAST_ARROW[: FAST_ARROW.index(path.stem)]}
+    for line, module in read(path)[1]:
+        owner = ".".join(module.split(".")[:3])
+        is_own = module.split(".")[:2] == ["resa", "fast"]
+        assert not is_own or owner in allowed, f"{path.name}:{line} imports {module}, which is not to its left"
+
+
+def test_the_fast_arrow_is_connected():
+    """Every file of it is there, and the last one imports from both packages: the rules above govern something."""
+    assert {path.stem for path in FAST_FILES} >= set(FAST_ARROW)
+    found = {module for _, module in read(FAST / "generate.py")[1]}
+    assert {"resa.fast.attention", "resa.fast.blocks", "resa.reference.model"} <= found
+
+
 WATCHED_RUN = """
 import sys, traceback
 from pathlib import Path
@@ -122,7 +165,7 @@ assert "resa.fast" not in sys.modules
 ours = [(name, file) for name, file in asked if folder in Path(file).parents or name == "resa.fast"]
 assert not ours, ours
 import resa.fast
-assert asked[-1][0] == "resa.fast", "the watch must see what it watches for"
+assert "resa.fast" in [name for name, _ in asked], "the watch must see what it watches for"
 print("watched")
 """
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def test_the_bare_folder_name_is_refused(folder):
 
 def test_the_packages_say_what_they_export():
     """Every name in __all__ exists and stands there once."""
-    for package in (resa.reference, resa.fast):
+    for package in (resa.reference, resa.fast) if find_spec("triton") else (resa.reference,):
         assert all(hasattr(package, name) for name in package.__all__)
         assert len(set(package.__all__)) == len(package.__all__)
 

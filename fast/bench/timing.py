@@ -1,0 +1,72 @@
+"""Timing of GPU work by replaying CUDA graphs, and the bandwidth that the times are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+GRAPH_US = 5_000  # a graph holds about this much work, so that one launch of it weighs nothing
+REPLAYS = 11
+CYCLES_PER_US = 1_700  # about; for pauses
+
+
+@dataclass(frozen=True)
+class Time:
+    """Microseconds per call: the median over replays, and the quartiles around it."""
+
+    us: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Time:
+        """Median and quartiles of samples in µs."""
+        low, us, high = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+        return cls(round(us.item(), 3), round(low.item(), 3), round(high.item(), 3))
+
+
+def time_calls(calls: Sequence[Callable[[], object]], *, divide_by: int = 1, pause_us: int = 0) -> Time:
+    """Time per call of one round through `calls`, which do the same work on different data, each divided by a number.
+
+    The round is repeated within one CUDA graph until that holds about 5 ms of work; each sample is one replay. With a
+    pause, the graph holds one round, and the GPU rests that long before each: matrix work that never pauses runs into
+    the power limit, which slows it by a tenth.
+    """
+    once = _elapsed(lambda: [call() for call in calls])  # compiles; the second run is warm
+    once = _elapsed(lambda: [call() for call in calls])
+    rounds = 1 if pause_us else max(1, min(200, int(GRAPH_US / max(once, 5 * len(calls)))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    graph.replay()
+    samples = []
+    for _ in range(REPLAYS):
+        if pause_us:
+            torch.cuda._sleep(pause_us * CYCLES_PER_US)
+        samples.append(_elapsed(graph.replay) / (rounds * len(calls) * divide_by))
+    return Time.of(samples)
+
+
+def _elapsed(work: Callable[[], object]) -> float:
+    """Microseconds that the GPU spends on `work`."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) * 1e3
+
+
+def copy_bandwidth(size: int = 2**31) -> float:
+    """TB/s, read plus written, of the faster of a copy and an elementwise kernel over `size` bytes."""
+    source = torch.randn(size // 4, device="cuda")
+    target = torch.empty_like(source)
+    best = min(
+        time_calls([lambda: target.copy_(source)]).us,
+        time_calls([lambda: torch.add(source, 1.0, out=target)]).us,
+    )
+    return round(2 * size / best / 1e6, 3)

@@ -1,0 +1,86 @@
+"""Bounds in 8 bits, rounded outward so that they still are bounds (law 1); the reference has no such thing.
+
+A score then reads a quarter of what both 16-bit bounds would cost. What that loses is precision: an e4m3 number has
+three bits of mantissa, so a bound moves outward by up to an eighth of itself, and other blocks may be selected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resa.reference.checks import bind_shapes
+
+from .checks import check_kernel_dtypes, check_layout, check_sizes
+
+
+@dataclass(frozen=True)
+class Bounds8:
+    """Bounds in 8 bits, rounded outward: half the bytes of float16, and still bounds (law 1).
+
+    A code is an e4m3 number, to be multiplied by its channel's scale. What is too large for it, or NaN, has the code of
+    NaN and reads as −∞ for lo and +∞ for hi.
+    """
+
+    codes: Tensor  # [B, Hkv, 2, D, M] uint8
+    scale: Tensor  # [B, Hkv, D] float32, powers of two
+
+
+def compress_bounds(bounds: Tensor) -> Bounds8:
+    """Bounds [B, Hkv, 2, D, M] in 8 bits, their scales chosen so that finite ones twice as large would still fit.
+
+    Raises `ValueError` for bounds that the kernels do not support.
+    """
+    sizes = bind_shapes(bounds=(bounds, "B Hkv 2 D M"))
+    check_kernel_dtypes(bounds=bounds)
+    check_sizes(D=sizes["D"])
+    check_layout(bounds=bounds)
+    largest = torch.where(bounds.isfinite(), bounds, 0).abs().amax(dim=(2, 4)).float()  # [B, Hkv, D]
+    # frexp gives 2^e above |x|; 448 = 1.75 · 2^8 is the largest e4m3 number.
+    mantissa, exponent = torch.frexp(largest)
+    exponent = torch.where(mantissa * 2 > 1.75, exponent - 7, exponent - 8)
+    scale = torch.exp2(exponent.clamp(-120, 120).float())
+    codes = torch.empty_like(bounds, dtype=torch.uint8)
+    if codes.numel():
+        _, _, _, head_dim, n_blocks = bounds.shape
+        grid = (triton.cdiv(n_blocks, 1024), bounds[..., 0].numel())
+        _compress_kernel[grid](bounds, scale, codes, n_blocks, head_dim, 1024)
+    return Bounds8(codes, scale)
+
+
+@triton.jit
+def _compress_kernel(bounds_ptr, scale_ptr, codes_ptr, n_blocks, D: tl.constexpr, BLOCKS: tl.constexpr):
+    """Codes of BLOCKS bounds of one channel, lo or hi.
+
+    Grid: (ceil(M / BLOCKS), B·Hkv·2·D). Tile: [BLOCKS]. Invariant: lo is rounded down, hi up.
+    """
+    i_channel = tl.program_id(1).to(tl.int64)  # ((sequence · Hkv + head) · 2 + side) · D + channel
+    o_block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    m_block = o_block < n_blocks
+    bound = tl.load(bounds_ptr + i_channel * n_blocks + o_block, mask=m_block, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + i_channel // (2 * D) * D + i_channel % D)
+    code = encode_e4m3(bound / scale, (i_channel // D) % 2 == 1)
+    tl.store(codes_ptr + i_channel * n_blocks + o_block, code, mask=m_block)
+
+
+@triton.jit
+def encode_e4m3(x, is_hi):
+    """The e4m3 code next to float32 x, above it for hi and below it for lo.
+
+    e4m3 has 4 bits of exponent (bias 7) and 3 of mantissa, and codes rise with magnitude: the code towards zero is the
+    float's upper bits, the one away from zero the next. 0x7F is NaN, here: no bound.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    is_small = magnitude < 0x3C800000  # below 2^-6 the exponent stays and the steps are 2^-9
+    steps = tl.minimum(tl.abs(x), 1.0) * 512.0
+    toward_zero = tl.where(is_small, steps.to(tl.int32), (magnitude >> 20) - (120 << 3))
+    is_inexact = tl.where(is_small, steps != tl.floor(steps), (magnitude & 0xFFFFF) != 0)
+    is_outward = (x > 0) == is_hi
+    code = tl.where(is_outward, toward_zero + is_inexact.to(tl.int32), tl.minimum(toward_zero, 0x7E))
+    code = tl.where(x != x, 0x7F, tl.minimum(code, 0x7F))
+    return (code | ((bits >> 31) & 0x80)).to(tl.uint8)

@@ -1,0 +1,39 @@
+"""Programmatic dependent launch: a kernel's start overlaps the end of the one before it.
+
+A decoding step is a chain of short kernels, and each would wait a microsecond or two for the last program of its
+predecessor. From Hopper on, a kernel may start early and wait only where it needs what its predecessor wrote. Every
+kernel here keeps one rule: `wait_for_previous` stands before the first load of anything that the kernel right before
+it may have written, and before `let_next_start`. So what was written two kernels ago may be loaded before the wait.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq
+
+from .checks import INTERPRETED
+
+IS_COMPILED = tl.constexpr(not INTERPRETED)
+
+
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """The launch option that lets a kernel start before its predecessor has ended, where the GPU has it."""
+    is_able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"launch_pdl": True} if is_able else {}
+
+
+@triton.jit
+def wait_for_previous():
+    """Until every program of the kernel before this one has ended; at once where kernels don't overlap."""
+    if IS_COMPILED and cuda_capability_geq(9, 0):
+        gdc_wait()
+
+
+@triton.jit
+def let_next_start():
+    """From here on the next kernel's programs may take the places that this one's leave."""
+    if IS_COMPILED and cuda_capability_geq(9, 0):
+        gdc_launch_dependents()
