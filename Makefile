@@ -10,7 +10,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test test-gpu sanitize bench lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,8 +27,22 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## dense, sparse and rectified sparse decoding of a real file, side by side
 	$(PYTHON) -m resa.reference demo $(ARGS)
 
-test: install  ## every test
+# A process of its own, because Triton decides between interpreting and compiling when it is imported.
+test: install  ## every test; where there is a GPU, those of the kernels a second time, compiled
 	$(PYTHON) -m pytest
+	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(MAKE) test-gpu; fi
+
+test-gpu: install  ## the tests of the kernels, compiled
+	RESA_TEST_DEVICE=cuda $(PYTHON) -m pytest -m fast
+
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
+
+sanitize: install  ## every kernel under compute-sanitizer: memory errors, then races
+	$(SANITIZE) --tool memcheck $(PYTHON) tests/sanitize.py
+	$(SANITIZE) --tool racecheck $(PYTHON) tests/sanitize.py
+
+bench: install  ## time the kernels on this GPU, and dense attention beside them
+	$(PYTHON) -m resa.fast.bench $(ARGS)
 
 lint: install  ## style and import rules
 	$(PYTHON) -m ruff check .

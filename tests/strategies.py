@@ -4,12 +4,18 @@ A failing example then shrinks to a small shape and prints as one line. Slots pa
 unless a test asks for other garbage, so that an operation that reads them cannot pass.
 """
 
+import os
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 NAN = float("nan")
+
+# Where the Triton kernels run: "cpu", interpreted, or "cuda", compiled.
+DEVICE = os.environ.get("RESA_TEST_DEVICE", "cpu")
 
 # What the valid keys look like.
 KEY_KINDS = {
@@ -166,18 +172,18 @@ def lengths(block_size, max_blocks, min_length=0):
 
 @st.composite
 def cases(draw, *, keys=tuple(KEY_KINDS), queries=tuple(QUERY_KINDS), sizes=tuple(SIZES), groups=(3, 1, 2, 4, 5, 8),
-          min_length=0, max_blocks=6, max_batch=3):  # fmt: skip
+          head_dims=(4, 2, 8, 16), block_sizes=(4, 1, 2, 8, 16), min_length=0, max_blocks=6, max_batch=3):  # fmt: skip
     """Shapes in which mix-ups show: groups and key-value heads differ in number, lengths are ragged.
 
     The capacity is seldom a multiple of the block size and may leave blocks without a token.
     """
-    block_size = draw(st.sampled_from([4, 1, 2, 8, 16]))
+    block_size = draw(st.sampled_from(block_sizes))
     tokens = draw(st.lists(lengths(block_size, max_blocks, min_length), min_size=1, max_size=max_batch))
     return Case(
         seed=draw(st.integers(0, 2**32 - 1)),
         kv_heads=draw(st.sampled_from([2, 1, 3])),
         group=draw(st.sampled_from(groups)),
-        head_dim=draw(st.sampled_from([4, 2, 8, 16])),
+        head_dim=draw(st.sampled_from(head_dims)),
         block_size=block_size,
         lengths=tuple(tokens),
         capacity=max(1, max(tokens) + draw(st.integers(0, block_size + 1))),
@@ -185,6 +191,22 @@ def cases(draw, *, keys=tuple(KEY_KINDS), queries=tuple(QUERY_KINDS), sizes=tupl
         query_kind=draw(st.sampled_from(queries)),
         size=draw(st.sampled_from(sizes)),
     )
+
+
+# What the kernels accept. Strategies draw all of it where they are compiled, the small end where they are interpreted.
+HEAD_DIMS = (16, 32, 64, 128, 256)
+BLOCK_SIZES = (8, 16, 32, 64, 128)
+FAST_HEAD_DIMS = HEAD_DIMS[:2] if DEVICE == "cpu" else HEAD_DIMS
+FAST_BLOCK_SIZES = BLOCK_SIZES[:2] if DEVICE == "cpu" else BLOCK_SIZES
+FAST_GROUPS = (3, 1, 2, 5, 7, 8, 16)
+FAST_DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
+fast_cases = partial(cases, head_dims=FAST_HEAD_DIMS, block_sizes=FAST_BLOCK_SIZES, groups=FAST_GROUPS)
+
+
+def examples(interpreted):
+    """Settings for so many of the profile's 40 examples, as interpreted launches are slow; compiled, for twice."""
+    share = settings.default.max_examples / 40
+    return settings(max_examples=max(1, round(share * interpreted * (1 if DEVICE == "cpu" else 2))))
 
 
 # Kinds whose log-sum-exp carries enough digits for the laws that compute with it.

@@ -18,7 +18,15 @@ bfloat16, float16  the sum above + 2·eps(dtype): probabilities  the sum above
                    and the output is
 
 An exact logit has L = 0 here.
+
+The Triton kernels are held to less (`assert_three_way`): twice what plain PyTorch in the same dtype errs in that row,
+plus a floor. For bfloat16 and float16 the floor is 2·eps(dtype) · Σ p·|v| alone, because what float32 sums lose shows
+in plain PyTorch too; for float32 it is the sum above. Their log-sum-exps may be taken in base 2: the scale times
+log2 e, that times the logit, and ln 2 times the sum are up to five more roundings of eps/2 · |lse|, an exact logit's
+too.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -53,12 +61,36 @@ def output_floor(dtype, L, head_dim, n_tokens):
     return accumulation(L, head_dim, n_tokens) + rounding
 
 
-def lse_floor(dtype, L, head_dim, n_tokens, lse):
+def lse_floor(dtype, L, head_dim, n_tokens, lse, base=math.e):
     """Allowed error of a log-sum-exp; where it is -inf nothing but -inf will do."""
     size = np.where(np.isfinite(lse), np.abs(lse), 0.0)
     if dtype == torch.float64:
         return 1e-9 * np.maximum(1.0, size)
-    return eps(torch.float32) * ((head_dim + 4) * L + n_tokens + 4 + size)
+    conversions = 2.5 * size if base == 2 else 0.0
+    return eps(torch.float32) * ((head_dim + 4) * L + n_tokens + 4 + size + conversions)
+
+
+def plain_attention(query, keys, values, visible):
+    """The usual PyTorch attention in the query's dtype: probabilities are rounded to it before they meet the values.
+
+    query [B, Hq, Q, D], keys and values [B, Hkv, T, D], finite, visible [B, 1 or Hq, Q, T] -> [B, Hq, Q, D].
+    """
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (tensor.repeat_interleave(group, dim=1).float() for tensor in (keys, values))
+    logits = (query.float() @ keys.mT * query.shape[-1] ** -0.5).masked_fill(~visible, float("-inf"))
+    weights = logits.softmax(dim=-1).nan_to_num(0.0).to(query.dtype)
+    return (weights.float() @ values).to(query.dtype)
+
+
+def three_way_floor(dtype, L, head_dim, n_tokens):
+    """What a kernel may err, in units of Σ p·|v|, where plain PyTorch happens to be exact."""
+    return output_floor(dtype, L, head_dim, n_tokens) if dtype == torch.float32 else 2 * eps(dtype) + 0 * L
+
+
+def assert_three_way(actual, exact, plain, floor, what):
+    """Errors of a kernel ≤ 2 × the largest of the row's errors in plain PyTorch + floor. Returns the largest ratio."""
+    plain_error = np.abs(plain.double().numpy() - exact).max(axis=-1, keepdims=True, initial=0.0)
+    return assert_within(actual, exact, 2 * plain_error + floor, what)
 
 
 def assert_within(actual, expected, allowed, what):

@@ -1,0 +1,83 @@
+"""Every kernel once, at small awkward sizes, for compute-sanitizer to watch: see `make sanitize`.
+
+Run it with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its own and a step past its end
+is seen. Each result is compared with the reference as well, so that a run which computed nothing can't pass.
+"""
+
+import itertools
+import sys
+
+import torch
+from strategies import Case
+
+from resa.fast import block_bounds, dense_attention, score_blocks, select_blocks, sparse_attention, write_window
+from resa.fast.bounds8 import compress_bounds
+from resa.reference import ReSAConfig, attention, blocks
+
+CASES = [  # lengths around the edges of blocks; rows of blocks that are multiples of 16 and that are not
+    Case(0, kv_heads=2, group=7, head_dim=128, block_size=16, lengths=(1, 300), capacity=300),
+    Case(1, kv_heads=1, group=1, head_dim=16, block_size=8, lengths=(129, 0, 7), capacity=256),
+    Case(2, kv_heads=3, group=16, head_dim=64, block_size=32, lengths=(33,), capacity=65),
+    Case(3, kv_heads=1, group=4, head_dim=256, block_size=128, lengths=(255, 257), capacity=512),
+]
+
+
+def close(name, actual, expected, allowed):
+    """Compare with the reference; prints and remembers a failure."""
+    actual, expected = actual.float().cpu(), expected.float()
+    error = torch.where(actual == expected, 0.0, (actual - expected).abs()).max().item()
+    print(f"  {name:<10} {error:.2g}", "" if error <= allowed else f"FAILED, allowed {allowed:.2g}")
+    return error <= allowed
+
+
+def run(case, dtype):
+    """All operations on one case; whether all agree with the reference."""
+    x = case.build(dtype)
+    keys, values, query, lengths = (tensor.cuda() for tensor in (x.keys, x.values, x.query, x.lengths))
+    b, config = x.block_size, ReSAConfig(block_size=x.block_size, active_ratio=0.5, min_blocks=2)
+    rounding = 8 * torch.finfo(dtype).eps * x.values.nan_to_num().abs().max().item() + 1e-5
+    bounds, plain_bounds = block_bounds(keys, lengths, b), blocks.block_bounds(x.keys, x.lengths, b)
+    scores, plain_scores = (
+        score_blocks(query, bounds, lengths, b),
+        blocks.score_blocks(x.query, plain_bounds, x.lengths, b),
+    )
+    indices = select_blocks(scores, lengths, config)
+    plain_indices = blocks.select_blocks(scores.cpu(), x.lengths, config)
+    window = case.build(dtype, n_queries=20)
+    window_lengths = x.lengths.clamp(max=20)
+    dense = dense_attention(window.query.cuda(), keys, values, lengths, query_lengths=window_lengths.cuda())
+    plain_dense = attention.dense_attention(window.query, x.keys, x.values, x.lengths, query_lengths=window_lengths)
+    good = [
+        close("bounds", bounds, plain_bounds, 0),
+        close("scores", scores, plain_scores, 1e-3),
+        close("indices", indices[..., : plain_indices.shape[2]], plain_indices, 0),
+        close(
+            "sparse",
+            sparse_attention(query, keys, values, indices, lengths, b),
+            attention.sparse_attention(x.query, x.keys, x.values, plain_indices, x.lengths, b),
+            rounding,
+        ),
+        close("dense", dense, plain_dense, rounding),
+    ]
+    compressed = compress_bounds(bounds)
+    good.append(bool((score_blocks(query, compressed, lengths, b) >= scores - 1e-3).all()))
+    start = (lengths - 5).clamp(min=0)
+    new = torch.randn(2, len(lengths), case.kv_heads, 5, case.head_dim, device="cuda").to(dtype)
+    for table in (bounds, compressed):
+        write_window(keys, values, table, *new, start, lengths, b)
+    good.append(close("write", bounds, blocks.block_bounds(keys.cpu(), x.lengths, b), 0))
+    return all(good)
+
+
+def main():
+    """Exit status 1 if any result is wrong; what compute-sanitizer finds is its own to report."""
+    good = True
+    for case, dtype in itertools.product(CASES, (torch.float16, torch.bfloat16, torch.float32)):
+        print(case, dtype)
+        good &= run(case, dtype)
+    torch.cuda.synchronize()
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
