@@ -1,5 +1,7 @@
 """Fills the tables in README.md and docs/ from the JSON files that commands wrote: python docs/make_tables.py.
 
+It also writes what the command line needs of them, fast/crossover.json.
+
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; with --check, nothing is written and the exit status
 is 1 if any table is not what its file says.
 """
@@ -10,7 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/training.md")
+PAGES = ("README.md", "docs/training.md", "docs/performance.md", "docs/kernels.md")
+CROSSOVER = "fast/crossover.json"
 
 
 def load(name: str) -> dict:
@@ -107,7 +110,100 @@ def curve() -> str:
     return markdown(head, rows)
 
 
-TABLES = {"fidelity": fidelity, "language": language, "curve": curve}
+STEP = ("append", "score", "select", "attend")
+
+
+def attention_rows() -> tuple[dict, list[dict]]:
+    """The attention measurement, and of its rows those of the widths that the tables show."""
+    result = load("docs/results/attention.json")
+    return result, [row for row in result["rows"] if row["batch"] == 8 and row["context"] in (2**14, 2**16, 2**18)]
+
+
+def setting(result: dict) -> str:
+    """What was measured on what, in a sentence."""
+    shape, config = result["shape"], result["config"]
+    return (
+        f"{result['device']}, torch {result['torch']}, triton {result['triton']}; copy bandwidth in the same run "
+        f"{result['copy_tbs']:.2f} TB/s. {shape['query_heads']} query and {shape['kv_heads']} KV heads, head dimension "
+        f"{shape['head_dim']}, {shape['dtype']}, block size {config['block_size']}, active ratio "
+        f"{config['active_ratio']}, interval {config['interval']}. `{result['command']}`, commit {result['commit']}."
+    )
+
+
+def spread(time: dict) -> str:
+    """A median with its quartiles."""
+    return f"{time['us']:.1f} [{time['low']:.1f}, {time['high']:.1f}]"
+
+
+def attention() -> str:
+    """ReSA and dense attention per layer and token."""
+    result, rows = attention_rows()
+    head = ["context", "dense, flash", "dense, cuDNN", "ReSA, sum of parts", "dense ÷ sum", "ReSA, whole cycles"]
+    table = [
+        [
+            f"{row['context'] // 1024}K",
+            spread(row["dense"]["flash"]),
+            spread(row["dense"]["cudnn"]),
+            f"{row['sum_us']:.1f}",
+            f"{row['dense_us'] / row['sum_us']:.2f}",
+            spread(row["resa"]),
+        ]
+        for row in rows
+    ]
+    return markdown(head, table) + f"\n\nµs per layer and token, batch 8; medians [quartiles]. {setting(result)}"
+
+
+def parts() -> str:
+    """Every part of a cycle, with its floor."""
+    _, rows = attention_rows()
+    table = []
+    for part in (*STEP, "refresh", "rectify", "rectify, without a pause", "score, 8-bit bounds"):
+        if part not in rows[0]["parts"]:
+            continue
+        line = [part]
+        for row in rows:
+            floor = row["floor_us"].get(part.removesuffix(", without a pause"))
+            share = f"; {floor / row['parts'][part]['us']:.0%} of {floor:.0f}" if floor and floor > 1 else ""
+            line.append(spread(row["parts"][part]) + share)
+        table.append(line)
+    head = ["part", *(f"{row['context'] // 1024}K" for row in rows)]
+    note = (
+        "µs per call, batch 8; medians [quartiles]; where bytes limit the part, the share reached of the floor: its "
+        "bytes at the copy bandwidth of the same run. `refresh` and `rectify` come once per interval."
+    )
+    return markdown(head, table) + "\n\n" + note
+
+
+def crossover() -> str:
+    """Dense time over ReSA time for every batch and context."""
+    result = load("docs/results/attention.json")
+    contexts = sorted({row["context"] for row in result["rows"]})
+    ratios = {(row["batch"], row["context"]): row["ratio"] for row in result["rows"]}
+    table = [
+        [str(batch), *(f"{ratios[batch, context]:.2f}" if (batch, context) in ratios else "–" for context in contexts)]
+        for batch in sorted({row["batch"] for row in result["rows"]})
+    ]
+    return markdown(["batch", *(f"{context // 1024}K" for context in contexts)], table)
+
+
+def crossover_file() -> str:
+    """What `resa generate` sets `dense_below` from."""
+    result = load("docs/results/attention.json")
+    keys = ("batch", "context", "dense_us", "resa_us")
+    kept = {name: result[name] for name in ("device", "torch", "triton", "commit", "command", "shape")}
+    kept["shape"] |= {name: result["config"][name] for name in ("block_size", "active_ratio", "interval")}
+    rows = ",\n".join("  " + json.dumps({key: row[key] for key in keys}) for row in result["rows"])
+    return json.dumps(kept, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
+
+
+TABLES = {
+    "fidelity": fidelity,
+    "language": language,
+    "curve": curve,
+    "attention": attention,
+    "parts": parts,
+    "crossover": crossover,
+}
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -122,8 +218,13 @@ def main() -> int:
             stale.append(page)
             if "--check" not in sys.argv:
                 path.write_text(filled)
+    path = ROOT / CROSSOVER
+    if not path.exists() or path.read_text() != crossover_file():
+        stale.append(CROSSOVER)
+        if "--check" not in sys.argv:
+            path.write_text(crossover_file())
     if "--check" in sys.argv:
-        print("\n".join(f"{page}: a table is not what its file says" for page in stale), end="\n" if stale else "")
+        print("\n".join(f"{page}: not what docs/results says" for page in stale), end="\n" if stale else "")
         return 1 if stale else 0
     return 0
 

@@ -50,11 +50,14 @@ def test_links_lead_to_files(page):
 
 def test_the_file_tree_in_the_readme_is_the_one_there_is():
     (tree,) = re.findall(r"```\n(reference/.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    folders, modules = tree.split("fast/")[0], set(re.findall(r"\b(\w+\.py)\b", tree))
-    there = {path.name for path in (ROOT / "reference").rglob("*.py")} - {"__init__.py", "__main__.py"}
-    assert there - {"statistics.py"} <= modules
-    assert modules <= there | {"oracle.py"}
-    assert "evals/" in folders
+    reference, fast = tree.split("\nfast/")
+    fast = fast.split("\ntests/")[0]
+    for package, part, inner in (("reference", reference, "evals"), ("fast", fast, "bench")):
+        listed = set(re.findall(r"\b(\w+\.py)\b", part))
+        there = {path.name for path in (ROOT / package).rglob("*.py")} - {"__init__.py", "__main__.py"}
+        unlisted = {"statistics.py", "timing.py", "layer.py", "model.py"} if package == "fast" else {"statistics.py"}
+        assert there - unlisted <= listed <= there, package
+        assert f"{inner}/" in part
     for folder in ("reference", "fast", "tests", "tutorials", "docs"):
         assert re.search(rf"^{folder}/ ", tree, re.MULTILINE)
         assert (ROOT / folder).is_dir()

@@ -71,7 +71,7 @@ def run(shape: Shape, config: ReSAConfig, arguments: argparse.Namespace) -> dict
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": arguments.commit or revision(),
-        "command": "python -m resa.fast.bench " + " ".join(sys.argv[1:]),
+        "command": command(arguments),
         "shape": asdict(shape),
         "config": asdict(config),
         "copy_tbs": copy_bandwidth(),
@@ -93,6 +93,17 @@ def run(shape: Shape, config: ReSAConfig, arguments: argparse.Namespace) -> dict
             progress.advance(task, batch * context)
             torch.cuda.empty_cache()
     return result
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """The command that measures the same again: what differs from the defaults, but for where the result goes."""
+    words = ["python -m resa.fast.bench"]
+    for name, default in vars(parser().parse_args([])).items():
+        value = getattr(arguments, name)
+        if value != default and name not in ("out", "commit"):
+            values = map(str, value if isinstance(value, list) else [value])
+            words.append(f"--{name.replace('_', '-')} {' '.join(values)}")
+    return " ".join(words)
 
 
 def revision() -> str:

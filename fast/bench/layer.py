@@ -22,6 +22,7 @@ from resa.reference.config import ReSAConfig
 
 from ..attention import count_dense_units, enqueue_dense, enqueue_sparse
 from ..blocks import block_bounds, enqueue_scores, enqueue_selection
+from ..bounds8 import compress_bounds
 from ..cache import enqueue_write
 from ..generate import SparseStep, attend_sparsely
 from .timing import Time, time_calls
@@ -60,6 +61,7 @@ class Layer:
         self.window_key, self.window_value = normal(2, batch, heads, f, size)
         self.end, self.window_start, self.window_lengths = lengths(context), lengths(context - f), lengths(f)
         self.bounds = block_bounds(self.keys, self.end, config.block_size)
+        self.bounds8 = compress_bounds(self.bounds)
         group = shape.query_heads // heads
         units = max(batch * heads, count_dense_units(self.keys, group, f))
         self.arrivals = torch.zeros(units, dtype=torch.int32, device="cuda")
@@ -75,6 +77,10 @@ class Layer:
     def score(self) -> Tensor:
         """Scores of all blocks before the newest."""
         return enqueue_scores(self.query, self.bounds, self.plan.completed, self.config.block_size)
+
+    def score8(self) -> Tensor:
+        """The same from bounds in 8 bits."""
+        return enqueue_scores(self.query, self.bounds8, self.plan.completed, self.config.block_size)
 
     def select(self) -> Tensor:
         """The blocks to attend."""
@@ -159,6 +165,7 @@ def measure(shape: Shape, config: ReSAConfig, batch: int, context: int) -> dict[
         return time_calls([getattr(layer, part) for layer in layers])
 
     parts = {part: each(part) for part in ("append", "score", "select", "attend", "refresh")}
+    parts["score, 8-bit bounds"] = each("score8")
     # Decoding rectifies once in f steps, so the pass is timed at about that duty.
     passes = [layer.rectify for layer in layers]
     sustained = time_calls(passes)
@@ -205,6 +212,7 @@ def floors(shape: Shape, config: ReSAConfig, batch: int, context: int) -> dict[s
     bounds = rows * n_blocks * shape.head_dim * itemsize
     return {
         "score": bounds,
+        "score, 8-bit bounds": bounds // itemsize,
         "select": rows * n_blocks * 4,
         "attend": selected * cache,
         "rectify": cache,

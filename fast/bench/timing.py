@@ -31,8 +31,8 @@ def time_calls(calls: Sequence[Callable[[], object]], *, divide_by: int = 1, pau
     """Time per call of one round through `calls`, which do the same work on different data, each divided by a number.
 
     The round is repeated within one CUDA graph until that holds about 5 ms of work; each sample is one replay. With a
-    pause, the graph holds one round, and the GPU rests that long before each: matrix work that never pauses runs into
-    the power limit, which slows it by a tenth.
+    pause, the graph holds one round, and the GPU rests that long before each: matrix work that never pauses can run
+    into the power limit.
     """
     once = _elapsed(lambda: [call() for call in calls])  # compiles; the second run is warm
     once = _elapsed(lambda: [call() for call in calls])
