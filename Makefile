@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: install  ## dense, sparse and rectified sparse decoding of a real file, side by side
-	$(PYTHON) -m resa.reference demo $(ARGS)
+	$(PYTHON) -m resa.fast demo $(ARGS)
 
 # A process of its own, because Triton decides between interpreting and compiling when it is imported.
 test: install  ## every test; where there is a GPU, those of the kernels a second time, compiled

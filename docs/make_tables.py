@@ -111,6 +111,7 @@ def curve() -> str:
 
 
 STEP = ("append", "score", "select", "attend")
+EXTRA = ("score, 8-bit bounds", "dense, this project's kernel")
 
 
 def attention_rows() -> tuple[dict, list[dict]]:
@@ -157,7 +158,7 @@ def parts() -> str:
     """Every part of a cycle, with its floor."""
     _, rows = attention_rows()
     table = []
-    for part in (*STEP, "refresh", "rectify", "rectify, without a pause", "score, 8-bit bounds"):
+    for part in (*STEP, "refresh", "rectify", "rectify, without a pause", *EXTRA):
         if part not in rows[0]["parts"]:
             continue
         line = [part]

@@ -11,6 +11,8 @@ launch, so that the decode loop can capture them in a CUDA graph.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -68,75 +70,87 @@ def sparse_attention(
     check_sizes(D=sizes["D"], G=sizes["Hq"] // sizes["Hkv"], block_size=block_size)
     check_layout(keys=keys, values=values)
     indices = indices.clamp(-1, sizes["T_max"]).to(torch.int32).contiguous()  # far past the end is past the end
-    query, lengths = query.contiguous(), lengths.to(torch.int32)
+    query, lengths = query.contiguous(), lengths.to(torch.int32).contiguous()
+    counts = torch.full_like(lengths, sizes["N"])  # −1 may stand anywhere, so every entry is looked at
     arrivals = torch.zeros(sizes["B"] * sizes["Hkv"], dtype=torch.int32, device=query.device)
-    out, lse = enqueue_sparse(query, keys, values, indices, lengths.contiguous(), block_size, arrivals)
+    out, lse = enqueue_sparse(query, keys, values, indices, counts, lengths, block_size, arrivals)
     return (out, lse) if return_lse else out
 
 
 def enqueue_sparse(
-    query: Tensor, keys: Tensor, values: Tensor, indices: Tensor, lengths: Tensor, block_size: int, arrivals: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`sparse_attention` without its checks. arrivals [≥ B·Hkv] int32 must be zeros; the kernel leaves zeros behind."""
+    query: Tensor, keys: Tensor, values: Tensor, indices: Tensor, counts: Tensor, lengths: Tensor,
+    block_size: int, arrivals: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`sparse_attention` without its checks, over the first counts[s] ≤ N indices of each sequence's lists.
+
+    counts [B] int32. arrivals [≥ B·Hkv] int32 must be zeros; the kernel leaves zeros behind. The query and the lengths
+    must not come from the kernel right before this one, which starts before that has ended.
+    """
     batch, kv_heads, capacity, head_dim = keys.shape
     group, rows = query.shape[1] // kv_heads, batch * kv_heads
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
     if out.numel():
-        tokens, warps, stages, resident = sparse_tile(head_dim, keys.element_size(), block_size)
+        tokens, warps, stages, resident = sparse_tile(head_dim, keys.element_size())
         width = indices.shape[2]
         splits = count_splits(rows, resident, triton.cdiv(width * block_size, tokens), query.device)
         partial = query.new_empty(rows, splits, GROUP_ROWS * (head_dim + 2), dtype=torch.float32)
-        _sparse_kernel[(splits, rows)](
-            query, keys, values, indices, lengths, out, lse, partial, arrivals, kv_heads, capacity, width,
+        _sparse_kernel[(splits, kv_heads, batch)](
+            query, keys, values, indices, counts, lengths, out, lse, partial, arrivals, capacity, width,
             group, head_dim, block_size, tokens, num_warps=warps, num_stages=stages, **overlapped(query.device),
         )  # fmt: skip
     return out, lse
 
 
-def sparse_tile(head_dim: int, element_size: int, block_size: int) -> tuple[int, int, int, int]:
+def sparse_tile(head_dim: int, element_size: int) -> tuple[int, int, int, int]:
     """Tokens per iteration, warps, pipeline stages and resident programs per multiprocessor of the sparse kernel."""
-    tokens = max(16, block_size, 32768 // (head_dim * element_size))
-    return tokens, 4, 3, 1
+    return min(256, 32768 // (head_dim * element_size)), 4, 3, 1
 
 
 def count_splits(programs: int, resident: int, iterations: int, device: torch.device) -> int:
     """In how many splits `programs` fill the GPU once, with `resident` of them on each multiprocessor."""
-    processors = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    processors = 4 if INTERPRETED else _count_processors(device)
     return max(1, min(processors * resident // programs, iterations))
+
+
+@cache
+def _count_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
 def _sparse_kernel(
-    query_ptr, keys_ptr, values_ptr, indices_ptr, lengths_ptr, out_ptr, lse_ptr, partial_ptr, arrivals_ptr,
-    n_kv_head, capacity, width, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
+    query_ptr, keys_ptr, values_ptr, indices_ptr, counts_ptr, lengths_ptr, out_ptr, lse_ptr, partial_ptr, arrivals_ptr,
+    capacity, width, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Attention of the G heads of one KV head over one split of its list of blocks.
 
-    Grid: (splits, B·Hkv). Tiles: queries [16, D], keys and values [TOKENS, D], from TOKENS / BLOCK_SIZE blocks.
+    Grid: (splits, Hkv, B). Tiles: queries [16, D], keys and values [TOKENS, D], several blocks or part of one.
     Invariant: acc = Σ exp(s − m)·v and z = Σ exp(s − m) over the visible tokens so far, m their largest logit s
     (all zero and −∞ before the first). Nothing branches on an index: −1 and what lies past the end load zeros and
     weigh exp(−∞).
     """
-    i_row = tl.program_id(1).to(tl.int64)
-    length = tl.load(lengths_ptr + i_row // n_kv_head)
+    i_row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    length = tl.load(lengths_ptr + tl.program_id(2))
     total = tl.cdiv(length, BLOCK_SIZE)
     o_g, o_d, o_t = tl.arange(0, 16), tl.arange(0, D), tl.arange(0, TOKENS)
     m_g = o_g < G
     query = tl.load(query_ptr + (i_row * G + o_g)[:, None] * D + o_d, mask=m_g[:, None], other=0.0)  # [16, D]
-    blocks: tl.constexpr = TOKENS // BLOCK_SIZE
-    share = tl.cdiv(width, tl.num_programs(0))
+    count = tl.load(counts_ptr + tl.program_id(2))
+    share = tl.cdiv(count, tl.num_programs(0))
     first = tl.program_id(0) * share
-    last = tl.minimum(first + share, width)
+    last = tl.minimum(first + share, count)
     m = tl.full([16], float("-inf"), tl.float32)
     z = tl.zeros([16], tl.float32)
     acc = tl.zeros([16, D], tl.float32)
     wait_for_previous()  # for the indices; the query and the lengths are older than the kernel before this one
     let_next_start()
-    for start in range(first, last, blocks):
-        o_entry = start + o_t // BLOCK_SIZE  # [TOKENS]
+    for start in range(first * BLOCK_SIZE, last * BLOCK_SIZE, TOKENS):
+        o_entry = (start + o_t) // BLOCK_SIZE  # [TOKENS]
         block = tl.load(indices_ptr + i_row * width + o_entry, mask=o_entry < last, other=-1)
         is_block = (block >= 0) & (block < total)
-        position = tl.where(is_block, block, 0) * BLOCK_SIZE + o_t % BLOCK_SIZE  # no index is too large for 32 bits
+        position = (
+            tl.where(is_block, block, 0) * BLOCK_SIZE + (start + o_t) % BLOCK_SIZE
+        )  # no index is too large for 32 bits
         is_visible = is_block & (position < length)
         o_token = (i_row * capacity + position)[:, None] * D + o_d  # [TOKENS, D]
         key = tl.load(keys_ptr + o_token, mask=is_visible[:, None], other=0.0)
@@ -157,7 +171,7 @@ def _attend(query, key, value, is_visible, MASKED: tl.constexpr, m, z, acc):
     if MASKED:
         product = tl.where(is_visible, product, float("-inf"))
     m_next = tl.maximum(m, tl.max(product, axis=1))
-    m_safe = tl.where(m_next == float("-inf"), 0.0, m_next) if MASKED else m_next  # −∞ − −∞ would be NaN
+    m_safe = tl.where(m_next == float("-inf"), 0.0, m_next)  # −∞ − −∞ would be NaN
     weight = tl.exp2((product - m_safe[:, None]) * (SCALE * LOG2_E))
     decay = tl.exp2((m - m_safe) * (SCALE * LOG2_E))
     z = z * decay + tl.sum(weight, axis=1)
@@ -298,18 +312,17 @@ def dense_tile(head_dim: int, element_size: int, n_rows: int) -> tuple[int, int,
     """Query rows and tokens per iteration, warps, pipeline stages, resident programs of the dense kernel."""
     if element_size == 4:  # float32 is multiplied without the matrix units
         return (16 if n_rows <= 16 else 32), 32, 4, 1, 2
-    tokens = max(16, 16384 // head_dim)
     if n_rows <= 16:
-        return 16, tokens, 4, 3, 1
+        return 16, min(256, 16384 // head_dim), 4, 3, 1
     if n_rows <= 64 or head_dim == 256:
-        return 64, min(tokens, 64), 4, 2, 1
-    return 128, tokens, 8, 3, 1
+        return 64, 64, 8 if head_dim == 256 else 4, 2, 1
+    return 128, 128, 8, 3, 1
 
 
-def tile_of(cache: Tensor, tokens: int) -> TensorDescriptor:
+def tile_of(table: Tensor, tokens: int) -> TensorDescriptor:
     """[B, Hkv, T_max, D] as rows of D, to be loaded in tiles of `tokens` rows by the bulk copy engine."""
-    rows = cache.view(-1, cache.shape[3])
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [tokens, cache.shape[3]])
+    rows = table.view(-1, table.shape[3])
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [tokens, table.shape[3]])
 
 
 @triton.jit

@@ -153,7 +153,7 @@ def _score_kernel(
     else:
         weight = (pooled * tl.load(scale_ptr + i_row * D + o_d))[:, None]
         bound = bound.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        unbounded = tl.where(weight == 0, 0.0, float("inf"))  # q̄·∞ is ∞ on either side
+        unbounded = tl.where(pooled[:, None] == 0, 0.0, float("inf"))  # q̄·∞ is ∞ on either side
         product = tl.where(tl.abs(bound) <= 448, weight * bound, unbounded)  # the code 0x7F is no number up to 448
     score = tl.where(o_block < total, tl.sum(product, axis=0), float("-inf"))
     tl.store(scores_ptr + i_row * n_blocks + o_block, score, mask=o_block < n_blocks)

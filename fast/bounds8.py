@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resa.reference.checks import bind_shapes
+from resa.reference.checks import bind_shapes, require
 
 from .checks import check_kernel_dtypes, check_layout, check_sizes
 
@@ -31,24 +31,32 @@ class Bounds8:
 
 
 def compress_bounds(bounds: Tensor) -> Bounds8:
-    """Bounds [B, Hkv, 2, D, M] in 8 bits, their scales chosen so that finite ones twice as large would still fit.
+    """Bounds [B, Hkv, 2, D, M] in 8 bits.
 
-    Raises `ValueError` for bounds that the kernels do not support.
+    A channel's scale leaves room for bounds 16 times as large as its largest, because later keys are written with the
+    same scale, and for those of a channel that is silent so far, as large as the head's largest; what outgrows even
+    that reads as no bound. Raises `ValueError` for bounds that the kernels do not support, and on a GPU without 8-bit
+    floats.
     """
     sizes = bind_shapes(bounds=(bounds, "B Hkv 2 D M"))
     check_kernel_dtypes(bounds=bounds)
     check_sizes(D=sizes["D"])
     check_layout(bounds=bounds)
-    largest = torch.where(bounds.isfinite(), bounds, 0).abs().amax(dim=(2, 4)).float()  # [B, Hkv, D]
-    # frexp gives 2^e above |x|; 448 = 1.75 · 2^8 is the largest e4m3 number.
-    mantissa, exponent = torch.frexp(largest)
-    exponent = torch.where(mantissa * 2 > 1.75, exponent - 7, exponent - 8)
-    scale = torch.exp2(exponent.clamp(-120, 120).float())
+    if bounds.is_cuda:
+        capability = torch.cuda.get_device_capability(bounds.device)
+        require(capability >= (8, 9), "bounds", f"a GPU of compute capability {capability}", "(8, 9) or later")
+    batch, kv_heads, _, head_dim, n_blocks = bounds.shape
     codes = torch.empty_like(bounds, dtype=torch.uint8)
-    if codes.numel():
-        _, _, _, head_dim, n_blocks = bounds.shape
-        grid = (triton.cdiv(n_blocks, 1024), bounds[..., 0].numel())
-        _compress_kernel[grid](bounds, scale, codes, n_blocks, head_dim, 1024)
+    if not codes.numel():
+        return Bounds8(codes, torch.ones(batch, kv_heads, head_dim, device=bounds.device))
+    largest = torch.where(bounds.isfinite(), bounds, 0).abs().amax(dim=(2, 4)).float()  # [B, Hkv, D]
+    largest = torch.maximum(16 * largest, largest.amax(dim=2, keepdim=True))
+    mantissa, exponent = torch.frexp(largest)  # mantissa · 2^exponent, mantissa from ½ to 1
+    # The largest e4m3 number is 448 = 0.875 · 2^9.
+    exponent = torch.where(mantissa > 0.875, exponent - 8, exponent - 9).clamp(-120, 120)
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    grid = (bounds[..., 0].numel(), triton.cdiv(n_blocks, 1024))
+    _compress_kernel[grid](bounds, scale, codes, n_blocks, head_dim, 1024)
     return Bounds8(codes, scale)
 
 
@@ -56,24 +64,26 @@ def compress_bounds(bounds: Tensor) -> Bounds8:
 def _compress_kernel(bounds_ptr, scale_ptr, codes_ptr, n_blocks, D: tl.constexpr, BLOCKS: tl.constexpr):
     """Codes of BLOCKS bounds of one channel, lo or hi.
 
-    Grid: (ceil(M / BLOCKS), B·Hkv·2·D). Tile: [BLOCKS]. Invariant: lo is rounded down, hi up.
+    Grid: (B·Hkv·2·D, ceil(M / BLOCKS)). Tile: [BLOCKS]. Invariant: lo is rounded down, hi up.
     """
-    i_channel = tl.program_id(1).to(tl.int64)  # ((sequence · Hkv + head) · 2 + side) · D + channel
-    o_block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    i_channel = tl.program_id(0).to(tl.int64)  # ((sequence · Hkv + head) · 2 + side) · D + channel
+    o_block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     m_block = o_block < n_blocks
     bound = tl.load(bounds_ptr + i_channel * n_blocks + o_block, mask=m_block, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + i_channel // (2 * D) * D + i_channel % D)
-    code = encode_e4m3(bound / scale, (i_channel // D) % 2 == 1)
+    code = encode_e4m3(bound, scale, (i_channel // D) % 2 == 1)
     tl.store(codes_ptr + i_channel * n_blocks + o_block, code, mask=m_block)
 
 
 @triton.jit
-def encode_e4m3(x, is_hi):
-    """The e4m3 code next to float32 x, above it for hi and below it for lo.
+def encode_e4m3(x, scale, is_hi):
+    """The e4m3 code next to float32 x / scale, above it for hi and below it for lo; scale is a power of two.
 
     e4m3 has 4 bits of exponent (bias 7) and 3 of mantissa, and codes rise with magnitude: the code towards zero is the
     float's upper bits, the one away from zero the next. 0x7F is NaN, here: no bound.
     """
+    # Its inverse by its bits: a division need not be exact, and outward rounding relies on that.
+    x *= (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     is_small = magnitude < 0x3C800000  # below 2^-6 the exponent stays and the steps are 2^-9

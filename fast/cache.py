@@ -109,7 +109,7 @@ def _write_kernel(
     o_channel = i_row * 2 * D + o_d  # D channels of lo, then D of hi
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + i_row * D + o_d)
-        lo, hi = encode_e4m3(lo / scale, False), encode_e4m3(hi / scale, True)
+        lo, hi = encode_e4m3(lo, scale, False), encode_e4m3(hi, scale, True)
     dtype = bounds_ptr.dtype.element_ty
     tl.store(bounds_ptr + o_channel * n_blocks + i_block, lo.to(dtype))
     tl.store(bounds_ptr + (o_channel + D) * n_blocks + i_block, hi.to(dtype))

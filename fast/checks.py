@@ -42,6 +42,12 @@ def check_device(argument: str, tensor: Tensor) -> None:
     """A GPU, or the CPU where kernels are interpreted."""
     allowed = "cpu, while TRITON_INTERPRET=1" if INTERPRETED else "cuda (the Triton path never falls back to the CPU)"
     require(tensor.device.type == ("cpu" if INTERPRETED else "cuda"), argument, f"device {tensor.device}", allowed)
+    if not INTERPRETED:  # kernels are launched on the current GPU, wherever their arguments lie
+        current = torch.cuda.current_device()
+        is_current = tensor.device.index == current
+        require(
+            is_current, argument, f"device {tensor.device}", f"cuda:{current}, the current one (torch.cuda.set_device)"
+        )
 
 
 def check_sizes(*, D: int | None = None, G: int | None = None, block_size: int | None = None) -> None:

@@ -12,7 +12,7 @@ Where the kernels are interpreted (`TRITON_INTERPRET=1`), the same steps run one
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -28,6 +28,7 @@ from resa.reference.generate import (
     check_request,
     needed_capacity,
     open_generation,
+    pad_tokens,
     sequence_generators,
 )
 from resa.reference.model import GPT
@@ -37,10 +38,11 @@ from .blocks import block_bounds, enqueue_scores, enqueue_selection
 from .bounds8 import Bounds8, compress_bounds
 from .cache import enqueue_write
 from .checks import INTERPRETED, check_kernel_dtypes, check_sizes
+from .model import TRITON_OPS
 
 PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt; changes no result
 Bounds = Sequence[Tensor | Bounds8]  # per layer: [B, Hkv, 2, D, M], exact or in 8 bits
-READ_BACK = 32  # tokens between two looks at the device where no interval says otherwise
+READ_BACK = 32  # fewest tokens between two looks at the device; a multiple of the interval is
 
 
 def generate(
@@ -68,6 +70,9 @@ def generate(
     check_model(model, config)
     capacity = needed_capacity(model, prompts, max_new_tokens, resume)
     own = sequence_generators(len(prompts), temperature, top_p, generator)
+    model = model.with_ops(TRITON_OPS)
+    if resume is not None:
+        resume = replace(resume, cache=replace(resume.cache, block_bounds=block_bounds))
     generation, feed = open_generation(model, prompts, padded_capacity(capacity, config.block_size), config, resume)
     logits = prefill(model, feed, generation.cache)
     if max_new_tokens == 0:
@@ -105,15 +110,16 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache, *, chu
     logits zero). The result does not depend on the chunking. Raises `ValueError` for prompts that don't fit.
     """
     require(is_integer(chunk_size, 1), "chunk_size", chunk_size, "an integer ≥ 1")
-    counts = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=cache.lengths.device)
+    tokens, counts = pad_tokens("prompts", prompts, cache)
     check_lengths("prompts: lengths in the cache", cache.lengths + counts, min(cache.capacity, model.config.context))
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=counts.device)
+    model.check_tokens(tokens)
+    check_kernel_dtypes(cache=cache.keys)
+    longest = tokens.shape[1]
     logits = torch.zeros(len(prompts), model.config.vocab_size, dtype=cache.keys.dtype, device=counts.device)
     arrivals = new_arrivals(model, cache, min(chunk_size, longest))
     for offset in range(0, longest, chunk_size):
         fed = (counts - offset).clamp(0, chunk_size)
-        chunk = tokens[:, offset : offset + chunk_size].long()
+        chunk = tokens[:, offset : offset + chunk_size]
         hidden = dense_pass(model, chunk, cache, cache.bounds, cache.lengths, cache.lengths + fed, arrivals)
         cache.lengths += fed
         ends_here = (fed > 0) & (counts <= offset + chunk_size)
@@ -149,7 +155,8 @@ def dense_pass(
     return model.transform(tokens, positions, attend)
 
 
-class SparseStep(NamedTuple):
+@dataclass(frozen=True)
+class SparseStep:
     """What all layers of a sparse step share: where each sequence's token goes, and how much there is to read."""
 
     start: Tensor  # [B] int32: the position of the token fed
@@ -196,7 +203,7 @@ def attend_sparsely(
     indices = enqueue_selection(scores, step.visible, step.counts, step.config)
     if step.beside is not None:
         torch.cuda.current_stream().wait_stream(step.beside)
-    return enqueue_sparse(query, keys, values, indices, step.visible, b, step.arrivals)[0]
+    return enqueue_sparse(query, keys, values, indices, step.counts, step.visible, b, step.arrivals)[0]
 
 
 def sparse_pass(model: GPT, tokens: Tensor, cache: KVCache, bounds: Bounds, step: SparseStep) -> Tensor:
@@ -213,7 +220,8 @@ def sparse_pass(model: GPT, tokens: Tensor, cache: KVCache, bounds: Bounds, step
     return model.transform(tokens[:, None], step.start[:, None], attend)[:, 0]
 
 
-class Kinds(NamedTuple):
+@dataclass(frozen=True)
+class Kinds:
     """What a step consists of; each combination that occurs becomes one CUDA graph."""
 
     sparse: bool  # some sequence feeds its pending token sparsely
@@ -285,16 +293,15 @@ class DecodeLoop:
         first_positions = self.cache.lengths.tolist()
         forecast = Forecast(list(first_positions), self.config)
         is_watched = on_token is not None or len(self.stop) > 0
-        every = self.config.interval or READ_BACK
+        interval = self.config.interval or 1
+        every = interval * triton.cdiv(READ_BACK, interval)
         self.append(logits, self.active.clone())
         for step in range(1, self.tokens.shape[1]):
-            if is_watched and step % every == 0 and not self.report(first_positions, on_token):
+            if is_watched and step % every == 0 and not self.report(first_positions, on_token)[1]:
                 break
             self.launch(forecast.advance())
-        self.report(first_positions, on_token)
-        count = self.count.tolist()
-        self.choose.settle(count)
-        tokens = [row[:n] for row, n in zip(self.tokens.tolist(), count, strict=True)]
+        tokens, _ = self.report(first_positions, on_token)
+        self.choose.settle([len(row) for row in tokens])
         return Generation(tokens, self.cache, self.window.long(), self.pending)
 
     def launch(self, kinds: Kinds) -> None:
@@ -363,18 +370,21 @@ class DecodeLoop:
         has_ended = (self.count == self.tokens.shape[1]) | (token[:, None] == self.stop).any(dim=1)
         self.active &= ~(mask & has_ended)
 
-    def report(self, first_positions: list[int], on_token: Callable[[int, int, int], None] | None) -> bool:
-        """Read back what was chosen and hand it to the callback in order; whether any sequence goes on."""
+    def report(
+        self, first_positions: list[int], on_token: Callable[[int, int, int], None] | None
+    ) -> tuple[list[list[int]], bool]:
+        """Read back what was chosen and hand it to the callback in order → all tokens so far, whether any goes on."""
         waiting = [_to_host(tensor) for tensor in (self.tokens, self.count, self.active)]
         if not INTERPRETED:
             torch.cuda.current_stream().synchronize()
-        tokens, count, active = (tensor.tolist() for tensor in waiting)
+        rows, count, active = (tensor.tolist() for tensor in waiting)
+        tokens = [row[:n] for row, n in zip(rows, count, strict=True)]
         for place in range(self.delivered, max(count)):
             for sequence, position in enumerate(first_positions):
-                if on_token is not None and place < count[sequence]:
+                if on_token is not None and place < len(tokens[sequence]):
                     on_token(sequence, position + place, tokens[sequence][place])
         self.delivered = max(count)
-        return any(active)
+        return tokens, any(active)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

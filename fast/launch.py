@@ -8,6 +8,8 @@ it may have written, and before `let_next_start`. So what was written two kernel
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +23,12 @@ IS_COMPILED = tl.constexpr(not INTERPRETED)
 
 def overlapped(device: torch.device) -> dict[str, bool]:
     """The launch option that lets a kernel start before its predecessor has ended, where the GPU has it."""
-    is_able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"launch_pdl": True} if is_able else {}
+    return {"launch_pdl": True} if device.type == "cuda" and _capability(device) >= (9, 0) else {}
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @triton.jit

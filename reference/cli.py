@@ -102,7 +102,8 @@ def _command(commands: argparse._SubParsersAction, name: str, run: Callable, tex
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=shipped_checkpoint(), help="checkpoint (safetensors)")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda for a GPU")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=found, help="cpu or cuda (default: cuda where there is a GPU)")
 
 
 def _load(options: argparse.Namespace) -> GPT:

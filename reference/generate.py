@@ -41,7 +41,7 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache, *, chu
     its logits zero). The result does not depend on the chunking. Raises `ValueError` for prompts that don't fit.
     """
     require(is_integer(chunk_size, 1), "chunk_size", chunk_size, "an integer ≥ 1")
-    tokens, lengths = _pad("prompts", prompts, cache)
+    tokens, lengths = pad_tokens("prompts", prompts, cache)
     room = min(cache.capacity, model.config.context)
     check_lengths("prompts: lengths in the cache", cache.lengths + lengths, room)
     model.check_tokens(tokens)
@@ -78,7 +78,7 @@ def rectify(model: GPT, windows: Sequence[Sequence[int]], cache: KVCache, window
     each. By induction over windows the cache afterwards equals that of a dense prefill (law 6): the pass computes
     from the token ids and from the cache before the window, which is exact already.
     """
-    tokens, counts = _pad("windows", windows, cache)
+    tokens, counts = pad_tokens("windows", windows, cache)
     bind_shapes(cache=(cache.lengths, "B"), window=(window, "B"))
     start = torch.where(counts > 0, cache.lengths - window, cache.lengths)
     if tokens.shape[1] == 0:  # nothing to do for any sequence
@@ -229,6 +229,8 @@ def sequence_generators(
         are_generators = all(isinstance(each, torch.Generator) for each in generator)
         require(are_generators, "generator", repr(generator)[:60], "torch.Generators")
         require(len(generator) == batch, "generator", f"{len(generator)} generators", f"one, or {batch}")
+        is_own = len({id(each) for each in generator}) == batch
+        require(is_own, "generator", "the same generator for two prompts", "one for each prompt, or one in all")
         return list(generator)
     if temperature == 0:
         return [None] * batch
@@ -310,7 +312,7 @@ def _newest_tokens(generation: Generation, counts: Tensor) -> list[list[int]]:
     return [tokens[max(len(tokens) - n, 0) :] for tokens, n in zip(generation.tokens, counts.tolist(), strict=True)]
 
 
-def _pad(argument: str, tokens: Sequence[Sequence[int]], cache: KVCache) -> tuple[Tensor, Tensor]:
+def pad_tokens(argument: str, tokens: Sequence[Sequence[int]], cache: KVCache) -> tuple[Tensor, Tensor]:
     """Ragged token lists as one tensor [B, longest], padded with 0, and their lengths [B] int32."""
     batch = len(cache.lengths)
     for index, row in enumerate(tokens):

@@ -116,15 +116,19 @@ def revision() -> str:
 
 
 def show(result: dict[str, object]) -> None:
-    """The rows as a table in the terminal, µs per layer and token."""
-    table = Table(title=f"{result['device']}, copy {result['copy_tbs']} TB/s; µs, rectify and refresh per pass")
-    parts = ("append", "score", "select", "attend", "refresh", "rectify")
+    """The rows as a table in the terminal: µs per layer and token, and the share of the floor that bytes set."""
+    table = Table(title=f"{result['device']}, copy {result['copy_tbs']} TB/s; µs, share of the floor set by bytes")
+    interval = result["config"]["interval"]
+    parts = {"append": 1, "score": 1, "select": 1, "attend": 1, "rectify": interval}
     for name in ("batch", "context", *parts, "ReSA, sum", "ReSA, cycle", "dense", "ratio"):
-        table.add_column(name, justify="right")
+        table.add_column(f"{name} ÷ {interval}" if name == "rectify" else name, justify="right")
     for row in result["rows"]:
-        times = [f"{row['parts'][part]['us']:.1f}" for part in parts]
+        cells = []
+        for part, spread_over in parts.items():
+            us, floor = row["parts"][part]["us"], row["floor_us"].get(part)
+            cells.append(f"{us / spread_over:.1f}" + (f" {floor / us:.0%}" if floor else ""))
         totals = [f"{row[name]:.1f}" for name in ("sum_us", "resa_us", "dense_us")]
-        table.add_row(str(row["batch"]), f"{row['context']:,}", *times, *totals, f"{row['ratio']:.2f}")
+        table.add_row(str(row["batch"]), f"{row['context']:,}", *cells, *totals, f"{row['ratio']:.2f}")
     Console(width=150).print(table)
 
 

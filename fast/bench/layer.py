@@ -88,8 +88,9 @@ class Layer:
 
     def attend(self) -> Tensor:
         """Sparse attention over the blocks selected."""
-        cached = self.keys, self.values
-        return enqueue_sparse(self.query, *cached, self.indices, self.end, self.config.block_size, self.arrivals)[0]
+        selected = self.indices, self.plan.counts, self.end
+        b = self.config.block_size
+        return enqueue_sparse(self.query, self.keys, self.values, *selected, b, self.arrivals)[0]
 
     def step(self) -> Tensor:
         """Append, score, select, attend, as the decode loop has them."""
@@ -106,6 +107,11 @@ class Layer:
         """Dense attention of a window over the whole cache."""
         cached = self.keys, self.values
         return enqueue_dense(self.window_query, *cached, self.end, self.window_lengths, self.arrivals)[0]
+
+    def own_dense(self) -> Tensor:
+        """Dense attention of one token by this project's kernel, which `dense_below` decodes with."""
+        query, one = self.query[:, :, None], torch.ones_like(self.end)
+        return enqueue_dense(query, self.keys, self.values, self.end, one, self.arrivals)[0][:, :, 0]
 
     def dense(self, backend: SDPBackend) -> Tensor:
         """Dense attention of one token by torch."""
@@ -130,6 +136,7 @@ class Layer:
         expected = plain.dense_attention(self.window_query[last], *cached, end)
         errors["rectify"] = _distance(self.rectify()[last], expected)
         expected = plain.dense_attention(self.query[last][:, :, None], *cached, end)[:, :, 0]
+        errors["own_dense"] = _distance(self.own_dense()[last], expected)
         for name, backend in BACKENDS.items():
             errors[name] = _distance(self.dense(backend)[last], expected)
         limits = {"bounds": 0, "select": 0, "score": 1e-5}
@@ -166,6 +173,7 @@ def measure(shape: Shape, config: ReSAConfig, batch: int, context: int) -> dict[
 
     parts = {part: each(part) for part in ("append", "score", "select", "attend", "refresh")}
     parts["score, 8-bit bounds"] = each("score8")
+    parts["dense, this project's kernel"] = each("own_dense")
     # Decoding rectifies once in f steps, so the pass is timed at about that duty.
     passes = [layer.rectify for layer in layers]
     sustained = time_calls(passes)
@@ -216,5 +224,5 @@ def floors(shape: Shape, config: ReSAConfig, batch: int, context: int) -> dict[s
         "select": rows * n_blocks * 4,
         "attend": selected * cache,
         "rectify": cache,
-        "dense": cache,
+        "dense, this project's kernel": cache,
     }
