@@ -62,8 +62,11 @@ def harden_interpreter():
         if other is None:
             dtype = pointers.get_element_ty()
             kind = _get_np_dtype(dtype)
-            garbage = np.nan if kind.kind == "f" else True if kind.kind == "b" else np.iinfo(kind).max // 3
-            other = TensorHandle(np.full_like(pointers.data, garbage, dtype=kind), dtype)
+            garbage = np.full_like(pointers.data, np.nan if kind.kind == "f" else True, dtype=kind)
+            if kind.kind in "iu":  # now a number that no index is, now one that any could be
+                garbage.flat[::2] = np.iinfo(kind).max // 3
+                garbage.flat[1::2] = 0
+            other = TensorHandle(garbage, dtype)
         return plain(self, pointers, mask, other, *rest, **options)
 
     InterpreterBuilder.create_masked_load = create_masked_load

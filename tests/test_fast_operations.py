@@ -192,7 +192,7 @@ def test_scores_of_every_shape(fast, head_dim, block_size):
 
 
 @pytest.mark.parametrize("n_blocks", [1103, 1104])  # the second a multiple of 16
-def test_bounds_and_scores_of_long_rows(fast, n_blocks):
+def test_bounds_and_scores_of_long_rows(fast, monkeypatch, n_blocks):
     """More blocks than one tile holds, and sequences that end in the first tile, in the second, and in the last."""
     lengths = (8 * n_blocks - 3, 17, 8 * 150)
     case = Case(1, 1, 2, 16, 8, lengths, capacity=8 * n_blocks)
@@ -200,9 +200,11 @@ def test_bounds_and_scores_of_long_rows(fast, n_blocks):
     bounds = reference_bounds(x)
     np.testing.assert_array_equal(fast.block_bounds(x.keys, x.lengths, 8), bounds)
     dirty = bounds.masked_fill(torch.isinf(bounds), NAN)  # past the end
-    check_scores(fast, case, x.but(keys=x.keys), bounds)
-    scores = [fast.score_blocks(x.query, each, x.lengths, 8) for each in (bounds, dirty)]
-    assert_same_bits(*scores, "scores")
+    for many in (10**9, 1):  # scores from which on tiles are larger
+        monkeypatch.setattr("resa.fast.blocks.MANY_SCORES", many)
+        check_scores(fast, case, x, bounds)
+        scores = [fast.score_blocks(x.query, each, x.lengths, 8) for each in (bounds, dirty)]
+        assert_same_bits(*scores, "scores")
 
 
 @pytest.mark.parametrize("dtype", FAST_DTYPES, ids=str)
@@ -618,6 +620,20 @@ def test_float32_is_computed_in_float32(fast):
     assert out[0, 0].tolist() == pytest.approx([exact] * 16, rel=2**-11 * 2.0**-6)
     out = fast.dense_attention(query[:, :, None], keys, values, int32(2))
     assert out[0, 0, 0].tolist() == pytest.approx([exact] * 16, rel=2**-11 * 2.0**-6)
+
+
+@pytest.mark.parametrize("dtype", FAST_DTYPES, ids=str)
+def test_sums_are_taken_in_float32(fast, dtype):
+    """Over equal weights, which no dtype rounds, all that is lost is half a unit of the output."""
+    case = Case(9, 2, 3, 256, 8, lengths=(601, 333), capacity=601, key_kind="equal")
+    x = case.build(dtype)
+    x = x.but(values=(x.values.abs() + 0.5).to(dtype))  # of one sign, so that the sums grow
+    query, keys, values = arrays(*x.attention)
+    indices = case.indices(1.0)
+    exact = oracle.sparse_attention(query, keys, values, indices.numpy(), case.lengths, 8)
+    allowed = (eps(dtype) / 2 + 1000 * eps(torch.float32)) * exact
+    for out in (sparse(fast, x, indices)[0], dense(fast, x)[0]):
+        assert_within(out, exact, allowed, "sums")
 
 
 def test_query_heads_of_a_group_share_a_kv_head(fast):

@@ -1,0 +1,135 @@
+"""Where two decoders choose different tokens, float64 must show that rounding could decide.
+
+A greedy decoder branches at two places: at the argmax of its logits, and at every selection of blocks. Where two
+correct ones part, one of these was a near tie: in float64 the two tokens' logits, or the last score chosen and the
+first left out, lie closer than rounding can tell apart. How much that is, is measured and not assumed: the float32
+reference is led along the same tokens with float64's selections forced upon it, so that its scores and logits differ
+from float64's by rounding alone. ALLOWANCE times the largest such difference is the rounding allowance, because the
+decoder that is judged may err the other way and sums in another order.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+
+from resa.reference import REFERENCE_OPS, Generation, decode_step, prefill, select_blocks
+
+ALLOWANCE = 4
+MEASURED_STEPS = 16  # how many steps the float32 reference is led along
+EPS, TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).tiny
+
+
+def first_that_matters(prompt_length, fed, config):
+    """How many of the `fed` tokens after a prompt lie in an exact cache when the next one is chosen."""
+    window, is_dense = 0, True
+    for length in range(prompt_length, prompt_length + fed):
+        before, is_full = window, config.interval is not None and window + 1 >= config.interval
+        is_dense = length < config.dense_below or (is_full and config.schedule == "fused")
+        window = 0 if is_dense or is_full else window + 1
+    return fed if is_dense else fed - before - 1
+
+
+@dataclass
+class Recorder:
+    """Operations that note scores and selections, and that select what `forced` has noted before them."""
+
+    forced: "Recorder | None" = None
+
+    def __post_init__(self):
+        self.scores, self.indices = [], []
+
+    def ops(self):
+        return replace(REFERENCE_OPS, select_blocks=self.select)
+
+    def select(self, scores, lengths, config):
+        place = len(self.scores)
+        self.scores.append(scores)
+        self.indices.append(
+            select_blocks(scores, lengths, config) if self.forced is None else self.forced.indices[place]
+        )
+        return self.indices[place]
+
+
+def selection_gap(scores, indices, n_blocks, local_blocks):
+    """How far the lowest score chosen lies above the highest left out, per KV head: scores [Hkv, M] -> [Hkv].
+
+    Infinite where nothing is left out. The newest blocks take no part.
+    """
+    candidates = torch.arange(scores.shape[-1], device=scores.device) < n_blocks - local_blocks
+    chosen = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+    chosen = chosen.scatter(1, indices.long() + 1, True)[:, 1:]  # the place of −1 in front
+    lowest = scores.masked_fill(~(candidates & chosen), float("inf")).amin(dim=1)
+    highest = scores.masked_fill(~(candidates & ~chosen), float("-inf")).amax(dim=1)
+    return lowest - highest
+
+
+def near_tie(model, prompt, tokens, config, rivals=None):
+    """The narrowest branch of decoding `prompt` and then `tokens`, in units of the rounding allowance: ≤ 1 is a tie.
+
+    `model` is the float32 one. With `rivals`, two token ids, the choice between them after the last token counts as
+    well. Steps before the last rectification don't: it has made the cache exact, whatever was selected before it.
+    """
+    fed = first_that_matters(len(prompt), len(tokens), config)
+    exact = Recorder()
+    rounded = Recorder(forced=exact)
+    models = {"exact": deepcopy(model).double().with_ops(exact.ops()), "rounded": model.with_ops(rounded.ops())}
+    states, logits = {}, {}
+    for name, each in models.items():
+        cache = each.new_cache(1, len(prompt) + len(tokens), config.block_size)
+        logits[name] = prefill(each, [list(prompt) + list(tokens[:fed])], cache)
+        window = torch.zeros(1, dtype=torch.int64, device=cache.lengths.device)
+        states[name] = Generation([list(tokens[:fed])], cache, window, window - 1)
+    active = torch.ones(1, dtype=torch.bool, device=model.embed.weight.device)
+    # Nobody is expected to do better than one rounding.
+    narrowest, score_error, logit_error = [], EPS, max(distance(logits), EPS * float(logits["exact"].abs().max()))
+    for step, token in enumerate(tokens[fed:]):
+        is_measured = step < MEASURED_STEPS
+        first = len(exact.scores)
+        for name in ("exact", "rounded") if is_measured else ("exact",):
+            states[name].tokens[0].append(token)
+            states[name].pending = torch.full_like(states[name].window, token)
+            logits[name] = decode_step(models[name], states[name], config, active)
+        n_blocks = -(-(len(prompt) + fed + step + 1) // config.block_size)
+        for place in range(first, len(exact.scores)):
+            scores, indices = exact.scores[place][0], exact.indices[place][0]
+            valid = scores[:, :n_blocks]
+            size = valid.abs().amax(dim=1).clamp(min=TINY)
+            narrowest.append(selection_gap(valid, indices, n_blocks, config.local_blocks) / size)
+            if is_measured:
+                errors = (rounded.scores[place][0, :, :n_blocks].double() - valid).abs().amax(dim=1)
+                score_error = max(score_error, float((errors / size).max()))
+        if is_measured:
+            logit_error = max(logit_error, distance(logits))
+    ratios = [float(torch.stack(narrowest).min()) / (ALLOWANCE * score_error)] if narrowest else []
+    if rivals is not None:
+        one, other = (logits["exact"][0, token] for token in rivals)
+        ratios.append(float((one - other).abs()) / (ALLOWANCE * max(logit_error, TINY)))
+    return min(ratios, default=float("inf"))
+
+
+def distance(logits):
+    """The largest difference between the float64 and the float32 model's logits."""
+    return float((logits["exact"] - logits["rounded"].double()).abs().max())
+
+
+def parting(found, expected):
+    """The first place at which two lists of tokens differ, or None."""
+    assert len(found) == len(expected), f"{len(found)} tokens instead of {len(expected)}"
+    return next((place for place, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other), None)
+
+
+def assert_same_choices(model, prompts, found, expected, config):
+    """Token for token the same, but where float64 shows a near tie. Returns, per sequence, how many tokens agree."""
+    agreed = []
+    for s, (prompt, ours, theirs) in enumerate(zip(prompts, found, expected, strict=True)):
+        place = parting(ours, theirs)
+        if place is not None:
+            rivals = (ours[place], theirs[place])
+            tie = near_tie(model, prompt, theirs[:place], config, rivals)
+            assert tie <= 1, (
+                f"sequence {s} parts at its token {place}, {rivals[0]} instead of {rivals[1]}, and the narrowest "
+                f"branch before it is {tie:.3g} rounding allowances wide"
+            )
+        agreed.append(len(ours) if place is None else place)
+    return agreed
