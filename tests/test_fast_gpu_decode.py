@@ -72,8 +72,8 @@ def test_the_shipped_model_says_what_the_reference_has_it_say(trained, sources, 
     assert done.window.tolist() == [w] * len(sources)
     expected = reference.generate(trained, sources, N_TOKENS, config)
     agreed = assert_same_choices(trained, sources, done.tokens, expected.tokens, config)
-    print(f"interval {interval}: tokens until the first that differs, of {N_TOKENS}: {agreed}")
-    assert agreed.count(N_TOKENS) >= 1
+    # On a CPU the reference in float32 and in float64 say the same throughout, at each of these intervals.
+    assert agreed.count(N_TOKENS) >= len(sources) - 1, f"near ties are too many to be chance: same until {agreed}"
 
 
 @pytest.mark.parametrize("schedule", ["fused", "paper"])

@@ -189,12 +189,15 @@ def test_turns_equal_one_dense_prefill_up_to_the_last_window(shape, config, turn
     n_tokens = turns[-1][1]
     w = max(n_tokens - 1, 0) if config.interval is None else max(n_tokens - 1, 0) % config.interval
     assert done.window.tolist() == [w, w]
+    off = []  # errors of tokens that a sparse step wrote which left blocks out
     for s, text in enumerate(texts):
         held = len(text) - (n_tokens > 0)
         assert done.cache.lengths[s] == held
         worst = drift(done.cache, s, exact)
         assert (worst[: held - w] <= EXACT).all(), "everything before the last turn's open window is dense"
-        assert all(worst[p] > VISIBLE for p in range(held - w, held) if leaves_out(config, p + 1))
+        off += [worst[p] for p in range(held - w, held) if leaves_out(config, p + 1)]
+    # Not each of them: a step whose attention happens to lie in the selected blocks is dense to the last digits.
+    assert not off or max(off) > VISIBLE
     assert_bounds_rebuilt(done.cache)
     event(f"open window of {min(w, 3)}{'+' if w > 2 else ''}")
 
