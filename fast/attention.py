@@ -90,31 +90,29 @@ def enqueue_sparse(
     group, rows = query.shape[1] // kv_heads, batch * kv_heads
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
     if out.numel():
-        tokens, warps, stages, resident = sparse_tile(head_dim, keys.element_size())
-        width = indices.shape[2]
-        splits = count_splits(rows, resident, triton.cdiv(width * block_size, tokens), query.device)
+        width, tokens = indices.shape[2], min(256, 32768 // (head_dim * keys.element_size()))
+        iterations = triton.cdiv(width * block_size, tokens)
+        # A pipeline pays when it stays filled for a while; before that, two programs hide each other's latency better.
+        is_short = rows * iterations <= 4 * count_processors(query.device)
+        stages, resident = (1, 2) if is_short else (3, 1)
+        splits = count_splits(rows, resident, iterations, query.device)
         partial = query.new_empty(rows, splits, GROUP_ROWS * (head_dim + 2), dtype=torch.float32)
         _sparse_kernel[(splits, kv_heads, batch)](
             query, keys, values, indices, counts, lengths, out, lse, partial, arrivals, capacity, width,
-            group, head_dim, block_size, tokens, num_warps=warps, num_stages=stages, **overlapped(query.device),
+            group, head_dim, block_size, tokens, num_warps=4, num_stages=stages, **overlapped(query.device),
         )  # fmt: skip
     return out, lse
 
 
-def sparse_tile(head_dim: int, element_size: int) -> tuple[int, int, int, int]:
-    """Tokens per iteration, warps, pipeline stages and resident programs per multiprocessor of the sparse kernel."""
-    return min(256, 32768 // (head_dim * element_size)), 4, 3, 1
-
-
 def count_splits(programs: int, resident: int, iterations: int, device: torch.device) -> int:
     """In how many splits `programs` fill the GPU once, with `resident` of them on each multiprocessor."""
-    processors = 4 if INTERPRETED else _count_processors(device)
-    return max(1, min(processors * resident // programs, iterations))
+    return max(1, min(count_processors(device) * resident // programs, iterations))
 
 
 @cache
-def _count_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def count_processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; a few for the interpreter, which has none, so that there are splits to merge."""
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
@@ -148,9 +146,7 @@ def _sparse_kernel(
         o_entry = (start + o_t) // BLOCK_SIZE  # [TOKENS]
         block = tl.load(indices_ptr + i_row * width + o_entry, mask=o_entry < last, other=-1)
         is_block = (block >= 0) & (block < total)
-        position = (
-            tl.where(is_block, block, 0) * BLOCK_SIZE + (start + o_t) % BLOCK_SIZE
-        )  # no index is too large for 32 bits
+        position = tl.where(is_block, block, 0) * BLOCK_SIZE + (start + o_t) % BLOCK_SIZE  # fits 32 bits
         is_visible = is_block & (position < length)
         o_token = (i_row * capacity + position)[:, None] * D + o_d  # [TOKENS, D]
         key = tl.load(keys_ptr + o_token, mask=is_visible[:, None], other=0.0)

@@ -24,10 +24,8 @@ from .bounds8 import Bounds8
 from .checks import check_device, check_kernel_dtypes, check_layout, check_sizes
 from .launch import let_next_start, overlapped, wait_for_previous
 
-# Keys of the selection order, below that of −∞ (−2139095041): NaN, then what may not be chosen.
-NAN_KEY = tl.constexpr(-2139095042)
-OUT_KEY = tl.constexpr(-2147483648)
 MANY_SCORES = 2**17  # from here on larger tiles pay: there are programs enough to fill the GPU
+LONG_ROW = tl.constexpr(4096)  # scores, up to which the warps' own sum of integers decides about the time
 GUESSES = tl.constexpr(12)  # passes that interpolate; simulated rows of 16,384 scores took 7 to 13
 
 
@@ -210,10 +208,11 @@ def _select_kernel(
     """The selected blocks of one KV head, ascending, −1 behind them.
 
     Grid: (B·Hkv,). Tile: [BLOCKS], the whole row in registers, BLOCKS ≥ M.
-    Scores become integers of the same order. Invariant of the search: `at_low` ≥ `needed` candidates have a key of
-    `low` or more, `at_high` < `needed` one of `high` or more. It guesses by interpolation, which a smooth distribution
-    rewards, and after GUESSES passes halves, which none can defeat. Among the keys equal to the last `low`, the lowest
-    indices are taken, found by a second search that only runs when there are more of them than needed.
+    The n-th highest score is searched for among integers that have the order of float32. Invariant: `at_low` ≥ `needed`
+    candidates have a score of at least `low`'s, `at_high` < `needed` one of at least `high`'s. The search guesses by
+    interpolation, which a smooth distribution rewards, and after GUESSES passes halves, which none can defeat. Among
+    equals of the last score taken, the lowest indices are found by a second search, which only runs when there are too
+    many of them.
     """
     wait_for_previous()
     let_next_start()
@@ -221,49 +220,77 @@ def _select_kernel(
     length = tl.load(lengths_ptr + i_row // n_kv_head)
     n = tl.load(counts_ptr + i_row // n_kv_head)
     total = tl.cdiv(length, BLOCK_SIZE)
+    candidates = tl.maximum(total - local_blocks, 0)
+    needed = n - (total - candidates)
+    p_index = indices_ptr + i_row * width
+    for i_block in range(candidates, total):
+        tl.store(p_index + needed + i_block - candidates, i_block)
     o_block = tl.arange(0, BLOCKS)
     m_score = o_block < _row_end(total, ALIGNED)
-    score = tl.load(scores_ptr + i_row * n_blocks + o_block, mask=m_score, other=0.0) + 0.0  # −0 is 0
-    bits = score.to(tl.int32, bitcast=True)
-    key = tl.where(score != score, NAN_KEY, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    is_local = (o_block >= total - local_blocks) & (o_block < total)
-    key = tl.where((o_block < total) & (is_local == 0), key, OUT_KEY)
+    score = tl.load(scores_ptr + i_row * n_blocks + o_block, mask=m_score, other=0.0)
+    score = tl.where(o_block < candidates, score, float("nan"))  # NaN is above nothing, and no minimum or maximum
 
-    candidates = total - tl.minimum(local_blocks, total)
-    needed = n - (total - candidates)
-    low = tl.min(tl.where(key == OUT_KEY, 2147483647, key), axis=0)
-    high = tl.max(key, axis=0) + 1
-    at_low, at_high, n_pass = candidates, 0, 0  # candidates at or above low and high
+    low, high = _order(tl.min(score, axis=0)), _order(tl.max(score, axis=0)) + 1
+    at_low, at_high, n_pass = candidates, 0, 0
     while (at_low > needed) & (high > low + 1):
         width_half = (high >> 1) - (low >> 1)  # half of it, because the whole can exceed 32 bits
         share = (at_low - needed).to(tl.float32) / (at_low - at_high).to(tl.float32)
         guess = low + 2 * (width_half.to(tl.float32) * share).to(tl.int32)
         halfway = (low & high) + ((low ^ high) >> 1)
         middle = tl.where(n_pass < GUESSES, tl.minimum(tl.maximum(guess, low + 1), high - 1), halfway)
-        above = tl.sum((key >= middle).to(tl.int32), axis=0)
+        above = _count(score >= _number(middle))
         is_low = above >= needed
         low, high = tl.where(is_low, middle, low), tl.where(is_low, high, middle)
         at_low, at_high = tl.where(is_low, above, at_low), tl.where(is_low, at_high, above)
         n_pass += 1
 
-    is_tied = (key == low) & (key > OUT_KEY)
-    first = BLOCKS  # tied blocks before it are taken: all of them, unless that were too many
-    if at_low > needed:
+    low = tl.minimum(low, 2139095040)  # the place of +∞; where all scores are NaN, so were the extremes
+    if needed == candidates:
+        score = tl.where(o_block < candidates, float("inf"), float("nan"))  # all, and NaN as well
+    elif at_low > needed:  # some of several equals; or all numbers and some NaN
+        is_tied = (score != score) & (o_block < candidates)
+        if _count(score >= _number(low)) >= needed:
+            is_tied = score == _number(low)
+        wanted = needed - _count((score >= _number(low)) & (is_tied == 0))
         first = 0
-        last = BLOCKS
-        wanted = tl.sum(is_tied.to(tl.int32), axis=0) - (at_low - needed)
+        last = BLOCKS + 1
         while last > first + 1:  # at most `wanted` tied blocks lie before `first`, more before `last`
             middle = (first + last) >> 1
-            before = tl.sum((is_tied & (o_block < middle)).to(tl.int32), axis=0)
+            before = _count(is_tied & (o_block < middle))
             first, last = tl.where(before <= wanted, middle, first), tl.where(before <= wanted, last, middle)
-    is_chosen = ((key > low) & (key > OUT_KEY)) | (is_tied & (o_block < first))
-    is_taken = (is_local | is_chosen) & (n > 0)
-    # Ranks in two steps, four neighbours in one thread first: a scan over the whole row at once costs five times the
-    # exchanges between threads.
-    quartet = tl.reshape(is_taken.to(tl.int32), [BLOCKS // 4, 4])
-    taken = tl.sum(quartet, axis=1)
-    rank = (tl.cumsum(taken, axis=0) - taken)[:, None] + tl.cumsum(quartet, axis=1) - 1  # [BLOCKS / 4, 4]
-    p_index = indices_ptr + i_row * width
-    tl.store(p_index + rank, tl.reshape(o_block, [BLOCKS // 4, 4]), mask=quartet > 0)
+        score = tl.where(is_tied, tl.where(o_block < first, float("inf"), float("nan")), score)
+    # Four neighbours lie in one thread, so only their sums are scanned, and each column of four is stored on its own:
+    # a store of all at once would first be rearranged through shared memory.
+    even, odd = tl.split(tl.reshape((score >= _number(low)).to(tl.int32), [BLOCKS // 4, 2, 2]))
+    taken_0, taken_2 = tl.split(even)  # [BLOCKS / 4]
+    taken_1, taken_3 = tl.split(odd)
+    taken = taken_0 + taken_1 + taken_2 + taken_3
+    p_taken = p_index + tl.cumsum(taken, axis=0) - taken
+    o_first = tl.arange(0, BLOCKS // 4) * 4
+    tl.store(p_taken, o_first, mask=taken_0 > 0)
+    tl.store(p_taken + taken_0, o_first + 1, mask=taken_1 > 0)
+    tl.store(p_taken + taken_0 + taken_1, o_first + 2, mask=taken_2 > 0)
+    tl.store(p_taken + taken - taken_3, o_first + 3, mask=taken_3 > 0)
     if n < width:
         tl.store(p_index + o_block, -1, mask=(o_block >= n) & (o_block < width))
+
+
+@triton.jit
+def _count(is_counted):
+    """How many are true."""
+    if is_counted.shape[0] > LONG_ROW:  # exact below 2**24, and one instruction less per number, but slower to add up
+        return tl.sum(is_counted.to(tl.float32), axis=0).to(tl.int32)
+    return tl.sum(is_counted.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _order(number):
+    """A float32 as an integer of the same order; both zeros are 0."""
+    bits = (number + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _number(order):
+    """The float32 that has this place in the order of `_order`."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)

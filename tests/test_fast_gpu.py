@@ -265,6 +265,43 @@ def test_compiled_runs_repeat_bit_for_bit(ops, device, dtype):
             assert_same_bits(found, expected, "rerun")
 
 
+def test_one_set_of_arrival_counters_serves_every_launch(ops, device):
+    """As in the decode loop: sparse and dense kernels in turn, captured once, replayed into spoilt memory."""
+    from resa.fast.attention import count_dense_units, enqueue_dense, enqueue_sparse
+
+    lengths, used = int32(LENGTH, 1, LENGTH // 3, 0), int32(32, 1, 20, 0)
+    keys, values = (normal(4, KV_HEADS, LENGTH, HEAD_DIM, seed=s, dtype=torch.float16, device=device) for s in (16, 17))
+    window = normal(4, HEADS, 32, HEAD_DIM, seed=18, dtype=torch.float16, device=device)
+    query, n_blocks = window[:, :, 0].contiguous(), LENGTH // BLOCK
+    indices = torch.arange(n_blocks, dtype=torch.int32, device=device).repeat(4, KV_HEADS, 1)
+    counts = int32(n_blocks, 1, n_blocks // 3 + 1, 0)
+    expected = [
+        *ops.sparse_attention(query, keys, values, indices, lengths, BLOCK, return_lse=True),
+        *ops.dense_attention(window, keys, values, lengths, query_lengths=used, return_lse=True),
+    ]
+    units = max(4 * KV_HEADS, count_dense_units(keys, HEADS // KV_HEADS, 32))
+    arrivals = torch.zeros(units, dtype=torch.int32, device=device)
+
+    def run():
+        sparse = enqueue_sparse(query, keys, values, indices, counts, lengths, BLOCK, arrivals)
+        return [*sparse, *enqueue_dense(window, keys, values, lengths, used, arrivals)]
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for _ in range(100):
+        for tensor in found:
+            tensor.fill_(NAN)
+        graph.replay()
+        assert not arrivals.any()
+        # A sequence's list is shared among the splits by its count, and the sum rounds by what falls to each.
+        for tensor, other in zip(found[2:], expected[2:], strict=True):
+            assert_same_bits(tensor, other, "dense")
+        for tensor, other in zip(found[:2], expected[:2], strict=True):
+            assert torch.allclose(tensor.float(), other.float(), rtol=0, atol=4 * eps(torch.float16), equal_nan=False)
+
+
 @pytest.mark.parametrize("batch", [1, 3, 48])
 def test_from_one_program_to_many_waves(ops, device, batch):
     """One sequence is shared by every multiprocessor; 48 times 4 KV heads are more than there are."""
