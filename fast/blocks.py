@@ -111,11 +111,14 @@ def enqueue_scores(query: Tensor, bounds: Tensor | Bounds8, lengths: Tensor, blo
     scores = query.new_empty(batch, kv_heads, n_blocks, dtype=torch.float32)
     if scores.numel():
         group = query.shape[1] // kv_heads
-        tile = 64 if scores.numel() >= MANY_SCORES and head_dim <= 128 else 32
+        is_many = scores.numel() >= MANY_SCORES
+        tile = 64 if is_many and head_dim <= 128 else 32
+        # Started early, many programs would crowd onto the multiprocessors that the last kernel leaves first.
+        early = {} if is_many else overlapped(query.device)
         grid = (triton.cdiv(n_blocks, tile), batch * kv_heads)
         _score_kernel[grid](
             query, table, scale, lengths, scores, kv_heads, n_blocks, group, head_dim, block_size, tile,
-            n_blocks % 16 == 0, num_warps=1, **overlapped(query.device),
+            n_blocks % 16 == 0, num_warps=1, **early,
         )  # fmt: skip
     return scores
 

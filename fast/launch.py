@@ -2,8 +2,9 @@
 
 A decoding step is a chain of short kernels, and each would wait a microsecond or two for the last program of its
 predecessor. From Hopper on, a kernel may start early and wait only where it needs what its predecessor wrote. Every
-kernel here keeps one rule: `wait_for_previous` stands before the first load of anything that the kernel right before
-it may have written, and before `let_next_start`. So what was written two kernels ago may be loaded before the wait.
+kernel that starts early keeps one rule: `wait_for_previous` stands before the first load of anything that the kernel
+right before it may have written, and before `let_next_start`. So what was written two kernels ago may be loaded before
+the wait. Not every kernel gains by it: docs/kernels.md has the measurements.
 """
 
 from __future__ import annotations
