@@ -67,7 +67,7 @@ def sparse_attention(
     check_dtypes(INTEGERS, indices=indices)
     check_lengths("lengths", lengths, sizes["T_max"])
     require(is_integer(block_size, 1), "block_size", block_size, "an integer ≥ 1")
-    check_sizes(D=sizes["D"], G=sizes["Hq"] // sizes["Hkv"], block_size=block_size)
+    check_sizes(D=sizes["D"], G=sizes["Hq"] // sizes["Hkv"], block_size=block_size, rows=sizes["B"] * sizes["Hkv"])
     check_layout(keys=keys, values=values)
     indices = indices.clamp(-1, sizes["T_max"]).to(torch.int32).contiguous()  # far past the end is past the end
     query, lengths = query.contiguous(), lengths.to(torch.int32).contiguous()
@@ -264,7 +264,7 @@ def dense_attention(
     check_kernel_dtypes(query=query, keys=keys, values=values)
     check_lengths("lengths", lengths, sizes["T_max"])
     check_lengths("query_lengths", query_lengths, sizes["Q"])
-    check_sizes(D=sizes["D"], G=sizes["Hq"] // sizes["Hkv"])
+    check_sizes(D=sizes["D"], G=sizes["Hq"] // sizes["Hkv"], rows=sizes["B"] * sizes["Hkv"])
     check_layout(keys=keys, values=values)
     for argument, tensor in (("keys", keys), ("values", values)):  # the copy engine's tiles begin at multiples of 16
         require(tensor.data_ptr() % 16 == 0, argument, f"address {tensor.data_ptr():#x}", "one divisible by 16")

@@ -40,7 +40,7 @@ def block_bounds(keys: Tensor, lengths: Tensor, block_size: int) -> Tensor:
     check_kernel_dtypes(keys=keys)
     check_lengths("lengths", lengths, sizes["T_max"])
     require(is_integer(block_size, 1), "block_size", block_size, "an integer ≥ 1")
-    check_sizes(D=sizes["D"], block_size=block_size)
+    check_sizes(D=sizes["D"], block_size=block_size, rows=sizes["B"] * sizes["Hkv"])
     check_layout(keys=keys)
     batch, kv_heads, capacity, head_dim = keys.shape
     n_blocks = triton.cdiv(capacity, block_size)
@@ -97,7 +97,7 @@ def score_blocks(query: Tensor, bounds: Tensor | Bounds8, lengths: Tensor, block
     check_heads(sizes["Hq"], sizes["Hkv"])
     check_kernel_dtypes(query=query, **({} if isinstance(bounds, Bounds8) else {"bounds": bounds}))
     require(is_integer(block_size, 1), "block_size", block_size, "an integer ≥ 1")
-    check_sizes(D=sizes["D"], G=sizes["Hq"] // sizes["Hkv"], block_size=block_size)
+    check_sizes(D=sizes["D"], G=sizes["Hq"] // sizes["Hkv"], block_size=block_size, rows=sizes["B"] * sizes["Hkv"])
     check_lengths("lengths", lengths, sizes["M"] * block_size)
     check_layout(bounds=table)
     return enqueue_scores(query.contiguous(), bounds, lengths.to(torch.int32).contiguous(), block_size)

@@ -45,7 +45,7 @@ def write_window(
     floats = {"keys": keys, "values": values, "new_keys": new_keys, "new_values": new_values}
     check_kernel_dtypes(**floats, **({} if is_compressed else {"bounds": bounds}))
     require(is_integer(block_size, 1), "block_size", block_size, "an integer ≥ 1")
-    check_sizes(D=sizes["D"], block_size=block_size)
+    check_sizes(D=sizes["D"], block_size=block_size, rows=sizes["B"] * sizes["Hkv"])
     n_blocks = triton.cdiv(sizes["T_max"], block_size)
     require(sizes["M"] == n_blocks, "bounds", f"{sizes['M']} blocks", f"{n_blocks} for {sizes['T_max']} tokens")
     check_lengths("start", start, sizes["T_max"])

@@ -17,6 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128, 256)
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 MAX_GROUP = 16  # query heads per KV head: they fill one tile of the matrix units
+MAX_ROWS = 65535  # KV heads of all sequences: CUDA's limit for the second and third axis of a grid
 
 # TRITON_INTERPRET=1 runs the kernels on the CPU, one program after another; read when the kernels are defined.
 INTERPRETED = knobs.runtime.interpret
@@ -50,11 +51,15 @@ def check_device(argument: str, tensor: Tensor) -> None:
         )
 
 
-def check_sizes(*, D: int | None = None, G: int | None = None, block_size: int | None = None) -> None:
-    """Head dimension, group and block size must be ones that the kernels are written for."""
+def check_sizes(
+    *, D: int | None = None, G: int | None = None, block_size: int | None = None, rows: int | None = None
+) -> None:
+    """Head dimension, group, block size and B·Hkv must be ones that the kernels are written for."""
     if D is not None:
         require(D in HEAD_DIMS, "head dimension D", D, ", ".join(map(str, HEAD_DIMS)))
     if G is not None:
         require(1 <= G <= MAX_GROUP, "query heads per KV head", G, f"1 … {MAX_GROUP}")
     if block_size is not None:
         require(block_size in BLOCK_SIZES, "block_size", block_size, ", ".join(map(str, BLOCK_SIZES)))
+    if rows is not None:
+        require(rows <= MAX_ROWS, "batch × KV heads", rows, f"at most {MAX_ROWS}")

@@ -67,7 +67,7 @@ def generate(
     """
     config = ReSAConfig() if config is None else config
     check_request(model, prompts, max_new_tokens, config, stop_tokens, resume)
-    check_model(model, config)
+    check_model(model, config, len(prompts))
     capacity = needed_capacity(model, prompts, max_new_tokens, resume)
     own = sequence_generators(len(prompts), temperature, top_p, generator)
     model = model.with_ops(TRITON_OPS)
@@ -95,11 +95,12 @@ def padded_capacity(tokens: int, block_size: int) -> int:
     return triton.cdiv(tokens, 16 * block_size) * 16 * block_size
 
 
-def check_model(model: GPT, config: ReSAConfig) -> None:
-    """The kernels must support the model's shape, dtype and device, and the block size."""
+def check_model(model: GPT, config: ReSAConfig, batch: int) -> None:
+    """The kernels must support the model's shape, dtype and device, the block size and the batch."""
     shape = model.config
     check_kernel_dtypes(model=model.embed.weight)
-    check_sizes(D=shape.head_dim, G=shape.n_head // shape.n_kv_head, block_size=config.block_size)
+    group, rows = shape.n_head // shape.n_kv_head, batch * shape.n_kv_head
+    check_sizes(D=shape.head_dim, G=group, block_size=config.block_size, rows=rows)
 
 
 @torch.no_grad()

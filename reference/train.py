@@ -598,7 +598,7 @@ def export(trainer: Trainer) -> None:
         "train": asdict(config),
         "data": {**trainer.data.statistics, "sha256": trainer.data.digest},
         "tokens_seen": trainer.step * config.batch_tokens,
-        "seconds": round(trainer.seconds, 1),
+        "seconds": round(trainer.seconds, 3),
         "final": lines[-1] if lines else None,  # None if someone removed the log of a finished run
         "device": torch.cuda.get_device_name(trainer.device) if is_gpu else platform.machine(),
         "versions": {name: _version(name) for name in ("torch", "triton", "numpy", "tiktoken")}

@@ -475,7 +475,8 @@ def test_prefill_appends(scene, config, chunk_size):
 def test_below_float64_rectified_caches_differ_like_chunked_prefills(dtype, interval):
     """Section 4: after a rectification at most twice the difference between dense prefills of other chunk sizes.
 
-    The model is wider than elsewhere: sums of a few terms are rounded alike for one row and for many.
+    The model is wider than elsewhere: sums of a few terms are rounded alike for one row and for many. Where all are
+    (bfloat16 on a CPU with matrix units), no difference is allowed at all.
     """
     prompt_length, fed = 40, 12
     rounding, rectified, sparse = [], [], []
@@ -493,7 +494,6 @@ def test_below_float64_rectified_caches_differ_like_chunked_prefills(dtype, inte
             for rows in scene.steps():
                 feed(model, generation, own, rows)
             measured += [drift(generation.cache, s, whole).max() for s in range(2)]
-    assert max(rounding) > 0, "chunk sizes that round alike measure nothing"
     assert max(rectified) <= 2 * max(rounding)
     assert min(sparse) > 2 * max(rounding), "without rectification the difference must stand out from rounding"
 

@@ -266,6 +266,16 @@ def test_larger_groups_are_refused(operation, group):
 
 
 @pytest.mark.parametrize("operation", WITH_HEAD_DIM)
+def test_more_kv_heads_than_a_grid_has_places_are_refused(operation):
+    """32,768 sequences of two KV heads are one too many; nothing so large is made for it."""
+    call = {
+        name: value[:1].expand(2**15, *value.shape[1:]) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments(operation).items()
+    }
+    refused(operation, call, "batch × KV heads", "65536")
+
+
+@pytest.mark.parametrize("operation", WITH_HEAD_DIM)
 def test_float64_is_refused(operation):
     refused(operation, arguments(operation, dtype=torch.float64), "keys|query|bounds", "float64")
 

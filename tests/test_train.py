@@ -248,7 +248,9 @@ def test_a_run_stopped_and_resumed_is_the_run_uncut(monkeypatch, tmp_path, uncut
 
 def test_a_run_killed_at_any_moment_and_resumed_is_the_run_uncut(tmp_path, uncut):
     config = replace(CONFIG, checkpoint_seconds=0.0)  # after every step
-    delays = np.random.default_rng(0).uniform(0.01, 0.15, size=200)
+    begin = time.perf_counter()
+    trained(tmp_path / "timed", config)
+    delays = (time.perf_counter() - begin) * np.random.default_rng(0).uniform(0.1, 0.8, size=200)
     kills = 0
     for delay in delays:
         child = os.fork()
