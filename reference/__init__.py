@@ -10,9 +10,10 @@ from .attention import dense_attention, sparse_attention
 from .blocks import active_blocks, block_bounds, score_blocks, select_blocks
 from .cache import KVCache
 from .checkpoint import load_model, save_model
-from .config import GPTConfig, ReSAConfig
+from .config import GPTConfig, ReSAConfig, RopeScaling
 from .generate import Generation, decode_along, decode_step, generate, prefill, rectify, sample_token, sparse_step
 from .model import GPT, REFERENCE_OPS, Operations
+from .pretrained import load_pretrained
 from .tokenizer import load_tokenizer
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "KVCache",
     "Operations",
     "ReSAConfig",
+    "RopeScaling",
     "active_blocks",
     "block_bounds",
     "decode_along",
@@ -30,6 +32,7 @@ __all__ = [
     "dense_attention",
     "generate",
     "load_model",
+    "load_pretrained",
     "load_tokenizer",
     "prefill",
     "rectify",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, INTEGERS, bind_shapes, check_dtypes, check_lengths, is_integer, require
+from .checks import FLOATS, INTEGERS, bind_shapes, check_dtypes, check_lengths, free_memory, is_integer, require
 from .config import GPTConfig
 
 BlockBounds = Callable[[Tensor, Tensor, int], Tensor]
@@ -86,6 +86,7 @@ class KVCache:
         require(is_integer(block_size, 1), "block_size", block_size, "an integer ≥ 1")
         require(dtype in FLOATS, "dtype", dtype, "float16, bfloat16, float32 or float64")
         shape = (config.n_layer, batch, config.n_kv_head, capacity, config.head_dim)
+        _check_memory(shape, block_size, dtype, torch.device(device))
         keys = torch.zeros(shape, dtype=dtype, device=device)
         lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         bounds = torch.stack([block_bounds(layer, lengths, block_size) for layer in keys])
@@ -152,6 +153,7 @@ class KVCache:
         require(is_integer(capacity, longest), "capacity", capacity, f"an integer ≥ the longest sequence, {longest}")
         kept = min(capacity, self.capacity)
         size = (*self.keys.shape[:3], capacity, self.keys.shape[4])
+        _check_memory(size, self.block_size, self.keys.dtype, self.keys.device)
         keys, values = self.keys.new_zeros(size), self.values.new_zeros(size)
         keys[:, :, :, :kept] = self.keys[:, :, :, :kept]
         values[:, :, :, :kept] = self.values[:, :, :, :kept]
@@ -178,3 +180,16 @@ class KVCache:
         bounds = self.block_bounds(keys, window.slots_in_use, self.block_size)  # [B, Hkv, 2, D, n]
         row, column = window.block_row, window.block_column
         self.bounds[layer][row, ..., window.block] = bounds[row, ..., column]  # [blocks, Hkv, 2, D]
+
+
+def _check_memory(shape: tuple[int, ...], block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a cache [layer, B, Hkv, T_max, D] that the device can't hold, before any of it is allocated."""
+    n_layer, batch, kv_heads, capacity, head_dim = shape
+    row = n_layer * batch * kv_heads * head_dim * dtype.itemsize  # bytes of one token's keys in every sequence
+    # Keys and values, and per block two bounds, which exist twice while the layers' are joined.
+    needed, free = 2 * row * capacity + 4 * row * -(-capacity // block_size), free_memory(device)
+    if needed > free:
+        fits = max(0, int(free / (2 * row + 4 * row / block_size)) // block_size * block_size)
+        given = f"{batch} × {capacity:,} tokens, {needed / 1e9:.2f} GB"
+        allowed = f"{batch} × {fits:,} tokens in the {free / 1e9:.2f} GB that {device} has free"
+        raise torch.OutOfMemoryError(f"KV cache: got {given}; allowed: {allowed}")

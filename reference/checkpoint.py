@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .checks import FLOATS, checked_device, refuse, require
-from .config import GPTConfig
+from .config import GPTConfig, RopeScaling
 from .files import write_atomically
 from .model import GPT, Operations
 
@@ -125,19 +125,19 @@ def read_tensors(path: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]])
             missing = name not in names
             refuse(f"{path}: tensor {name}", "missing" if missing else "extra", f"{len(shapes)} known tensors")
         for name, shape in shapes.items():
-            stored = file.get_slice(name)
-            require(
-                stored.get_dtype() in STORED_DTYPES,
-                f"{path}: tensor {name}",
-                stored.get_dtype(),
-                ", ".join(STORED_DTYPES),
-            )
-            given = tuple(stored.get_shape())
-            require(given == shape, f"{path}: tensor {name}", f"shape {given}", f"shape {shape}")
+            check_stored(path, file, name, shape)
         tensors = {name: file.get_tensor(name) for name in shapes}
     for name, tensor in tensors.items():
         require(bool(tensor.isfinite().all()), f"{path}: tensor {name}", "NaN or infinity", "finite values")
     return tensors
+
+
+def check_stored(path: str | os.PathLike, file: safe_open, name: str, shape: tuple[int, ...]) -> None:
+    """A stored tensor's type and shape, from the file's header; ValueError naming file and tensor."""
+    stored = file.get_slice(name)
+    dtype, given = stored.get_dtype(), tuple(stored.get_shape())
+    require(dtype in STORED_DTYPES, f"{path}: tensor {name}", dtype, ", ".join(STORED_DTYPES))
+    require(given == shape, f"{path}: tensor {name}", f"shape {given}", f"shape {shape}")
 
 
 def open_checked(path: str | os.PathLike) -> safe_open:
@@ -157,10 +157,12 @@ def config_from_json(path: str | os.PathLike, text: str) -> GPTConfig:
     except json.JSONDecodeError:
         values = None
     require(isinstance(values, dict), f"{path}: config", repr(text[:80]), "the JSON of a GPTConfig")
+    values.setdefault("rope_scaling", None)  # files from before there was one
     known = {item.name for item in fields(GPTConfig)}
     for name in sorted(known ^ set(values)):
         refuse(f"{path}: config field {name}", "missing" if name in known else "unknown", "GPTConfig's fields")
     try:
-        return GPTConfig(**values)
-    except ValueError as error:
+        scaling = values["rope_scaling"]
+        return GPTConfig(**{**values, "rope_scaling": RopeScaling(**scaling) if isinstance(scaling, dict) else scaling})
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -5,6 +5,8 @@ Every message has one form: the argument, what was given, what is allowed.
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import NoReturn
 
 import torch
@@ -100,3 +102,13 @@ def checked_device(argument: str, device: torch.device | str) -> torch.device:
     is_gpu = chosen is not None and chosen.type == "cuda" and (chosen.index or 0) < torch.cuda.device_count()
     require(is_gpu or chosen == torch.device("cpu"), argument, device, allowed)
     return chosen
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be allocated there: on a GPU what nobody holds, elsewhere all that the machine has."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if not hasattr(os, "sysconf"):  # Windows: the allocation itself will say
+        return sys.maxsize
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -100,14 +100,42 @@ def _command(commands: argparse._SubParsersAction, name: str, run: Callable, tex
 # ---- Arguments that several commands share ---------------------------------------------------------------------------
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=shipped_checkpoint(), help="checkpoint (safetensors)")
+def _add_model(parser: argparse.ArgumentParser, *, folders: bool = False) -> None:
+    text = "checkpoint (safetensors)" + (", or the folder of a Qwen2, Qwen3 or Llama 3 model" if folders else "")
+    parser.add_argument("--model", type=Path, default=shipped_checkpoint(), help=text)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=found, help="cpu or cuda (default: cuda where there is a GPU)")
 
 
 def _load(options: argparse.Namespace) -> GPT:
     return load_model(options.model, device=checked_device("--device", options.device))
+
+
+@dataclass(frozen=True)
+class _Language:
+    """A model's text <-> tokens, of whichever library."""
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    token_bytes: Callable[[int], bytes]
+    stop_tokens: list[int]
+
+
+def _load_any(options: argparse.Namespace) -> tuple[GPT, _Language]:
+    """The model of a checkpoint file or of a folder, and its language."""
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    if options.model.is_dir():
+        from .pretrained import PretrainedTokenizer, load_pretrained, stop_tokens
+
+        found = PretrainedTokenizer(options.model)  # before the weights, which take longer
+        language = _Language(found.encode, found.decode, found.token_bytes, stop_tokens(options.model))
+        device = checked_device("--device", options.device)
+        return load_pretrained(options.model, dtype=dtype, device=device, progress=True), language
+    shipped = load_tokenizer()
+    stop = [shipped.encode_single_token(END_OF_TEXT)]
+    language = _Language(shipped.encode_ordinary, shipped.decode, shipped.decode_single_token_bytes, stop)
+    device = checked_device("--device", options.device)
+    return load_model(options.model, dtype=dtype or torch.float32, device=device), language
 
 
 def _add_backend(parser: argparse.ArgumentParser, backends: Mapping[str, Backend]) -> None:
@@ -256,7 +284,10 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 
 def _add_generate(commands: argparse._SubParsersAction, backends: Mapping[str, Backend]) -> None:
-    text = "Continue Python code. Reads a prompt and writes what the model makes of it, token by token."
+    text = (
+        "Continue a text. Reads a prompt and writes what the model makes of it, token by token. The shipped model"
+        " writes Python; --model takes the folder of a Qwen2, Qwen3 or Llama 3 checkpoint."
+    )
     parser = _command(commands, "generate", _run_generate, text)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("prompt", nargs="?", default="def fibonacci(n):\n", help="the text to continue")
@@ -271,7 +302,9 @@ def _add_generate(commands: argparse._SubParsersAction, backends: Mapping[str, B
     parser.add_argument("--top-p", type=float, default=1.0, help="mass of the tokens sampled from")
     parser.add_argument("--seed", type=_seed, default=0, help="of the random numbers")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
-    _add_model(parser)
+    text = "of weights and cache; auto is the one that a folder's weights are stored in, float32 for a file"
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=text)
+    _add_model(parser, folders=True)
     _add_backend(parser, backends)
 
 
@@ -282,13 +315,13 @@ def _run_generate(options: argparse.Namespace) -> None:
     dense_below = backend.dense_below(1) if options.dense_below is None else options.dense_below
     config = _sparsity(options, interval=options.interval, schedule=options.schedule, dense_below=dense_below)
     require(options.tokens >= 0, "--tokens", options.tokens, "an integer ≥ 0")
-    tokenizer, model = load_tokenizer(), _load(options)
-    prompt = tokenizer.encode_ordinary(text)
+    model, language = _load_any(options)
+    prompt = language.encode(text)
     require(len(prompt) > 0, "prompt", repr(text), "at least one character")
     if not options.json:
         print(text, end="", flush=True)
     reading = Console(stderr=True).status(f"Reading {len(prompt):,} tokens …")
-    writer = _Writer(tokenizer.decode_single_token_bytes, reading.stop, silent=options.json)
+    writer = _Writer(language.token_bytes, reading.stop, silent=options.json)
     started = time.perf_counter()
     reading.start()
     generation = backend.generate(
@@ -299,14 +332,14 @@ def _run_generate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         top_p=options.top_p,
         generator=[torch.Generator().manual_seed(options.seed)],
-        stop_tokens=[tokenizer.encode_single_token(END_OF_TEXT)],
+        stop_tokens=language.stop_tokens,
         on_token=writer,
     )
     reading.stop()
     seconds = time.perf_counter() - started
     tokens = generation.tokens[0]
     if options.json:
-        result = {"prompt_tokens": len(prompt), "tokens": tokens, "text": tokenizer.decode(tokens)}
+        result = {"prompt_tokens": len(prompt), "tokens": tokens, "text": language.decode(tokens)}
         _report({**result, "backend": name, "dense_below": dense_below, "seconds": round(seconds, 3)}, None)
     else:
         writer.close()
@@ -352,14 +385,15 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help="accepted for uniformity: the record is printed as JSON")
     parser.add_argument("--fresh", action="store_true", help="start over, even if --out holds a checkpoint")
     shape = parser.add_argument_group("the model's shape")
-    for entry in fields(GPTConfig):
-        _add_field(shape, entry.name, getattr(SMALL_MODEL, entry.name))
+    for name in SHAPE_FIELDS:
+        _add_field(shape, name, getattr(SMALL_MODEL, name))
     training = parser.add_argument_group("the training run")
     for entry in fields(TrainConfig):
         if entry.name not in ("betas", "context"):  # one context for both
             _add_field(training, entry.name, getattr(TrainConfig(), entry.name))
 
 
+SHAPE_FIELDS = [entry.name for entry in fields(GPTConfig) if entry.name != "rope_scaling"]  # that one is for folders
 FIELD_HELP = {
     "vocab_size": "tokens in the vocabulary",
     "n_layer": "layers",
@@ -413,7 +447,7 @@ def _add_corpus(parser: argparse.ArgumentParser, *, packages: bool) -> None:
 def _run_train(options: argparse.Namespace) -> None:
     from .train import TrainConfig, run
 
-    model_config = GPTConfig(**{entry.name: getattr(options, entry.name) for entry in fields(GPTConfig)})
+    model_config = GPTConfig(**{name: getattr(options, name) for name in SHAPE_FIELDS})
     known = {entry.name: getattr(options, entry.name) for entry in fields(TrainConfig) if entry.name != "betas"}
     try:
         run(

@@ -11,6 +11,34 @@ from dataclasses import dataclass
 from .checks import is_integer, require
 
 SCHEDULES = ("fused", "paper")
+ROPE_SCALINGS = ("linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a model trained on short texts turns its channel pairs on texts `factor` times as long.
+
+    "linear" slows every pair down by `factor` (Chen et al. 2023). "yarn" (Peng et al. 2023) and "llama3" (Llama 3.1)
+    slow down the pairs that make fewer than `slow` turns within `original_context` tokens, leave alone those that make
+    more than `fast`, and ramp in between; yarn also multiplies cosines and sines by `amplitude`, which makes attention
+    sharper.
+    """
+
+    kind: str
+    factor: float
+    original_context: int = 8192  # tokens
+    slow: float = 1.0  # turns
+    fast: float = 4.0
+    amplitude: float = 1.0
+    whole_pairs: bool = True  # yarn's ramp begins and ends at whole pairs
+
+    def __post_init__(self) -> None:
+        require(self.kind in ROPE_SCALINGS, "kind", repr(self.kind), " or ".join(map(repr, ROPE_SCALINGS)))
+        for name in ("factor", "slow", "fast", "amplitude"):
+            value = getattr(self, name)
+            require(isinstance(value, (int, float)) and 0 < value < float("inf"), name, value, "a finite number > 0")
+        require(self.slow < self.fast, "slow", self.slow, f"less than fast = {self.fast}")
+        require(is_integer(self.original_context, 1), "original_context", self.original_context, "an integer ≥ 1")
 
 
 @dataclass(frozen=True)
@@ -34,6 +62,7 @@ class GPTConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = True
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "hidden_size", "intermediate_size")
@@ -46,6 +75,8 @@ class GPTConfig:
             require(isinstance(value, (int, float)) and 0 < value < float("inf"), name, value, "a finite number > 0")
         for name in ("qkv_bias", "qk_norm", "tied_embeddings"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        is_known = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
+        require(is_known, "rope_scaling", self.rope_scaling, "a RopeScaling or None")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ operations behind the last two are an explicit argument, so that a faster render
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .attention import dense_attention, sparse_attention
 from .blocks import block_bounds, score_blocks, select_blocks
 from .cache import KVCache
 from .checks import INTEGERS, accumulation_dtype, bind_shapes, check_dtypes, require
-from .config import GPTConfig, ReSAConfig
+from .config import GPTConfig, ReSAConfig, RopeScaling
 
 # attend(layer, query [B, Hq, Q, D], key [B, Hkv, Q, D], value [B, Hkv, Q, D]) -> [B, Hq, Q, D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -54,11 +55,38 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype) * self.weight
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position · theta^(−2i/D) for channel pair i; positions [B, Q] → two [B, 1, Q, D/2]."""
-    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype)
-    angles = positions.to(dtype)[:, None, :, None] * theta ** (-pair / head_dim)
-    return angles.cos(), angles.sin()
+def rotary_frequencies(
+    size: int, theta: float, scaling: RopeScaling | None, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Radians per position of every pair of `size` channels, [D/2]: theta^(−2i/D), slowed down as `scaling` says."""
+    plain = theta ** (-torch.arange(0, size, 2, device=device, dtype=dtype) / size)
+    if scaling is None:
+        return plain
+    if scaling.kind == "linear":
+        kept = torch.zeros_like(plain)
+    elif scaling.kind == "llama3":  # a ramp over the turns that a pair makes within the original context
+        turns = scaling.original_context * plain / (2 * math.pi)
+        kept = ((turns - scaling.slow) / (scaling.fast - scaling.slow)).clamp(0, 1)
+    else:  # yarn: a ramp over pairs, between those that make `fast` and `slow` turns
+        ends = [
+            size * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (scaling.fast, scaling.slow)
+        ]
+        first, last = (math.floor(ends[0]), math.ceil(ends[1])) if scaling.whole_pairs else ends
+        first, last = max(first, 0), min(last, size - 1)
+        pair = torch.arange(size // 2, device=device, dtype=dtype)
+        kept = 1 - ((pair - first) / max(last - first, 0.001)).clamp(0, 1)
+    return plain * kept + plain / scaling.factor * (1 - kept)
+
+
+def rotary_angles(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angle per channel pair; positions [B, Q] → two [B, 1, Q, D/2]."""
+    frequencies = rotary_frequencies(head_dim, theta, scaling, positions.device, dtype)
+    angles = positions.to(dtype)[:, None, :, None] * frequencies
+    amplitude = 1.0 if scaling is None else scaling.amplitude
+    return angles.cos() * amplitude, angles.sin() * amplitude
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -210,8 +238,8 @@ class GPT(nn.Module):
     def transform(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The transformer up to its final norm, its attention supplied; tokens and positions [B, Q] → [B, Q, C]."""
         x = self.embed(tokens)
-        config = self.config
-        cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, accumulation_dtype(x.dtype))
+        config, dtype = self.config, accumulation_dtype(x.dtype)
+        cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, dtype, config.rope_scaling)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, index, attend)
         return self.norm(x)

@@ -141,10 +141,16 @@ def learn_merges(texts: Iterable[str], size: int, progress: bool) -> Tokenizer:
 
 def merges_of(tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:
     """The merges of a trained tokenizer as bytes, in the order learnt."""
-    # `tokenizers` writes every byte as one visible character: itself in Latin-1 where that is visible, and the
-    # characters from U+0100 on, in order, for the other bytes.
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    spelling = {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+    spelling = byte_spelling()
     pairs = json.loads(tokenizer.to_str())["model"]["merges"]
     return [tuple(bytes(spelling[letter] for letter in part) for part in pair) for pair in pairs]
+
+
+def byte_spelling() -> dict[str, int]:
+    """Byte by the visible character that `tokenizers` writes for it.
+
+    Itself in Latin-1 where that is visible, and the characters from U+0100 on, in order, for the other bytes.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}

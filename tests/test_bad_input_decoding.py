@@ -463,3 +463,35 @@ def test_numbers_of_numpy_are_no_token_ids():
     """Only plain integers are: what an array holds is to be converted by whoever knows its dtype."""
     with refused("prompts[0]"):
         generate(SHAPE.model(), [np.arange(3), [1]], 2, CONFIG)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_memory_cannot_hold_is_refused_with_what_would_fit(monkeypatch):
+    """What would fit does fit, and nothing is allocated before the refusal."""
+    model, size = SHAPE.model(torch.float32), 50_000
+    monkeypatch.setattr("resa.reference.cache.free_memory", lambda device: size)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^KV cache: got 2 × 1,000,000,000,000 tokens") as refusal:
+        model.new_cache(2, 10**12, 2)
+    fits = int(re.search(r"allowed: 2 × ([\d,]+) tokens", str(refusal.value))[1].replace(",", ""))
+    cache = model.new_cache(2, fits, 2)
+    held = sum(tensor.nbytes for tensor in (cache.keys, cache.values, cache.bounds, cache.bounds))
+    assert size * 0.9 < held <= size
+    with pytest.raises(torch.OutOfMemoryError):
+        model.new_cache(2, fits + 2, 2)
+
+
+def test_a_resumed_generation_that_memory_cannot_hold_stays_as_it_was(monkeypatch):
+    model = SHAPE.model(torch.float32)
+    before = generate(model, SHAPE.prompts((5, 3)), 4, CONFIG)
+    monkeypatch.setattr("resa.reference.cache.free_memory", lambda device: 1000)
+    with Setting(model, before), pytest.raises(torch.OutOfMemoryError, match="KV cache: got 2 × "):
+        generate(model, [[], []], 9, CONFIG, resume=before)
+
+
+def test_memory_that_no_machine_has_is_refused():
+    with pytest.raises(torch.OutOfMemoryError, match=r"allowed: 1 × [\d,]+ tokens in the [\d.]+ GB that cpu has free"):
+        SHAPE.model(torch.float32).new_cache(1, 2**50, 16)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import Shape, shapes
 
-from resa.reference import REFERENCE_OPS
+from resa.reference import REFERENCE_OPS, RopeScaling
 from resa.reference.checkpoint import load_model, read_header, read_tensors, save_model, save_tensors
 from resa.reference.files import write_atomically
 
@@ -140,6 +140,25 @@ def test_a_foreign_or_damaged_header_is_refused(saved, change, message):
     safetensors.torch.save_file(tensors, path, header)
     with pytest.raises(ValueError, match=message):
         load_model(path)
+
+
+def test_scaled_rotations_come_back(tmp_path):
+    """A nested part of the configuration; and a file from before there was one still loads."""
+    model = Shape().model(torch.float32)
+    model.config = replace(model.config, rope_scaling=RopeScaling("yarn", 4.0, 32, fast=8.0, amplitude=1.1))
+    path = tmp_path / "model.safetensors"
+    save_model(path, model, dtype=torch.float32)
+    assert load_model(path).config == model.config
+    header, tensors = read_header(path, "resa model"), safetensors.torch.load_file(path)
+    config = json.loads(header["config"])
+    for scaling, message in (({**config["rope_scaling"], "kind": "ntk"}, "kind: got 'ntk'"), ({"size": 2}, "size")):
+        changed = {**header, "config": json.dumps({**config, "rope_scaling": scaling})}
+        safetensors.torch.save_file(tensors, path, changed)
+        with pytest.raises(ValueError, match=message):
+            load_model(path)
+    del config["rope_scaling"]
+    safetensors.torch.save_file(tensors, path, {**header, "config": json.dumps(config)})
+    assert load_model(path).config.rope_scaling is None
 
 
 def test_a_configuration_without_a_field_is_refused(saved):

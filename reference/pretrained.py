@@ -1,0 +1,260 @@
+"""Checkpoint folders as Hugging Face lays them out: config.json, safetensors in one file or several, tokenizer.json.
+
+The dense models of the Qwen2, Qwen3 and Llama 3 families are one `GPT` with other settings. What such a folder says is
+either understood or refused by name: a field that this model cannot honour would only show in what it writes. The
+weights are mapped into memory and go to the device tensor by tensor, so the folder's size is never held twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from .checkpoint import STORED_DTYPES, check_stored, open_checked
+from .checks import FLOATS, checked_device, is_integer, refuse, require
+from .config import GPTConfig, RopeScaling
+from .model import GPT, Operations
+from .tokenizer import byte_spelling
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+# Fields that must have one value here, because others would change what the model computes.
+FIXED = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "pretraining_tp": 1,
+    "quantization_config": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+# Fields that are read, and fields that say nothing about what one pass computes.
+READ = {
+    "head_dim", "hidden_size", "intermediate_size", "layer_types", "max_position_embeddings", "model_type",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters",
+    "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
+}  # fmt: skip
+IGNORED = {
+    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
+    "max_window_layers", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def read_config(folder: str | os.PathLike) -> GPTConfig:
+    """The folder's config.json as a `GPTConfig`.
+
+    Errors: FileNotFoundError without one; ValueError naming the file and the field that is missing or not supported.
+    """
+    path, values = Path(folder) / "config.json", read_json(Path(folder) / "config.json")
+    family = values.get("model_type")
+    require(family in FAMILIES, f"{path}: model_type", repr(family), ", ".join(FAMILIES))
+    if family != "llama":
+        values.pop("sliding_window", None)  # a width, used only if use_sliding_window says so
+    for name, value in values.items():
+        if name in FIXED:
+            require(value == FIXED[name], f"{path}: {name}", repr(value), repr(FIXED[name]))
+        elif name not in READ | IGNORED:
+            refuse(f"{path}: {name}", "a field unknown here", "fields of dense " + ", ".join(FAMILIES) + " models")
+    for kind in values.get("layer_types") or ():
+        require(kind == "full_attention", f"{path}: layer_types", repr(kind), "'full_attention'")
+
+    def needed(name: str) -> object:
+        if name not in values:
+            refuse(f"{path}: {name}", "missing", "a complete config.json")
+        return values[name]
+
+    heads, hidden = needed("num_attention_heads"), needed("hidden_size")
+    theta, scaling = _rope(path, values)
+    try:
+        return GPTConfig(
+            vocab_size=needed("vocab_size"),
+            n_layer=needed("num_hidden_layers"),
+            n_head=heads,
+            n_kv_head=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or hidden // heads,
+            hidden_size=hidden,
+            intermediate_size=needed("intermediate_size"),
+            context=needed("max_position_embeddings"),
+            rope_theta=theta,
+            norm_eps=needed("rms_norm_eps"),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            tied_embeddings=values.get("tie_word_embeddings", False),
+            rope_scaling=scaling,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _rope(path: Path, values: Mapping[str, object]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary angles: one dictionary since 2025, a number and a dictionary before."""
+    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", values.get("rope_theta", 10_000.0))
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    if kind == "default":
+        require(not rope, f"{path}: rope", f"{sorted(rope)} without a rope_type", "no scaling, or one with its type")
+        return theta, None
+    original = rope.pop("original_max_position_embeddings", values.get("max_position_embeddings"))
+    given = {"kind": kind, "factor": rope.pop("factor", None)}
+    if kind == "llama3":
+        given |= {"original_context": original, "slow": rope.pop("low_freq_factor", None)}
+        given["fast"] = rope.pop("high_freq_factor", None)
+    elif kind == "yarn":
+        given |= {"original_context": original, "slow": rope.pop("beta_slow", None) or 1.0}
+        given |= {"fast": rope.pop("beta_fast", None) or 32.0, "whole_pairs": rope.pop("truncate", True)}
+        amplitude = rope.pop("attention_factor", None)
+        if amplitude is None and isinstance(given["factor"], (int, float)):
+            amplitude = 0.1 * math.log(max(given["factor"], 1.0)) + 1.0
+        given["amplitude"] = amplitude
+    for name in rope:
+        refuse(f"{path}: rope field {name}", repr(rope[name]), f"the fields of {kind!r} scaling")
+    try:
+        return theta, RopeScaling(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: rope {error}") from None
+
+
+def load_pretrained(
+    folder: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ops: Operations | None = None,
+    progress: bool = False,
+) -> GPT:
+    """The folder's model in eval mode; `dtype` None is the one that its embedding is stored in, `ops` as in `GPT`.
+
+    Errors: FileNotFoundError for a missing file; ValueError naming the file and the field or tensor that is missing,
+    extra, misshapen, of another type or not finite. Names, shapes and types are checked before a weight is read.
+    """
+    folder, device = Path(folder), checked_device("device", device)
+    config = read_config(folder)
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(config) if ops is None else GPT(config, ops=ops)
+    names = {name: foreign_name(name) for name, _ in model.named_parameters()}
+    with ExitStack() as opened:
+        files = {path: opened.enter_context(open_checked(path)) for path in weight_files(folder)}
+        home = {name: path for path, file in files.items() for name in file.keys()}  # noqa: SIM118
+        unused = {name for name in home if name.endswith("rotary_emb.inv_freq")}  # computed here
+        if config.tied_embeddings:
+            unused.add(foreign_name("output.weight"))
+        for name in sorted((set(home) - unused) ^ set(names.values())):
+            refuse(f"{folder}: tensor {name}", "extra" if name in home else "missing", f"{len(names)} known tensors")
+        for name, parameter in model.named_parameters():
+            path = home[names[name]]
+            check_stored(path, files[path], names[name], tuple(parameter.shape))
+        if dtype is None:
+            first = names["embed.weight"]
+            dtype = STORED_DTYPES[files[home[first]].get_slice(first).get_dtype()]
+        require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))
+        shown = track(names.items(), "Reading weights", console=Console(stderr=True), disable=not progress)
+        placed = {name: _placed(home[other], files[home[other]], other, device, dtype) for name, other in shown}
+    model.load_state_dict(placed, strict=False, assign=True)
+    if config.tied_embeddings:
+        model.output.weight = model.embed.weight
+    return model.eval()
+
+
+def _placed(path: Path, file: object, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    tensor = file.get_tensor(name).to(device, dtype)
+    require(bool(tensor.isfinite().all()), f"{path}: tensor {name}", "NaN or infinity", f"what is finite in {dtype}")
+    return tensor
+
+
+def foreign_name(name: str) -> str:
+    """A parameter of `GPT` by the name that these folders give it.
+
+    >>> foreign_name("layers.3.attn.q_proj.bias"), foreign_name("output.weight")
+    ('model.layers.3.self_attn.q_proj.bias', 'lm_head.weight')
+    """
+    if name.startswith("output."):
+        return name.replace("output.", "lm_head.")
+    for ours, theirs in (
+        ("embed.", "embed_tokens."),
+        ("attn_norm.", "input_layernorm."),
+        ("mlp_norm.", "post_attention_layernorm."),
+        (".attn.", ".self_attn."),
+    ):
+        name = name.replace(ours, theirs)
+    return f"model.{name}"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files: model.safetensors, or those that model.safetensors.index.json names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single]
+    shards = read_json(index).get("weight_map")
+    is_map = isinstance(shards, dict) and all(isinstance(shard, str) for shard in shards.values())
+    require(is_map, f"{index}: weight_map", type(shards).__name__, "file names by tensor")
+    for shard in set(shards.values()):
+        require(Path(shard).name == shard, f"{index}: weight_map", repr(shard), "files of the same folder")
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """An object in a JSON file; FileNotFoundError or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: got no JSON ({error}); allowed: a JSON object") from None
+    require(isinstance(values, dict), str(path), type(values).__name__, "a JSON object")
+    return values
+
+
+def stop_tokens(folder: str | os.PathLike) -> list[int]:
+    """Tokens that end a text: of generation_config.json where there is one, else of config.json."""
+    path = Path(folder) / "generation_config.json"
+    path = path if path.is_file() else Path(folder) / "config.json"
+    given = read_json(path).get("eos_token_id")
+    found = [] if given is None else given if isinstance(given, list) else [given]
+    require(all(is_integer(token, 0) for token in found), f"{path}: eos_token_id", given, "token ids")
+    return found
+
+
+class PretrainedTokenizer:
+    """The folder's tokenizer.json, with the methods of a `tiktoken.Encoding` that the command line uses.
+
+    Special tokens in a text are recognised, and those that a text begins with are added, as the file says.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        path = Path(folder) / "tokenizer.json"
+        kind = (read_json(path).get("decoder") or {}).get("type")
+        require(kind == "ByteLevel", f"{path}: decoder", repr(kind), "'ByteLevel', as these families have it")
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ImportError("tokenizer.json needs the package `tokenizers`: pip install 'resa[models]'") from None
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path}: got a damaged file ({error}); allowed: a tokenizer.json") from None
+        self.spelling = byte_spelling()
+        self.added = {token: added.content for token, added in self.tokenizer.get_added_tokens_decoder().items()}
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text."""
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special ones included."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for; none for an id that the vocabulary leaves unused."""
+        if token in self.added:
+            return self.added[token].encode()
+        return bytes(self.spelling[letter] for letter in self.tokenizer.id_to_token(token) or "")

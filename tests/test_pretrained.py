@@ -1,0 +1,288 @@
+"""Checkpoint folders of the Qwen2, Qwen3 and Llama 3 families: what `transformers` writes and computes is the judge.
+
+The models are small and random; every weight is away from its neutral value, so that one in the wrong place shows.
+"""
+
+import json
+import math
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from resa.reference import ReSAConfig, RopeScaling, generate
+from resa.reference.cli import main
+from resa.reference.pretrained import PretrainedTokenizer, load_pretrained, read_config, stop_tokens
+
+transformers = pytest.importorskip("transformers", reason="the extra `dev` has it")
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": None,  # every continuation has its full length
+}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 128}
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
+PLAIN = {"rope_type": "default", "rope_theta": 100.0}
+FAMILIES = {
+    "qwen2": ("Qwen2", {"rope_parameters": PLAIN}),
+    "qwen2-tied-yarn": ("Qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"rope_parameters": PLAIN, "head_dim": 16}),
+    "qwen3-tied-yarn": (
+        "Qwen3",
+        {"rope_parameters": {**YARN, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": False, "attention_factor": 1.25},
+         "head_dim": 16, "tie_word_embeddings": True},
+    ),
+    "llama": ("Llama", {"rope_parameters": PLAIN}),
+    "llama-3.1": ("Llama", {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
+    "llama-linear": ("Llama", {"rope_parameters": LINEAR, "head_dim": 16, "num_key_value_heads": 6}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """A random model by `transformers`, and the folder that it saves itself in: several small shards."""
+    name, options = FAMILIES[request.param]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **options})
+    torch.manual_seed(1)
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.3))
+            if parameter.dim() == 1:
+                parameter += 1.0
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder, max_shard_size="60KB")
+    return theirs, folder
+
+
+def texts(*sizes):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, SIZES["vocab_size"], (size,), generator=generator).tolist() for size in sizes]
+
+
+def test_logits_are_those_of_transformers(family):
+    theirs, folder = family
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    ours = load_pretrained(folder)
+    tokens = torch.tensor(texts(400, 400))
+    with torch.no_grad():
+        expected, found = theirs(tokens).logits, ours(tokens)
+    assert expected.std() > 0.1
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_greedy_continuations_are_those_of_transformers(family):
+    """256 tokens of a ragged batch, decoded densely through the cache, and one sequence at a time over there."""
+    theirs, folder = family
+    prompts = texts(120, 7)
+    found = generate(load_pretrained(folder), prompts, 256, ReSAConfig(interval=1)).tokens
+    for prompt, tokens in zip(prompts, found, strict=True):
+        fed = torch.tensor([prompt])
+        # Its own guess at the mask would leave out tokens equal to a padding token.
+        expected = theirs.generate(fed, attention_mask=torch.ones_like(fed), max_new_tokens=256, do_sample=False)
+        assert tokens == expected[0, len(prompt) :].tolist()
+        assert len(set(tokens)) > 5, "a loop of a few tokens would prove little"
+
+
+# ---- Text ------------------------------------------------------------------------------------------------------------
+
+END = "<|end|>"
+PROSE = "Ein Käfer läuft über das Blatt, 甲虫, and a beetle walks across the leaf; the leaf is green.\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small Qwen2 model with a tokenizer whose vocabulary it has."""
+    folder = tmp_path_factory.mktemp("qwen2-text")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=[END], show_progress=False)
+    tokenizer.train_from_iterator([PROSE] * 3, trainer=trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end, size = tokenizer.token_to_id(END), tokenizer.get_vocab_size()
+    config = transformers.Qwen2Config(**{**SIZES, "vocab_size": size + 8, "eos_token_id": end}, rope_parameters=PLAIN)
+    torch.manual_seed(3)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_tokens_one_by_one_are_the_text(folder):
+    tokenizer = PretrainedTokenizer(folder)
+    tokens = tokenizer.encode(PROSE + END)
+    assert tokens[-1:] == [tokenizer.tokenizer.token_to_id(END)]
+    assert b"".join(map(tokenizer.token_bytes, tokens)) == (PROSE + END).encode()
+    assert tokenizer.decode(tokens) == PROSE + END
+    assert any(len(tokenizer.token_bytes(token)) > 2 for token in tokens), "no merges were learnt"
+    assert tokenizer.token_bytes(tokenizer.tokenizer.get_vocab_size()) == b"", "the vocabulary is padded"
+
+
+def test_generate_reads_a_folder(folder, capsys):
+    """The same tokens as through the library, in the dtype asked for."""
+    options = ["generate", PROSE, "--model", str(folder), "--tokens", "9", "--interval", "4", "--min-blocks", "2"]
+    assert main([*options, "--device", "cpu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    tokenizer = PretrainedTokenizer(folder)
+    prompt = tokenizer.encode(PROSE)
+    config = ReSAConfig(interval=4, min_blocks=2)
+    expected = generate(load_pretrained(folder), [prompt], 9, config, stop_tokens=stop_tokens(folder)).tokens[0]
+    assert (result["tokens"], result["text"]) == (expected, tokenizer.decode(expected))
+    assert main([*options, "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.startswith(PROSE)
+
+
+def test_weights_keep_their_dtype_unless_told(folder, tmp_path):
+    assert load_pretrained(folder).embed.weight.dtype == torch.float32
+    assert load_pretrained(folder, dtype=torch.float16).output.weight.dtype == torch.float16
+    half = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path).embed.weight.dtype == torch.bfloat16
+
+
+# ---- What config.json may say ----------------------------------------------------------------------------------------
+
+
+def changed(folder, tmp_path, **changes):
+    """A copy of the folder, fields of its config.json replaced, or left out where they are None."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    values = json.loads((copy / "config.json").read_text()) | changes
+    kept = {name: value for name, value in values.items() if value is not None}
+    (copy / "config.json").write_text(json.dumps(kept))
+    return copy
+
+
+REFUSED = [
+    ({"model_type": "mamba"}, "model_type: got 'mamba'"),
+    ({"model_type": "qwen2_moe"}, "model_type: got 'qwen2_moe'"),
+    ({"model_type": None}, "model_type: got None"),
+    ({"use_sliding_window": True}, "use_sliding_window: got True"),
+    (
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "layer_types: got 'sliding_attention'",
+    ),
+    ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
+    ({"attention_bias": True}, "attention_bias: got True"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config: got {'bits': 4}"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5"),
+    ({"num_experts": 8}, "num_experts: got a field unknown here"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope kind: got 'dynamic'"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope factor|factor"),
+    ({"rope_parameters": {**YARN, "mscale": 2.0}}, "rope field mscale: got 2.0"),
+    ({"rope_parameters": {"factor": 2.0}}, r"rope: got \['factor'\] without a rope_type"),
+    ({"hidden_size": None}, "hidden_size: got missing"),
+    ({"num_key_value_heads": 4}, "n_head: got 6; allowed: a multiple of n_kv_head = 4"),
+    ({"vocab_size": "many"}, "vocab_size: got many"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=str)
+def test_what_a_config_may_not_say(folder, tmp_path, changes, message):
+    copy = changed(folder, tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_pretrained(copy)
+    assert str(copy / "config.json") in str(refusal.value)
+    assert "; allowed: " in str(refusal.value)
+
+
+def test_scalings_are_read_in_either_spelling(folder, tmp_path):
+    """`rope_parameters` as written since 2025; `rope_theta` and `rope_scaling`, with `type`, as before."""
+    new = read_config(changed(folder, tmp_path / "new", rope_parameters=YARN))
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    old = read_config(changed(folder, tmp_path / "old", rope_parameters=None, rope_theta=100.0, rope_scaling=scaling))
+    assert new == old
+    assert new.rope_scaling == RopeScaling("yarn", 4.0, 128, slow=1.0, fast=32.0, amplitude=0.1 * math.log(4) + 1)
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------------------
+
+
+def rewritten(folder, tmp_path, change):
+    """A copy of the folder whose tensors `change` has had in hand."""
+    copy = changed(folder, tmp_path)
+    path = copy / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    return copy
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+DAMAGES = {
+    "missing": (lambda tensors: tensors.pop(NAME), f"tensor {NAME}: got missing"),
+    "extra": (lambda tensors: tensors.update(other=torch.zeros(1)), "tensor other: got extra"),
+    "shape": (lambda tensors: tensors.update({NAME: tensors[NAME].T.contiguous()}), f"tensor {NAME}: got shape"),
+    "dtype": (lambda tensors: tensors.update({NAME: tensors[NAME].to(torch.int8)}), f"tensor {NAME}: got I8"),
+    "nan": (lambda tensors: tensors[NAME][3].fill_(math.nan), f"tensor {NAME}: got NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_weights_are_refused(folder, tmp_path, kind):
+    change, message = DAMAGES[kind]
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(rewritten(folder, tmp_path, change))
+
+
+def test_values_that_a_dtype_cannot_hold_are_refused(folder, tmp_path):
+    copy = rewritten(folder, tmp_path, lambda tensors: tensors[NAME][3].fill_(1e5))
+    assert load_pretrained(copy).embed.weight.dtype == torch.float32
+    with pytest.raises(
+        ValueError, match=f"tensor {NAME}: got NaN or infinity; allowed: what is finite in torch.float16"
+    ):
+        load_pretrained(copy, dtype=torch.float16)
+
+
+def test_truncated_and_absent_files_are_named(folder, tmp_path):
+    copy = changed(folder, tmp_path)
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors: got a damaged file"):
+        load_pretrained(copy)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
+        load_pretrained(copy)
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
+    with pytest.raises(ValueError, match=r"weight_map: got '\.\./b\.safetensors'"):
+        load_pretrained(copy)
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: got no JSON"):
+        load_pretrained(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+        load_pretrained(copy)
+
+
+def test_tokenizers_of_other_kinds_are_refused(folder, tmp_path):
+    copy = changed(folder, tmp_path)
+    path = copy / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder": {"type": "Metaspace"}}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: decoder: got 'Metaspace'"):
+        PretrainedTokenizer(copy)
+    path.write_text('{"decoder": {"type": "ByteLevel"}}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json: got a damaged file"):
+        PretrainedTokenizer(copy)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such file"):
+        PretrainedTokenizer(copy)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(folder, capsys):
+    """On the command line in one line, before anything is decoded."""
+    assert main(["generate", PROSE * 20, "--model", str(folder), "--device", "cpu"]) == 2
+    shown = capsys.readouterr().err
+    assert "512" in shown
+    assert "Traceback" not in shown
