@@ -54,7 +54,13 @@ def read_config(folder: str | os.PathLike) -> GPTConfig:
 
     Errors: FileNotFoundError without one; ValueError naming the file and the field that is missing or not supported.
     """
-    path, values = Path(folder) / "config.json", read_json(Path(folder) / "config.json")
+    path = Path(folder) / "config.json"
+    return config_from_values(str(path), read_json(path))
+
+
+def config_from_values(path: str, values: dict[str, object]) -> GPTConfig:
+    """What a config.json says, as a `GPTConfig`; `path` is what messages call it."""
+    values = dict(values)
     family = values.get("model_type")
     require(family in FAMILIES, f"{path}: model_type", repr(family), ", ".join(FAMILIES))
     if family != "llama":
@@ -95,7 +101,7 @@ def read_config(folder: str | os.PathLike) -> GPTConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _rope(path: Path, values: Mapping[str, object]) -> tuple[float, RopeScaling | None]:
+def _rope(path: str, values: Mapping[str, object]) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary angles: one dictionary since 2025, a number and a dictionary before."""
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", values.get("rope_theta", 10_000.0))

@@ -96,6 +96,69 @@ def test_greedy_continuations_are_those_of_transformers(family):
         assert len(set(tokens)) > 5, "a loop of a few tokens would prove little"
 
 
+# ---- Inside transformers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["fused", "paper"])
+def test_models_of_transformers_decode_with_resa_by_name(family, schedule):
+    """The same tokens as this project's own model and loop, ragged batches padded on the left included."""
+    from resa.reference.extension import rectified
+
+    theirs, folder = family
+    prompts, sparse = texts(150, 60), {"interval": 8, "block_size": 4, "min_blocks": 3, "schedule": schedule}
+    before = theirs.config._attn_implementation
+    fed = torch.tensor([[0] * (150 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (150 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    found = theirs.generate(
+        fed, attention_mask=mask, max_new_tokens=64, do_sample=False, custom_generate=rectified(**sparse)
+    )
+    expected = generate(load_pretrained(folder), prompts, 64, ReSAConfig(**sparse)).tokens
+    assert found[:, 150:].tolist() == expected
+    assert torch.equal(found[:, :150], fed)
+    dense = generate(load_pretrained(folder), prompts, 64, ReSAConfig(interval=1)).tokens
+    assert dense != expected, "sparse steps must show, or the loop could be anyone's"
+    assert theirs.config._attn_implementation == before
+
+
+def test_what_the_decode_loop_does_not_do_is_refused(family):
+    from resa.reference.extension import rectified
+
+    theirs, _ = family
+    fed = torch.tensor(texts(20))
+    options = {"attention_mask": torch.ones_like(fed), "max_new_tokens": 4, "custom_generate": rectified()}
+    with pytest.raises(ValueError, match="logits_processor: got RepetitionPenaltyLogitsProcessor; allowed: "):
+        theirs.generate(fed, do_sample=False, repetition_penalty=1.5, **options)
+    with pytest.raises(ValueError, match="return_dict_in_generate: got True"):
+        theirs.generate(fed, do_sample=False, return_dict_in_generate=True, **options)
+    theirs.set_attn_implementation("resa")
+    with pytest.raises(ValueError, match="attention 'resa': got none outside of generate"):
+        theirs(fed)
+    theirs.set_attn_implementation("sdpa")
+
+
+def test_sampling_and_stop_tokens_reach_the_decode_loop(family):
+    """torch.manual_seed decides; a stop token ends its row, which is padded with it."""
+    from resa.reference.extension import rectified
+
+    theirs, _ = family
+    fed = torch.tensor(texts(30, 30))
+    options = {"attention_mask": torch.ones_like(fed), "custom_generate": rectified(interval=4), "top_k": 0}
+
+    def sampled(seed, **more):
+        torch.manual_seed(seed)
+        return theirs.generate(fed, max_new_tokens=24, do_sample=True, temperature=0.8, top_p=0.9, **options, **more)
+
+    first = sampled(1)
+    assert torch.equal(first, sampled(1))
+    assert not torch.equal(first, sampled(2))
+    end = int(first[0, 30 + 5])
+    stopped = sampled(1, eos_token_id=end, pad_token_id=end)[0, 30:].tolist()
+    place = stopped.index(end)
+    assert place <= 5
+    assert stopped[: place + 1] == first[0, 30 : 31 + place].tolist()
+    assert set(stopped[place:]) == {end}
+
+
 # ---- Text ------------------------------------------------------------------------------------------------------------
 
 END = "<|end|>"
