@@ -10,6 +10,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from strategies import DEVICE, HEAD_DIMS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from resa.reference import ReSAConfig, RopeScaling, generate
@@ -94,6 +95,19 @@ def test_greedy_continuations_are_those_of_transformers(family):
         expected = theirs.generate(fed, attention_mask=torch.ones_like(fed), max_new_tokens=256, do_sample=False)
         assert tokens == expected[0, len(prompt) :].tolist()
         assert len(set(tokens)) > 5, "a loop of a few tokens would prove little"
+
+
+@pytest.mark.fast
+def test_the_kernels_decode_them_as_well(family):
+    """The same tokens as the reference, where the head dimension is one that the kernels have."""
+    fast = pytest.importorskip("resa.fast.generate", reason="triton comes for Linux only")
+    model = load_pretrained(family[1], device=DEVICE)
+    prompts, config = texts(33, 9), ReSAConfig(block_size=8, min_blocks=2, interval=3)
+    if model.config.head_dim not in HEAD_DIMS:
+        with pytest.raises(ValueError, match="head dimension D: got 8"):
+            fast.generate(model, prompts, 5, config)
+        return
+    assert fast.generate(model, prompts, 5, config).tokens == generate(model, prompts, 5, config).tokens
 
 
 # ---- Inside transformers ---------------------------------------------------------------------------------------------
