@@ -143,7 +143,8 @@ def check_stored(path: str | os.PathLike, file: safe_open, name: str, shape: tup
 def open_checked(path: str | os.PathLike) -> safe_open:
     """Opens a safetensors file; its header is checked against the file's length, so a truncated file is refused."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint {path}: no such file")
+        hint = ", but a folder: `resa generate` and `load_pretrained` read those" if Path(path).is_dir() else ""
+        raise FileNotFoundError(f"checkpoint {path}: no such file{hint}")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:

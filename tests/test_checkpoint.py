@@ -191,6 +191,11 @@ def test_a_file_that_is_not_there(tmp_path):
             load_model(path)
 
 
+def test_a_folder_is_told_where_it_is_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file, but a folder: `resa generate`"):
+        load_model(tmp_path)
+
+
 # ---- Crashes -------------------------------------------------------------------------------------------------------
 
 
