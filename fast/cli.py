@@ -14,12 +14,13 @@ import torch
 from resa.reference import Generation, Operations, cli
 from resa.reference.cli import REFERENCE, Backend
 
+from .bench.cli import add_bench
 from .crossover import dense_below
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`resa.reference.cli.main`, with the reference and the kernels to choose from."""
-    return cli.main(arguments, backends=BACKENDS)
+    """`resa.reference.cli.main`, with the kernels to choose from, and the command `bench`."""
+    return cli.main(arguments, backends=BACKENDS, more=[add_bench])
 
 
 def _needs(device: torch.device) -> str | None:

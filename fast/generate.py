@@ -38,10 +38,11 @@ from .blocks import block_bounds, enqueue_scores, enqueue_selection
 from .bounds8 import Bounds8, compress_bounds
 from .cache import enqueue_write
 from .checks import INTERPRETED, check_kernel_dtypes, check_sizes
-from .model import TRITON_OPS
+from .model import accelerated
 
 PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt; changes no result
 Bounds = Sequence[Tensor | Bounds8]  # per layer: [B, Hkv, 2, D, M], exact or in 8 bits
+MANY_ROWS = 16  # KV heads of all sequences, from which on appending on a second stream costs less than it saves
 READ_BACK = 32  # fewest tokens between two looks at the device; a multiple of the interval is
 
 
@@ -70,7 +71,7 @@ def generate(
     check_model(model, config, len(prompts))
     capacity = needed_capacity(model, prompts, max_new_tokens, resume)
     own = sequence_generators(len(prompts), temperature, top_p, generator)
-    model = model.with_ops(TRITON_OPS)
+    model = accelerated(model)
     if resume is not None:
         resume = replace(resume, cache=replace(resume.cache, block_bounds=block_bounds))
     generation, feed = open_generation(model, prompts, padded_capacity(capacity, config.block_size), config, resume)
@@ -284,7 +285,8 @@ class DecodeLoop:
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
         self.stop = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=device)
         self.arrivals = new_arrivals(model, cache, config.interval or 1)
-        self.beside = None if INTERPRETED else torch.cuda.Stream(device)
+        has_company = batch * model.config.n_kv_head >= MANY_ROWS and not INTERPRETED
+        self.beside = torch.cuda.Stream(device) if has_company else None
         self.graphs: dict[Kinds, torch.cuda.CUDAGraph | None] = {}
         self.delivered = 0  # tokens per sequence that `on_token` has been told of
 

@@ -49,12 +49,17 @@ REFERENCE = Backend(generate, lambda: REFERENCE_OPS, needs=lambda device: None, 
 BACKENDS = {"reference": REFERENCE}
 
 
-def main(arguments: Sequence[str] | None = None, *, backends: Mapping[str, Backend] = BACKENDS) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    backends: Mapping[str, Backend] = BACKENDS,
+    more: Sequence[Callable[[argparse._SubParsersAction], None]] = (),
+) -> int:
     """Run one command; returns its exit status: 0, 2 for bad input, 130 and 141 as a shell has them for signals.
 
-    backends: by name, the fastest first; "reference" must be among them.
+    backends: by name, the fastest first; "reference" must be among them. more: functions that add commands.
     """
-    options = build_parser(backends).parse_args(arguments)
+    options = build_parser(backends, more).parse_args(arguments)
     try:
         options.run(options)
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -76,7 +81,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def build_parser(backends: Mapping[str, Backend] = BACKENDS) -> argparse.ArgumentParser:
+def build_parser(
+    backends: Mapping[str, Backend] = BACKENDS, more: Sequence[Callable[[argparse._SubParsersAction], None]] = ()
+) -> argparse.ArgumentParser:
     """Every command and its arguments."""
     parser = _Parser(prog="resa", description="Rectified sparse attention, from one readable reference.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -85,10 +92,12 @@ def build_parser(backends: Mapping[str, Backend] = BACKENDS) -> argparse.Argumen
     _add_train(commands)
     _add_tokenizer(commands)
     _add_eval(commands)
+    for add in more:
+        add(commands)
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+def add_command(commands: argparse._SubParsersAction, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
     """A command whose --help shows defaults, first sentence in the list, the whole text on its own page."""
     parser = commands.add_parser(
         name, help=text.split(". ")[0], description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -234,7 +243,7 @@ def _add_demo(commands: argparse._SubParsersAction, backends: Mapping[str, Backe
         " writes, a table of what each loses against dense decoding on the same tokens and what it reads, and draws"
         " how the cache drifts and is rectified."
     )
-    parser = _command(commands, "demo", _run_demo, text)
+    parser = add_command(commands, "demo", _run_demo, text)
     parser.add_argument("--prompt-file", type=Path, help="continue this file (default: a held-out library module)")
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="take at most this many of the file's tokens")
     parser.add_argument("--tokens", type=int, default=512, help="how many tokens to write")
@@ -288,7 +297,7 @@ def _add_generate(commands: argparse._SubParsersAction, backends: Mapping[str, B
         "Continue a text. Reads a prompt and writes what the model makes of it, token by token. The shipped model"
         " writes Python; --model takes the folder of a Qwen2, Qwen3 or Llama 3 checkpoint."
     )
-    parser = _command(commands, "generate", _run_generate, text)
+    parser = add_command(commands, "generate", _run_generate, text)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("prompt", nargs="?", default="def fibonacci(n):\n", help="the text to continue")
     source.add_argument("--prompt-file", type=Path, help="continue this file instead")
@@ -376,7 +385,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         " installed packages, and any --folder; part of it lookups over long distances. Stopped or killed, the same"
         " command goes on where it was."
     )
-    parser = _command(commands, "train", _run_train, text)
+    parser = add_command(commands, "train", _run_train, text)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log and model")
     _add_corpus(parser, packages=False)
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is a GPU)")
@@ -468,7 +477,7 @@ def _run_train(options: argparse.Namespace) -> None:
 
 def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
     text = "Train the vocabulary, or look at how it cuts a text. With TEXT or --prompt-file, shows the tokens."
-    parser = _command(commands, "tokenizer", _run_tokenizer, text)
+    parser = add_command(commands, "tokenizer", _run_tokenizer, text)
     task = parser.add_mutually_exclusive_group()
     task.add_argument("text", nargs="?", help="show the tokens of this text")
     task.add_argument("--prompt-file", type=Path, help="show the tokens of this file")
@@ -507,7 +516,7 @@ def _run_tokenizer(options: argparse.Namespace) -> None:
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     text = "Measure a checkpoint. `language`: held-out code against xz, use of context, lookups; `fidelity`: how close"
     text += " sparse and rectified decoding stay to dense decoding along held-out code."
-    parser = _command(commands, "eval", _run_eval, text)
+    parser = add_command(commands, "eval", _run_eval, text)
     parser.add_argument("question", choices=("language", "fidelity"), help="what to measure")
     parser.add_argument("--out", type=Path, help="write the JSON result to this file too")
     parser.add_argument("--json", action="store_true", help="accepted for uniformity: the result is printed as JSON")

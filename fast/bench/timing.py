@@ -34,8 +34,8 @@ def time_calls(calls: Sequence[Callable[[], object]], *, divide_by: int = 1, pau
     pause, the graph holds one round, and the GPU rests that long before each: matrix work that never pauses can run
     into the power limit.
     """
-    once = _elapsed(lambda: [call() for call in calls])  # compiles; the second run is warm
-    once = _elapsed(lambda: [call() for call in calls])
+    once = elapsed(lambda: [call() for call in calls])  # compiles; the second run is warm
+    once = elapsed(lambda: [call() for call in calls])
     rounds = 1 if pause_us else max(1, min(200, int(GRAPH_US / max(once, 5 * len(calls)))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -47,11 +47,11 @@ def time_calls(calls: Sequence[Callable[[], object]], *, divide_by: int = 1, pau
     for _ in range(REPLAYS):
         if pause_us:
             torch.cuda._sleep(pause_us * CYCLES_PER_US)
-        samples.append(_elapsed(graph.replay) / (rounds * len(calls) * divide_by))
+        samples.append(elapsed(graph.replay) / (rounds * len(calls) * divide_by))
     return Time.of(samples)
 
 
-def _elapsed(work: Callable[[], object]) -> float:
+def elapsed(work: Callable[[], object]) -> float:
     """Microseconds that the GPU spends on `work`."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
