@@ -11,7 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import INTERPRETED
 from .launch import let_next_start, overlapped, wait_for_previous
+
+ROWS = 16 if INTERPRETED else 1  # per program; one that is interpreted costs milliseconds, however little it does
+HEADS = 16  # of a token's heads, per program and row
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -21,31 +25,36 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Ten
     """
     size, out = x.shape[-1], torch.empty_like(x)
     if out.numel():
-        padded = triton.next_power_of_2(size)
+        padded, n_rows = triton.next_power_of_2(size), x.numel() // size
         warps = max(1, min(16, padded // 256))
-        grid = (x.numel() // size,)
-        _add_norm_kernel[grid](x, delta, weight, out, size, eps, padded, num_warps=warps, **overlapped(x.device))
+        _add_norm_kernel[(triton.cdiv(n_rows, ROWS),)](
+            x, delta, weight, out, n_rows, size, eps, ROWS, padded, num_warps=warps, **overlapped(x.device)
+        )
     return out
 
 
 @triton.jit
-def _add_norm_kernel(x_ptr, delta_ptr, weight_ptr, out_ptr, size, eps, C: tl.constexpr):
-    """One row. Grid: (rows). Tile: [C], the row padded to a power of two."""
-    o_c = tl.arange(0, C)
+def _add_norm_kernel(
+    x_ptr, delta_ptr, weight_ptr, out_ptr, n_rows, size, eps, ROWS: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """Some rows. Grid: (ceil(rows / ROWS),). Tile: [ROWS, C], the row padded to a power of two."""
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    o_c = tl.arange(0, C)[None, :]
     m_c = o_c < size
-    o_row = tl.program_id(0).to(tl.int64) * size + o_c
+    m_x = (o_row < n_rows) & m_c
+    o_x = o_row * size + o_c
     weight = tl.load(weight_ptr + o_c, mask=m_c, other=0.0)
     wait_for_previous()
     let_next_start()
-    x = tl.load(x_ptr + o_row, mask=m_c, other=0.0)
+    x = tl.load(x_ptr + o_x, mask=m_x, other=0.0)
     dtype = x.dtype
     wide = x.to(tl.float32)
     if delta_ptr is not None:
-        delta = tl.load(delta_ptr + o_row, mask=m_c, other=0.0).to(tl.float32)
+        delta = tl.load(delta_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
         wide = (wide + delta).to(dtype).to(tl.float32)
-        tl.store(x_ptr + o_row, wide.to(dtype), mask=m_c)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
-    tl.store(out_ptr + o_row, _weighted(wide * scale, weight, dtype).to(dtype), mask=m_c)
+        tl.store(x_ptr + o_x, wide.to(dtype), mask=m_x)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / size + eps)[:, None]
+    tl.store(out_ptr + o_x, _weighted(wide * scale, weight, dtype).to(dtype), mask=m_x)
 
 
 @triton.jit
@@ -65,12 +74,12 @@ def split_heads(
     """
     batch, width, _ = projected.shape
     heads = (n_head, n_kv_head, n_kv_head)
-    size = projected.shape[2] // sum(heads)
+    size, n_rows = projected.shape[2] // sum(heads), batch * width * sum(heads)
     out = torch.empty_like(projected)
     if out.numel():
-        _split_kernel[(batch * width, sum(heads))](
+        _split_kernel[(triton.cdiv(n_rows, HEADS * ROWS),)](
             projected, cos, sin, q_weight, k_weight, out, batch, width, eps, n_head, n_kv_head, size // 2,
-            num_warps=1, **overlapped(out.device),
+            HEADS * ROWS, **overlapped(out.device),
         )  # fmt: skip
     parts = out.view(-1).split([batch * n * width * size for n in heads])
     return tuple(part.view(batch, n, width, size) for part, n in zip(parts, heads, strict=True))
@@ -79,35 +88,40 @@ def split_heads(
 @triton.jit
 def _split_kernel(
     projected_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, out_ptr, batch, width, eps,
-    HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr,
+    HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token. Grid: (B·Q, Hq + 2·Hkv). Tiles: [HALF], the channels that turn with one another.
+    """Some rows of projected heads, token by token. Grid: (ceil(B·Q·(Hq + 2·Hkv) / ROWS),).
 
-    The output holds all queries, then all keys, then all values.
+    Tiles: [ROWS, HALF], twice: the channels that turn with one another. The output holds all queries, then all keys,
+    then all values.
     """
-    i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_d = tl.arange(0, HALF)
-    p_in = projected_ptr + (i_token * (HQ + 2 * HKV) + i_head) * 2 * HALF + o_d
-    is_query, is_turned = i_head < HQ, i_head < HQ + HKV
+    ALL: tl.constexpr = HQ + 2 * HKV
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    o_token, o_head = o_row // ALL, o_row % ALL
+    o_d = tl.arange(0, HALF)[None, :]
+    m_row = (o_token < batch * width)[:, None]
+    is_query, is_turned = o_head < HQ, o_head < HQ + HKV
     n_heads = tl.where(is_query, HQ, HKV)
     n_before = tl.where(is_query, 0, tl.where(is_turned, HQ, HQ + HKV))  # heads of the parts before this one
-    i_row = n_before * batch * width + ((i_token // width) * n_heads + i_head - n_before) * width + i_token % width
+    o_target = n_before * batch * width + ((o_token // width) * n_heads + o_head - n_before) * width + o_token % width
+    p_in = projected_ptr + o_row[:, None] * 2 * HALF + o_d
+    p_out = out_ptr + o_target[:, None] * 2 * HALF + o_d
+    o_angle = o_token[:, None] * HALF + o_d
+    is_query, is_turned = is_query[:, None], is_turned[:, None]
     wait_for_previous()
     let_next_start()
-    first, second = tl.load(p_in), tl.load(p_in + HALF)
-    if is_turned:
-        dtype = first.dtype
-        a, b = first.to(tl.float32), second.to(tl.float32)
-        if q_weight_ptr is not None:
-            scale = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / (2 * HALF) + eps)
-            p_weight = (q_weight_ptr if is_query else k_weight_ptr) + o_d
-            a = _weighted(a * scale, tl.load(p_weight), dtype)
-            b = _weighted(b * scale, tl.load(p_weight + HALF), dtype)
-        cos, sin = tl.load(cos_ptr + i_token * HALF + o_d), tl.load(sin_ptr + i_token * HALF + o_d)
-        first, second = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
-    p_out = out_ptr + i_row * 2 * HALF + o_d
-    tl.store(p_out, first)
-    tl.store(p_out + HALF, second)
+    first, second = tl.load(p_in, mask=m_row, other=0.0), tl.load(p_in + HALF, mask=m_row, other=0.0)
+    dtype = first.dtype
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    if q_weight_ptr is not None:
+        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)[:, None]
+        a = _weighted(a * scale, tl.where(is_query, tl.load(q_weight_ptr + o_d), tl.load(k_weight_ptr + o_d)), dtype)
+        o_d += HALF
+        b = _weighted(b * scale, tl.where(is_query, tl.load(q_weight_ptr + o_d), tl.load(k_weight_ptr + o_d)), dtype)
+    cos = tl.load(cos_ptr + o_angle, mask=m_row, other=1.0)
+    sin = tl.load(sin_ptr + o_angle, mask=m_row, other=0.0)
+    tl.store(p_out, tl.where(is_turned, (a * cos - b * sin).to(dtype), first), mask=m_row)
+    tl.store(p_out + HALF, tl.where(is_turned, (b * cos + a * sin).to(dtype), second), mask=m_row)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -115,21 +129,22 @@ def swiglu(gate_up: Tensor) -> Tensor:
     size = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], size)
     if out.numel():
-        grid = (out.numel() // size, triton.cdiv(size, 1024))
-        _swiglu_kernel[grid](gate_up, out, size, 1024, **overlapped(out.device))
+        n_rows = out.numel() // size
+        grid = (triton.cdiv(n_rows, ROWS), triton.cdiv(size, 1024))
+        _swiglu_kernel[grid](gate_up, out, n_rows, size, ROWS, 1024, **overlapped(out.device))
     return out
 
 
 @triton.jit
-def _swiglu_kernel(gate_up_ptr, out_ptr, size, TILE: tl.constexpr):
-    """Part of one row. Grid: (rows, tiles). Tile: [TILE] channels."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o_c = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    m_c = o_c < size
+def _swiglu_kernel(gate_up_ptr, out_ptr, n_rows, size, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Part of some rows. Grid: (ceil(rows / ROWS), tiles). Tile: [ROWS, TILE] channels."""
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    o_c = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
+    m_out = (o_row < n_rows) & (o_c < size)
     wait_for_previous()
     let_next_start()
-    gate = tl.load(gate_up_ptr + i_row * 2 * size + o_c, mask=m_c, other=0.0)
-    up = tl.load(gate_up_ptr + (i_row * 2 + 1) * size + o_c, mask=m_c, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up_ptr + o_row * 2 * size + o_c, mask=m_out, other=0.0)
+    up = tl.load(gate_up_ptr + (o_row * 2 + 1) * size + o_c, mask=m_out, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
     gated = (wide / (1 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    tl.store(out_ptr + i_row * size + o_c, (gated * up).to(gate.dtype), mask=m_c)
+    tl.store(out_ptr + o_row * size + o_c, (gated * up).to(gate.dtype), mask=m_out)

@@ -41,6 +41,11 @@ class Linear:
         bias = None if layers[0].bias is None else _join([layer.bias for layer in layers])
         return cls(_join([layer.weight for layer in layers]), bias)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight, which every product reads."""
+        return self.weight.nbytes
+
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
@@ -56,6 +61,10 @@ class FusedLayer:
     o: Callable[[Tensor], Tensor]
     gate_up: Callable[[Tensor], Tensor]
     down: Callable[[Tensor], Tensor]
+
+    def products(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The four matrix products by name, in the order in which they are taken."""
+        return {name: getattr(self, name) for name in ("qkv", "o", "gate_up", "down")}
 
     @classmethod
     def of(cls, layer: Layer) -> FusedLayer:
@@ -79,7 +88,7 @@ class FusedGPT(GPT):
     def __init__(self, model: GPT) -> None:
         nn.Module.__init__(self)  # no weights of its own
         self.config, self.ops = model.config, TRITON_OPS
-        self.embed, self.norm, self.output = model.embed, model.norm, model.output
+        self.embed, self.norm, self.output = model.embed, model.norm, Linear.joining(model.output)
         self.fused = [FusedLayer.of(layer) for layer in model.layers]
 
     @torch.no_grad()

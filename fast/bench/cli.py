@@ -130,7 +130,7 @@ def _checked(options: argparse.Namespace) -> ReSAConfig:
     require(len(contexts) > 0, "--contexts", "none", "at least one")
     require(min(contexts) > options.interval, "--contexts", min(contexts), "> --interval")
     require(min(options.batches) >= 1, "--batches", min(options.batches), "1 or more")
-    require(torch.cuda.is_available(), "device", "no NVIDIA GPU", "a machine with one")
+    require(torch.cuda.device_count() > 0, "device", "no NVIDIA GPU", "a machine with one")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     return config
 

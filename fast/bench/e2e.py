@@ -12,7 +12,10 @@ batches; every layer still reads and writes all of it. Under *true* every layer 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +30,11 @@ from resa.reference.model import GPT
 
 from ..blocks import block_bounds
 from ..bounds8 import compress_bounds
+from ..four_bit import FourBitLinear, quantise, round_to_four_bits, widened
 from ..generate import Bounds, DecodeLoop, Forecast, Sampler
-from ..model import FusedGPT
-from .layer import BACKENDS
+from ..model import FusedGPT, FusedLayer, Linear
+from .layer import BACKENDS, distance
+from .peers import TorchLayer
 from .timing import Time, elapsed, time_calls
 
 QWEN_7B = GPTConfig(
@@ -37,9 +42,8 @@ QWEN_7B = GPTConfig(
     context=2**20, rope_theta=1e6, qkv_bias=True, tied_embeddings=False,
 )  # fmt: skip
 RESERVE = 1.5 * 2**30  # bytes left free beside weights and caches: activations, graphs, the library's own
-SAMPLES, ENOUGH_US = 15, 2e6  # samples of a cycle: so many, fewer once they have taken that long
+SAMPLES, ENOUGH_US = 15, 1e6  # samples of a cycle: so many, fewer once they have taken that long
 MIN_SAMPLES = 5
-CHECKED_TOKENS = 2_048
 
 
 def build(weights: str, shape: GPTConfig = QWEN_7B) -> FusedGPT:
@@ -53,28 +57,30 @@ def build(weights: str, shape: GPTConfig = QWEN_7B) -> FusedGPT:
     finally:
         torch.set_default_dtype(before)
     if weights == "int4":
-        from ..four_bit import FourBitLinear, quantise
-
-        plain = model.fused[0].o
-        rounded, x = (
-            FourBitLinear(plain),
-            torch.randn(8, plain.weight.shape[1], device="cuda", dtype=plain.weight.dtype),
-        )
-        error = distance(rounded(x), plain(x))  # normal weights lose 0.11 to 4 bits
-        require(error <= 0.15, "int4", f"error {error:.2g} of one product", "at most 0.15 before it is timed")
-        quantise(model)
+        plain = copy(model.fused[0])
+        check_four_bits(plain, quantise(model).fused[0])
     return model
+
+
+def check_four_bits(plain: FusedLayer, rounded: FusedLayer) -> None:
+    """Every product of a layer in 4 bits must be that of its rounded weights; `ValueError` where it is too far."""
+    for name, linear in plain.products().items():
+        exact = Linear(widened(*round_to_four_bits(linear.weight)), linear.bias)
+        for rows in (1, 8, 256):  # of a step, of a rectification
+            x = linear.weight.new_empty(rows, linear.weight.shape[1]).normal_()
+            error, limit = distance(rounded.products()[name](x), exact(x)), 4 * torch.finfo(x.dtype).eps
+            require(error <= limit, f"int4 {name}", f"error {error:.2g}", f"at most {limit:.2g} before it is timed")
 
 
 def new_cache(model: FusedGPT, config: ReSAConfig, batch: int, context: int, *, is_shared: bool) -> KVCache:
     """A full cache of random keys and values; shared, one layer's memory stands for all of them."""
-    shape, dtype = model.config, model.embed.weight.dtype
+    shape, like = model.config, model.embed.weight
     layers = 1 if is_shared else shape.n_layer
     n_blocks = math.ceil(context / config.block_size)
     sizes = (layers, batch, shape.n_kv_head)
-    keys, values = (torch.empty(*sizes, context, shape.head_dim, dtype=dtype, device="cuda") for _ in range(2))
-    bounds = torch.empty(*sizes, 2, shape.head_dim, n_blocks, dtype=dtype, device="cuda")
-    lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    keys, values = (like.new_empty(*sizes, context, shape.head_dim) for _ in range(2))
+    bounds = like.new_empty(*sizes, 2, shape.head_dim, n_blocks)
+    lengths = torch.full((batch,), context, dtype=torch.int32, device=like.device)
     for layer in range(layers):
         keys[layer].normal_()
         values[layer].normal_()
@@ -90,10 +96,10 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
 
-    def sampler(self, batch: int, tokens: int) -> Sampler:
+    def sampler(self, model: FusedGPT, batch: int, tokens: int) -> Sampler:
         """For so many tokens of so many sequences."""
         own = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-        return Sampler(self.temperature, self.top_p, own, tokens, torch.device("cuda"))
+        return Sampler(self.temperature, self.top_p, own, tokens, model.embed.weight.device)
 
 
 class DenseStep:
@@ -101,7 +107,7 @@ class DenseStep:
 
     def __init__(self, model: FusedGPT, cache: KVCache, sampling: Sampling, backend: SDPBackend) -> None:
         self.model, self.cache, self.backend = model, cache, backend
-        self.choose = sampling.sampler(len(cache.lengths), 1)
+        self.choose = sampling.sampler(model, len(cache.lengths), 1)
         self.pending = torch.ones_like(cache.lengths, dtype=torch.int64)
         self.count = torch.zeros_like(self.pending)
 
@@ -140,12 +146,13 @@ class Cycle:
         self.cache, self.f = replace(cache, lengths=cache.lengths.clone()), f
         self.start = cache.lengths - f
         tokens = f * (SAMPLES + 4)  # more than are ever chosen, so that no sequence ends
-        choose = sampling.sampler(len(self.start), tokens)
+        choose = sampling.sampler(model, len(self.start), tokens)
         bounds = cache.bounds if bounds is None else bounds
         self.loop = DecodeLoop(model, self.cache, bounds, tokens, config, choose, ())
         forecast = Forecast(self.start.tolist(), config)
         self.kinds = [forecast.advance() for _ in range(f)]
-        self.loop.append(torch.zeros(len(self.start), model.config.vocab_size, device="cuda"), self.loop.active.clone())
+        first = model.embed.weight.new_zeros(len(self.start), model.config.vocab_size)
+        self.loop.append(first, self.loop.active.clone())
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -155,18 +162,26 @@ class Cycle:
             self.loop.launch(kinds)
 
 
-def check(model: FusedGPT, config: ReSAConfig) -> dict[str, float]:
+def check(
+    model: FusedGPT, config: ReSAConfig, context: int = 2048, backends: Mapping[str, SDPBackend] = BACKENDS
+) -> dict[str, float]:
     """How far the steps are from dense decoding by torch where they should equal it; `ValueError` if too far.
 
     Sparse steps over all blocks (active ratio 1), and after them the rectification, which encodes all of a window anew.
     """
     f, batch = config.interval, 2
-    cache = new_cache(model, config, batch, CHECKED_TOKENS, is_shared=False)
+    cache = new_cache(model, config, batch, context, is_shared=False)
     everything = replace(config, active_ratio=1.0)
     cycle = Cycle(model, cache, everything, Sampling(), f=f)
     cycle.cache.lengths.copy_(cycle.start)
     seen: list[Tensor] = []
-    output, model.output = model.output, _Recorder(model.output, seen)
+    output = model.output
+
+    def recorded(hidden: Tensor) -> Tensor:
+        seen.append(output(hidden))
+        return seen[-1]
+
+    model.output = recorded
     try:
         with torch.no_grad():
             for kinds in cycle.kinds:
@@ -176,12 +191,12 @@ def check(model: FusedGPT, config: ReSAConfig) -> dict[str, float]:
     tokens = cycle.loop.tokens[:, :f]
     errors = {}
     for name, step in (("sparse", f - 2), ("rectified", f - 1)):
-        shorter = CHECKED_TOKENS - f + step + 1
+        shorter = context - f + step + 1
         tensors = (tensor[..., :shorter, :].contiguous() for tensor in (cache.keys, cache.values))
         before = KVCache(
             *tensors, cache.bounds, torch.full_like(cache.lengths, shorter), cache.block_size, block_bounds
         )
-        for backend_name, backend in BACKENDS.items():
+        for backend_name, backend in backends.items():
             dense = DenseStep(model, before, Sampling(), backend)
             dense.pending.copy_(tokens[:, step])
             with torch.no_grad():
@@ -192,27 +207,10 @@ def check(model: FusedGPT, config: ReSAConfig) -> dict[str, float]:
     return errors
 
 
-class _Recorder(torch.nn.Module):
-    """An output projection that keeps what it gave."""
-
-    def __init__(self, output: torch.nn.Module, seen: list[Tensor]) -> None:
-        super().__init__()
-        self.output, self.seen = output, seen
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.seen.append(self.output(hidden))
-        return self.seen[-1]
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖."""
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 def measure(
     model: FusedGPT, config: ReSAConfig, batch: int, context: int, sampling: Sampling, *, is_shared: bool
 ) -> dict[str, object]:
-    """Time per token of the three ways to decode, in ms, at one batch and context."""
+    """Time per token of the three ways to decode at one batch and context, in µs, and how they compare."""
     f = config.interval
     cache = new_cache(model, config, batch, context, is_shared=is_shared)
     dense = {}
@@ -251,31 +249,49 @@ def _time_cycle(cycle: Cycle) -> Time:
 
 def measure_parts(model: FusedGPT, config: ReSAConfig, batch: int) -> dict[str, dict[str, float]]:
     """Microseconds of what is not attention: of one layer and one row per sequence, or f; of what comes once a step."""
-    shape, dtype = model.config, model.embed.weight.dtype
+    device, n_layer = model.embed.weight.device, model.config.n_layer
     parts = {}
     for name, rows in (("step", 1), ("rectification", config.interval)):
-        tokens = torch.ones(batch, rows, dtype=torch.int64, device="cuda")
-        hidden, wide = (
-            torch.randn(batch, rows, size, device="cuda", dtype=dtype)
-            for size in (shape.hidden_size, shape.intermediate_size)
-        )
+        tokens = torch.ones(batch, rows, dtype=torch.int64, device=device)
+        inputs = product_inputs(model, batch * rows)
 
-        def products(hidden: Tensor = hidden, wide: Tensor = wide) -> None:
+        def products(inputs: dict[str, Tensor] = inputs) -> None:
             for layer in model.fused:
-                layer.qkv(hidden), layer.o(hidden), layer.gate_up(hidden), layer.down(wide)
+                for each, product in layer.products().items():
+                    product(inputs[each])
 
         def transform(tokens: Tensor = tokens) -> Tensor:
             return model.transform(tokens, tokens, lambda layer, query, key, value: query)
 
-        parts[f"{name}: matrix products, per layer"] = time_calls([products], divide_by=shape.n_layer)
-        parts[f"{name}: with elementwise work, per layer"] = time_calls([transform], divide_by=shape.n_layer)
-    last = hidden[:, -1]
+        parts[f"{name}: matrix products, per layer"] = time_calls([products], divide_by=n_layer)
+        parts[f"{name}: with elementwise work, per layer"] = time_calls([transform], divide_by=n_layer)
+        if isinstance(model.output, FourBitLinear):
+            narrow = {name: x.bfloat16() for name, x in inputs.items()}
+            peers = [partial(TorchLayer(product_sizes(model.config), device), narrow) for _ in range(n_layer)]
+            parts[f"{name}: matrix products by torch, per layer"] = time_calls(peers)
+    last = product_inputs(model, batch)["qkv"]
     parts["output projection"] = time_calls([lambda: model.output(last)])
-    logits, count = model.output(last), torch.zeros(batch, dtype=torch.int64, device="cuda")
+    logits, count = model.output(last), torch.zeros(batch, dtype=torch.int64, device=device)
     for name, sampling in (("greedy", Sampling()), ("temperature 0.7, top_p 0.95", Sampling(0.7, 0.95))):
-        sampler = sampling.sampler(batch, 1)
-        parts[f"sampling, {name}"] = time_calls([lambda sampler=sampler: sampler(logits, count)])
+        parts[f"sampling, {name}"] = time_calls([partial(sampling.sampler(model, batch, 1), logits, count)])
     return {name: asdict(time) for name, time in parts.items()}
+
+
+def product_sizes(shape: GPTConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of a layer's matrix products, by name."""
+    query, key, inner = shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim, shape.intermediate_size
+    return {
+        "qkv": (query + 2 * key, shape.hidden_size),
+        "o": (shape.hidden_size, query),
+        "gate_up": (2 * inner, shape.hidden_size),
+        "down": (shape.hidden_size, inner),
+    }
+
+
+def product_inputs(model: FusedGPT, rows: int) -> dict[str, Tensor]:
+    """Random rows for a layer's matrix products, by name."""
+    like = model.embed.weight
+    return {name: like.new_empty(rows, size).normal_() for name, (_, size) in product_sizes(model.config).items()}
 
 
 @dataclass(frozen=True)
@@ -308,12 +324,7 @@ class Floors:
 
 def weight_bytes(model: FusedGPT) -> int:
     """Bytes of the matrices, the embedding not among them: of that a step reads a row per sequence."""
-    total = sum(p.nbytes for p in model.output.parameters())
-    for layer in model.fused:
-        for product in (layer.qkv, layer.o, layer.gate_up, layer.down):
-            held = product.parameters() if isinstance(product, torch.nn.Module) else [product.weight]
-            total += sum(tensor.nbytes for tensor in held)
-    return total
+    return model.output.nbytes + sum(product.nbytes for layer in model.fused for product in layer.products().values())
 
 
 def largest_batch(model: FusedGPT, config: ReSAConfig, context: int) -> int:

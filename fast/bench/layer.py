@@ -128,17 +128,17 @@ class Layer:
         bounds = plain_blocks.block_bounds(cached[0], end, b)
         errors = {"bounds": float((self.bounds[last] != bounds).sum())}
         scores = plain_blocks.score_blocks(self.query[last], bounds, self.plan.completed[last], b)
-        errors["score"] = _distance(self.score()[last], scores)
+        errors["score"] = distance(self.score()[last], scores)
         selected = plain_blocks.select_blocks(self.scores[last], end, self.config)
         errors["select"] = float((self.select()[last] != selected).sum())
         expected = plain.sparse_attention(self.query[last], *cached, self.indices[last], end, b)
-        errors["attend"] = _distance(self.attend()[last], expected)
+        errors["attend"] = distance(self.attend()[last], expected)
         expected = plain.dense_attention(self.window_query[last], *cached, end)
-        errors["rectify"] = _distance(self.rectify()[last], expected)
+        errors["rectify"] = distance(self.rectify()[last], expected)
         expected = plain.dense_attention(self.query[last][:, :, None], *cached, end)[:, :, 0]
-        errors["own_dense"] = _distance(self.own_dense()[last], expected)
+        errors["own_dense"] = distance(self.own_dense()[last], expected)
         for name, backend in BACKENDS.items():
-            errors[name] = _distance(self.dense(backend)[last], expected)
+            errors[name] = distance(self.dense(backend)[last], expected)
         limits = {"bounds": 0, "select": 0, "score": 1e-5}
         rounding = 4 * torch.finfo(self.keys.dtype).eps  # of probabilities and outputs
         for name, error in errors.items():
@@ -147,7 +147,7 @@ class Layer:
         return errors
 
 
-def _distance(actual: Tensor, expected: Tensor) -> float:
+def distance(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖ over finite elements, the infinite ones being equal."""
     finite = expected.isfinite()
     if not torch.equal(actual[~finite], expected[~finite]):

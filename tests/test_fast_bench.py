@@ -1,0 +1,317 @@
+"""The benchmark's own logic, where it can be looked at without a clock: what is decoded, checked, counted and written.
+
+Times are made up here and never kept; on a GPU nothing in this file is timed either.
+"""
+
+import json
+from copy import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from small_models import Shape
+from strategies import DEVICE
+from torch.nn.attention import SDPBackend
+
+from resa.fast import cli
+from resa.fast.bench import cli as bench_cli
+from resa.reference import ReSAConfig
+from resa.reference import blocks as plain
+
+pytestmark = pytest.mark.fast
+e2e = pytest.importorskip("resa.fast.bench.e2e", reason="triton comes for Linux only")
+fast = pytest.importorskip("resa.fast.generate", reason="triton comes for Linux only")
+four_bit = pytest.importorskip("resa.fast.four_bit", reason="triton comes for Linux only")
+model_file = pytest.importorskip("resa.fast.model", reason="triton comes for Linux only")
+peers = pytest.importorskip("resa.fast.bench.peers", reason="triton comes for Linux only")
+
+SMALL = Shape(seed=3, head_dim=16, hidden=32, context=512, tied=False)
+CONFIG = ReSAConfig(block_size=8, min_blocks=2, interval=4)
+CONTEXT = 80
+PLAIN = {"math": SDPBackend.MATH}  # the one that every device has
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_file.FusedGPT(SMALL.model(torch.float32).to(DEVICE))
+
+
+# ---- What is decoded -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_caches_are_full_and_shared_where_asked(model, is_shared):
+    cache = e2e.new_cache(model, CONFIG, 3, CONTEXT, is_shared=is_shared)
+    assert cache.keys.shape == cache.values.shape == (SMALL.layers, 3, SMALL.kv_heads, CONTEXT, SMALL.head_dim)
+    assert cache.lengths.tolist() == [CONTEXT] * 3
+    for name in ("keys", "values", "bounds"):
+        first, second = getattr(cache, name)
+        assert (first.data_ptr() == second.data_ptr()) == is_shared
+        assert first.std() > 0.5
+    for keys, bounds in zip(cache.keys, cache.bounds, strict=True):
+        assert torch.equal(plain.block_bounds(keys, cache.lengths, CONFIG.block_size), bounds)
+
+
+@pytest.mark.parametrize("interval", [4, None])
+def test_a_cycle_is_the_decode_loop_up_to_the_end_of_the_cache(model, interval):
+    """The same tokens as sparse steps and rectifications of the reference; again and again the same length."""
+    config, f = replace(CONFIG, interval=interval), 4
+    cache = e2e.new_cache(model, config, 2, CONTEXT, is_shared=False)
+    plainly = SMALL.model(torch.float32).to(DEVICE)
+    expected = replace(cache, keys=cache.keys.clone(), values=cache.values.clone(), bounds=cache.bounds.clone())
+    expected.lengths = cache.lengths - f
+    expected.block_bounds = plain.block_bounds
+    cycle = e2e.Cycle(model, cache, config, e2e.Sampling(), f=f)
+    fed = cycle.loop.pending.clone()
+    cycle()
+    assert cycle.cache.lengths.tolist() == [CONTEXT] * 2
+    assert cycle.loop.count.tolist() == [1 + f] * 2
+    tokens = cycle.loop.tokens[:, : 1 + f]
+    assert tokens[:, 0].tolist() == fed.tolist()
+    from resa.reference.generate import decode_along
+
+    steps = list(decode_along(plainly, expected, tokens[:, :f].tolist(), config))
+    assert [logits.argmax(dim=1).tolist() for logits, _ in steps] == tokens[:, 1:].T.tolist()
+    distance = (cycle.cache.keys - expected.keys).abs().max()
+    assert distance < 1e-4
+    assert sum(kinds.fused for kinds in cycle.kinds) == (0 if interval is None else 1)
+    cycle()
+    assert cycle.cache.lengths.tolist() == [CONTEXT] * 2
+    assert cycle.loop.count.tolist() == [1 + 2 * f] * 2
+    assert bool(cycle.loop.active.all())
+
+
+def test_a_dense_step_overwrites_the_last_position(model):
+    """It sees the whole cache, its own token at the end, and what it chooses is the reference's choice."""
+    cache = e2e.new_cache(model, CONFIG, 2, CONTEXT, is_shared=False)
+    plainly = SMALL.model(torch.float32).to(DEVICE)
+    before = cache.keys.clone()
+    step = e2e.DenseStep(model, cache, e2e.Sampling(), SDPBackend.MATH)
+    fed = step.pending.clone()
+    step()
+    assert torch.equal(cache.keys[..., :-1, :], before[..., :-1, :])
+    assert not torch.equal(cache.keys[..., -1, :], before[..., -1, :])
+    lengths, one = cache.lengths - 1, torch.ones_like(cache.lengths)
+    expected = replace(
+        cache, keys=before, values=cache.values.clone(), lengths=lengths, block_bounds=plain.block_bounds
+    )
+    with torch.no_grad():
+        hidden = plainly.dense_pass(fed[:, None], expected, lengths, one)
+        assert plainly.output(hidden[:, 0]).argmax(dim=1).tolist() == step.pending.tolist()
+    assert (expected.keys - cache.keys).abs().max() < 1e-4
+
+
+# ---- What is checked -------------------------------------------------------------------------------------------------
+
+
+def test_right_steps_pass_the_check(model):
+    errors = e2e.check(model, CONFIG, CONTEXT, PLAIN)
+    assert set(errors) == {"sparse, math", "rectified, math"}
+    assert max(errors.values()) < 1e-6
+
+
+def test_wrong_sparse_steps_do_not(model, monkeypatch):
+    right = fast.enqueue_sparse
+
+    def forgetful(query, keys, values, indices, counts, *rest):
+        return right(query, keys, values, indices, counts - 1, *rest)
+
+    monkeypatch.setattr(fast, "enqueue_sparse", forgetful)
+    with pytest.raises(ValueError, match=r"sparse, math: got error .* before it is timed"):
+        e2e.check(model, CONFIG, CONTEXT, PLAIN)
+
+
+def test_a_wrong_rectification_does_not(model, monkeypatch):
+    right = fast.enqueue_dense
+
+    def forgetful(query, keys, values, visible, counts, arrivals):
+        return right(query, keys, values, (visible - 1).clamp(min=0), counts, arrivals)
+
+    monkeypatch.setattr(fast, "enqueue_dense", forgetful)
+    with pytest.raises(ValueError, match=r"(sparse|rectified), math: got error .* before it is timed"):
+        e2e.check(model, CONFIG, CONTEXT, PLAIN)
+
+
+def test_torchs_four_bit_product_is_that_of_the_rounded_weights(monkeypatch):
+    """It is timed as a peer, so it must compute the same; it compares itself when it is built."""
+    sizes = {"qkv": (64, 128), "down": (128, 256)}
+    layer = peers.TorchLayer(sizes, torch.device(DEVICE))
+    assert list(layer.products) == ["qkv", "down"]
+    monkeypatch.setattr(peers, "OFFSET", 7)
+    with pytest.raises(ValueError, match=r"torch's qkv: got error .* before it is timed"):
+        peers.TorchLayer(sizes, torch.device(DEVICE))
+
+
+def test_a_model_in_four_bits_checks_its_products():
+    """Against the rounded weights as they are: a product of other weights is refused."""
+    wide = replace(SMALL, hidden=128, kv_heads=2, group=4).config(intermediate_size=128)
+    layers = [model_file.FusedGPT(e2e.GPT(wide).requires_grad_(False).to(DEVICE)).fused[0] for _ in range(2)]
+    if DEVICE == "cuda":
+        pytest.importorskip("humming", reason="the extra `four-bit` has it")
+    rounded = copy(layers[0])
+    for name, product in layers[0].products().items():
+        setattr(rounded, name, four_bit.FourBitLinear(product))
+    e2e.check_four_bits(layers[0], rounded)
+    rounded.down = four_bit.FourBitLinear(layers[1].down)
+    with pytest.raises(ValueError, match=r"int4 down: got error .* before it is timed"):
+        e2e.check_four_bits(layers[0], rounded)
+
+
+# ---- What is counted -------------------------------------------------------------------------------------------------
+
+
+def test_floors_by_hand(model):
+    """2 layers, 3 sequences, 2 KV heads of 16 float32 channels: 768 bytes per token and side, 80 tokens, 10 blocks."""
+    floors = e2e.Floors.of(model, replace(CONFIG, active_ratio=0.5), 3, CONTEXT)
+    assert floors.dense == 2 * 768 * 80
+    assert floors.sparse == 768 * 10 + 2 * 768 * 40
+    assert floors.resa == (3 * floors.sparse + floors.dense) / 4
+    heads, hidden, inner = SMALL.kv_heads * SMALL.group * 16, SMALL.hidden, SMALL.hidden + 4
+    matrices = hidden * (2 * heads + 2 * SMALL.kv_heads * 16) + 3 * hidden * inner
+    assert floors.weights == 4 * (SMALL.layers * matrices + SMALL.vocab * hidden)
+    seconds = (floors.weights + floors.dense) / 2e12
+    assert floors.at(2.0)["dense"] == pytest.approx(1e6 * seconds, abs=0.06)
+
+
+def test_products_have_the_sizes_of_the_shape(model):
+    sizes = e2e.product_sizes(model.config)
+    assert sizes == {name: tuple(product.weight.shape) for name, product in model.fused[0].products().items()}
+    assert {name: x.shape for name, x in e2e.product_inputs(model, 5).items()} == {
+        name: (5, columns) for name, (_, columns) in sizes.items()
+    }
+
+
+def test_the_largest_batch_leaves_the_reserve(model, monkeypatch):
+    """One sequence of 80 tokens: 2·80·16 + 2·16·10 numbers per KV head, 2 heads, 2 layers, 4 bytes: 46,080."""
+    each = 2 * 2 * 4 * (2 * 80 * 16 + 2 * 16 * 10)
+    assert each == 46_080
+    for free, expected in ((each * 3, 3), (each * 3 - 1, 2), (0, 0)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (int(e2e.RESERVE) + free, 0))
+        assert max(0, e2e.largest_batch(model, CONFIG, CONTEXT)) == expected
+
+
+# ---- What is written -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untimed(monkeypatch):
+    """Everything runs once, and takes as long as the test says: dense calls 9 µs, cycles 32 µs."""
+    from resa.fast.bench.timing import Time
+
+    def time_calls(calls, *, divide_by=1, pause_us=0):
+        for call in calls:
+            call()
+        return Time.of([9.0])
+
+    def elapsed(work):
+        work()
+        return 32.0
+
+    monkeypatch.setattr(e2e, "time_calls", time_calls)
+    monkeypatch.setattr(e2e, "elapsed", elapsed)
+    monkeypatch.setattr(e2e, "BACKENDS", PLAIN)
+    monkeypatch.setattr(e2e, "check", lambda *_: {"all": 0.0})
+    monkeypatch.setattr(e2e, "SAMPLES", 1)
+    monkeypatch.setattr(e2e, "MIN_SAMPLES", 1)
+
+
+def test_a_row_compares_with_the_faster_dense_attention(model, untimed):
+    config = replace(CONFIG, interval=2)
+    row = e2e.measure(model, config, 2, CONTEXT, e2e.Sampling(0.7, 0.9), is_shared=True)
+    assert row["dense_us"] == 9.0
+    assert row["resa"] == {"us": 16.0, "low": 16.0, "high": 16.0}
+    assert (row["protocol"], row["batch"], row["context"]) == ("shared", 2, CONTEXT)
+    assert row["ratio"] == row["sparse_ratio"] == 0.562
+    assert "resa, 8-bit bounds" in row
+    own = e2e.measure(model, config, 1, CONTEXT, e2e.Sampling(), is_shared=False)
+    assert own["protocol"] == "true"
+    assert "resa, 8-bit bounds" not in own
+
+
+@pytest.fixture
+def machine(monkeypatch, model, untimed):
+    """A machine of so little memory that one sequence fits, and the small model for the large one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("", (), {"total_memory": 8e10}))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(e2e.RESERVE) + 46_080, 0))
+    monkeypatch.setattr("resa.fast.bench.timing.copy_bandwidth", lambda: 2.5)
+    monkeypatch.setattr(e2e, "build", lambda weights: model)
+
+    def measured(model, config, batch, context, sampling, *, is_shared):
+        times = {"us": 40.0 * batch, "low": 39.0, "high": 41.0}
+        row = {"protocol": "shared" if is_shared else "true", "batch": batch, "context": context, "ratio": 2.5}
+        return row | {"sparse": times, "resa": times, "dense_us": 100.0 * batch}
+
+    monkeypatch.setattr(e2e, "measure", measured)
+
+
+def test_the_command_writes_what_it_measured(machine, tmp_path, capsys):
+    out = tmp_path / "new" / "e2e.json"
+    words = "bench e2e --contexts 160 80 --batches 2 1 --true-contexts 80 --interval 2 --block-size 8 --weights float16"
+    words = [*words.split(), "--out", str(out)]
+    assert cli.main(words) == 0
+    result = json.loads(out.read_text())
+    points = [(row["weights"], row["protocol"], row["batch"], row["context"]) for row in result["rows"]]
+    shared = [("float16", "shared", batch, context) for context in (80, 160) for batch in (1, 2)]
+    assert points == [*shared, ("float16", "true", 1, 80)]
+    assert result["command"] == (
+        "resa bench e2e --contexts 160 80 --batches 2 1 --block-size 8 --interval 2"
+        " --weights float16 --true-contexts 80"
+    )
+    assert result["config"]["interval"] == 2
+    assert set(result["weights"]["float16"]) == {"bytes", "errors", "parts"}
+    assert set(result["weights"]["float16"]["parts"]) == {"1", "2"}
+    first = result["rows"][0]
+    assert first["floor_us"].keys() == {"dense", "sparse", "resa"}
+    shown = capsys.readouterr().out
+    assert "2.50" in shown
+    assert str(out) in shown.replace("\n", "")
+
+
+BAD = {
+    "--interval 1": "--interval: got 1; allowed: 2 or more",
+    "--contexts --true-contexts": "--contexts: got none",
+    "--contexts 32": "--contexts: got 32; allowed: > --interval",
+    "--batches 0": "--batches: got 0; allowed: 1 or more",
+    "--temperature -1": "--temperature: got -1.0",
+    "--top-p 0": "--top-p: got 0.0",
+    "--active-ratio 2": "active_ratio: got 2.0",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_arguments_are_named_before_anything_is_built(machine, monkeypatch, capsys, tmp_path, words):
+    monkeypatch.setattr(e2e, "build", lambda weights: pytest.fail("something was built"))
+    out = tmp_path / "e2e.json"
+    assert cli.main(["bench", "e2e", *words.split(), "--out", str(out)]) == 2
+    shown = capsys.readouterr().err
+    assert f"resa bench: {BAD[words]}" in shown
+    assert shown.count("\n") == 1
+    assert not out.exists()
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for what in ("layer", "e2e"):
+        assert cli.main(["bench", what]) == 2
+        assert capsys.readouterr().err == "resa bench: device: got no NVIDIA GPU; allowed: a machine with one\n"
+
+
+def test_help_teaches(capsys):
+    for words in (["bench"], ["bench", "layer"], ["bench", "e2e"]):
+        with pytest.raises(SystemExit) as leaving:
+            cli.main([*words, "--help"])
+        assert leaving.value.code == 0
+        assert len(capsys.readouterr().out) > 200
+
+
+def test_the_tables_in_the_terminal_show_every_row(capsys):
+    times = {"us": 40.0, "low": 39.0, "high": 41.0}
+    row = {"weights": "int4", "protocol": "true", "batch": 3, "context": 4096, "dense_us": 100.0, "ratio": 2.5}
+    row |= {"sparse": times, "resa": times, "floor_us": {"dense": 90.0, "sparse": 20.0, "resa": 30.0}}
+    bench_cli.show_e2e({"device": "a GPU", "copy_tbs": 3.0, "rows": [row]})
+    shown = capsys.readouterr().out
+    for text in ("int4", "true", "4,096", "0.10 90%", "0.04 50%", "0.04 75%", "75,000", "2.50", "3.00"):
+        assert text in shown, text
