@@ -20,7 +20,7 @@ from rich.progress import track
 from torch import Tensor
 
 from .checkpoint import STORED_DTYPES, check_stored, open_checked
-from .checks import FLOATS, checked_device, is_integer, refuse, require
+from .checks import FLOATS, checked_device, free_memory, is_integer, refuse, require
 from .config import GPTConfig, RopeScaling
 from .model import GPT, Operations
 from .tokenizer import byte_spelling
@@ -141,7 +141,8 @@ def load_pretrained(
     """The folder's model in eval mode; `dtype` None is the one that its embedding is stored in, `ops` as in `GPT`.
 
     Errors: FileNotFoundError for a missing file; ValueError naming the file and the field or tensor that is missing,
-    extra, misshapen, of another type or not finite. Names, shapes and types are checked before a weight is read.
+    extra, misshapen, of another type or not finite; torch.OutOfMemoryError for more weights than the device has room
+    for. Names, shapes, types and room are checked before a weight is read.
     """
     folder, device = Path(folder), checked_device("device", device)
     config = read_config(folder)
@@ -163,12 +164,22 @@ def load_pretrained(
             first = names["embed.weight"]
             dtype = STORED_DTYPES[files[home[first]].get_slice(first).get_dtype()]
         require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))
+        _check_memory(folder, sum(parameter.numel() for parameter in model.parameters()), dtype, device)
         shown = track(names.items(), "Reading weights", console=Console(stderr=True), disable=not progress)
         placed = {name: _placed(home[other], files[home[other]], other, device, dtype) for name, other in shown}
     model.load_state_dict(placed, strict=False, assign=True)
     if config.tied_embeddings:
         model.output.weight = model.embed.weight
     return model.eval()
+
+
+def _check_memory(folder: Path, count: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Whether so many weights fit the device, before the first is read; `torch.OutOfMemoryError` if not."""
+    needed, free = count * dtype.itemsize, free_memory(device)
+    if needed > free:
+        given = f"{count / 1e9:.2f} billion weights, {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}"
+        allowed = f"the {free / 1e9:.1f} GB that {device} has free, so at most {8 * free / count:.1f} bits per weight"
+        raise torch.OutOfMemoryError(f"{folder}: got {given}; allowed: {allowed}")
 
 
 def _placed(path: Path, file: object, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:

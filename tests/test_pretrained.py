@@ -134,6 +134,28 @@ def test_models_of_transformers_decode_with_resa_by_name(family, schedule):
     assert theirs.config._attn_implementation == before
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("schedule", ["fused", "paper"] if DEVICE == "cuda" else ["fused"])
+def test_they_decode_on_the_kernels_too(family, schedule):
+    """The loop of `resa.fast` in the place of the reference's: through CUDA graphs where there is a GPU."""
+    fast = pytest.importorskip("resa.fast.generate", reason="triton comes for Linux only")
+    from resa.reference.extension import rectified
+
+    theirs, folder = family
+    ours = load_pretrained(folder)
+    if ours.config.head_dim not in HEAD_DIMS or (ours.config.n_kv_head > 2 and DEVICE == "cpu"):
+        pytest.skip("a head dimension that the kernels don't have, or more heads than interpreted kernels are fast for")
+    prompts, sparse = texts(18, 5), {"interval": 2, "block_size": 8, "min_blocks": 2, "schedule": schedule}
+    fed = torch.tensor([[0] * (18 - len(prompt)) + prompt for prompt in prompts], device=DEVICE)
+    mask = torch.tensor([[0] * (18 - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=DEVICE)
+    loop = rectified(decode=fast.generate, **sparse)
+    found = theirs.to(DEVICE).generate(
+        fed, attention_mask=mask, max_new_tokens=6, do_sample=False, custom_generate=loop
+    )
+    theirs.cpu()
+    assert found[:, 18:].tolist() == generate(ours, prompts, 6, ReSAConfig(**sparse)).tokens
+
+
 def test_what_the_decode_loop_does_not_do_is_refused(family):
     from resa.reference.extension import rectified
 
@@ -321,6 +343,19 @@ def test_values_that_a_dtype_cannot_hold_are_refused(folder, tmp_path):
         ValueError, match=f"tensor {NAME}: got NaN or infinity; allowed: what is finite in torch.float16"
     ):
         load_pretrained(copy, dtype=torch.float16)
+
+
+def test_weights_that_memory_cannot_hold_are_refused_before_any_is_read(folder, monkeypatch, capsys):
+    """With what would fit: in half the bytes, they do."""
+    size = sum(parameter.numel() for parameter in load_pretrained(folder).parameters())
+    monkeypatch.setattr("resa.reference.pretrained.free_memory", lambda device: 3 * size)
+    assert load_pretrained(folder, dtype=torch.float16).embed.weight.dtype == torch.float16
+    monkeypatch.setattr("resa.reference.pretrained._placed", lambda *_: pytest.fail("a weight was read"))
+    allowed = r"allowed: the [\d.]+ GB that cpu has free, so at most 24\.0 bits per weight"
+    with pytest.raises(torch.OutOfMemoryError, match=rf"got [\d.]+ billion weights, [\d.]+ GB in float32; {allowed}"):
+        load_pretrained(folder)
+    assert main(["generate", "a", "--model", str(folder), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_truncated_and_absent_files_are_named(folder, tmp_path):
