@@ -18,7 +18,6 @@ import torch
 import triton
 from torch import Tensor
 
-from resa.reference.blocks import active_blocks
 from resa.reference.cache import KVCache
 from resa.reference.checks import check_lengths, is_integer, require
 from resa.reference.config import ReSAConfig
@@ -35,6 +34,7 @@ from resa.reference.model import GPT
 
 from .attention import count_dense_units, enqueue_dense, enqueue_sparse
 from .blocks import block_bounds, enqueue_scores, enqueue_selection
+from .bookkeeping import enqueue_append, enqueue_plan
 from .bounds8 import Bounds8, compress_bounds
 from .cache import enqueue_write
 from .checks import INTERPRETED, check_kernel_dtypes, check_sizes
@@ -161,6 +161,7 @@ def dense_pass(
 class SparseStep:
     """What all layers of a sparse step share: where each sequence's token goes, and how much there is to read."""
 
+    mask: Tensor  # [B] int32: 1 for the sequences that take the step, 0 for others
     start: Tensor  # [B] int32: the position of the token fed
     end: Tensor  # [B] int32: start + 1, or start for a sequence that feeds nothing
     visible: Tensor  # [B] int32: tokens to attend to, 0 for a sequence that feeds nothing
@@ -168,17 +169,7 @@ class SparseStep:
     counts: Tensor  # [B] int32: blocks to select, n
     config: ReSAConfig
     arrivals: Tensor  # [≥ B·Hkv] int32 zeros
-    beside: torch.cuda.Stream | None
-
-    @classmethod
-    def plan(
-        cls, start: Tensor, end: Tensor, config: ReSAConfig, arrivals: Tensor, beside: torch.cuda.Stream | None
-    ) -> SparseStep:
-        """The step of the sequences with end[s] = start[s] + 1; `beside` is a stream for what can wait."""
-        visible = torch.where(end > start, end, 0)
-        completed = (visible - 1).clamp(min=0) // config.block_size * config.block_size
-        counts = active_blocks(visible, config).to(torch.int32)
-        return cls(start, end, visible, completed, counts, config, arrivals, beside)
+    beside: torch.cuda.Stream | None  # for what can wait
 
 
 def attend_sparsely(
@@ -298,7 +289,7 @@ class DecodeLoop:
         is_watched = on_token is not None or len(self.stop) > 0
         interval = self.config.interval or 1
         every = interval * triton.cdiv(READ_BACK, interval)
-        self.append(logits, self.active.clone())
+        self.append(logits, self.active, self.cache.lengths, is_sparse=False)
         for step in range(1, self.tokens.shape[1]):
             if is_watched and step % every == 0 and not self.report(first_positions, on_token)[1]:
                 break
@@ -320,14 +311,14 @@ class DecodeLoop:
 
     def step(self, kinds: Kinds) -> None:
         """Feed every active sequence's pending token, by the same rules as the reference's `decode_step`."""
-        config, stepping = self.config, self.active.clone()
-        dense = stepping & (self.cache.lengths < config.dense_below)
-        sparse, fused = stepping & ~dense, None
-        if config.interval is not None and config.schedule == "fused":
-            fused = sparse & (self.window + 1 >= config.interval)
-            sparse = sparse & ~fused
+        config = self.config
+        if kinds.dense or kinds.fused or kinds.rectify:  # whose turn it is, by the state before a sparse step moves it
+            stepping = self.active.clone()
+            dense = stepping & (self.cache.lengths < config.dense_below)
+        if kinds.fused:
+            fused = stepping & ~dense & (self.window + 1 >= config.interval)
         if kinds.sparse:
-            self.sparse_step(sparse)
+            self.sparse_step()
         if kinds.dense:
             self.dense_step(dense, 1, appends=True)
         if kinds.fused:
@@ -335,14 +326,12 @@ class DecodeLoop:
         if kinds.rectify:
             self.dense_step(stepping & (self.window >= config.interval), config.interval, appends=False)
 
-    def sparse_step(self, mask: Tensor) -> None:
-        """Feed the pending tokens of the sequences in mask [B], attending to the selected blocks alone."""
-        start, end = self.cache.lengths.clone(), self.cache.lengths + mask
-        step = SparseStep.plan(start, end, self.config, self.arrivals, self.beside)
-        hidden = sparse_pass(self.model, self.pending.clamp(min=0), self.cache, self.bounds, step)
-        self.cache.lengths.copy_(end)
-        self.window += mask
-        self.append(self.model.output(hidden), mask)
+    def sparse_step(self) -> None:
+        """Feed the pending tokens of the sequences whose turn it is, attending to the selected blocks alone."""
+        plan = enqueue_plan(self.cache.lengths, self.window, self.active, self.config)
+        step = SparseStep(*plan, self.config, self.arrivals, self.beside)
+        hidden = sparse_pass(self.model, self.pending, self.cache, self.bounds, step)
+        self.append(self.model.output(hidden), step.mask, step.end, is_sparse=True)
 
     def dense_step(self, mask: Tensor, width: int, *, appends: bool) -> None:
         """Re-encode the windows of the sequences in mask [B], and with `appends` their pending tokens as well.
@@ -357,21 +346,18 @@ class DecodeLoop:
         column = (self.count - 1 - window)[:, None] + torch.arange(width, device=mask.device)
         tokens = self.tokens.gather(1, column.clamp(0, self.tokens.shape[1] - 1)).clamp(min=0)
         hidden = dense_pass(self.model, tokens, self.cache, self.bounds, start, end, self.arrivals)
-        self.cache.lengths.copy_(end)
-        self.window.masked_fill_(mask, 0)
         if appends:
             last = (counts - 1).clamp(min=0).long()
-            self.append(self.model.output(hidden[torch.arange(len(last), device=last.device), last]), mask)
+            logits = self.model.output(hidden[torch.arange(len(last), device=last.device), last])
+            self.append(logits, mask, end, is_sparse=False)
+        else:
+            self.window.masked_fill_(mask, 0)
 
-    def append(self, logits: Tensor, mask: Tensor) -> None:
-        """Choose the next token of the sequences in mask [B] from logits [B, V]; see whose generation it ends."""
-        token = torch.where(mask, self.choose(logits, self.count), self.pending)
-        place = self.count.clamp(max=self.tokens.shape[1] - 1)[:, None]
-        self.tokens.scatter_(1, place, torch.where(mask[:, None], token[:, None], self.tokens.gather(1, place)))
-        self.pending.copy_(token)
-        self.count += mask
-        has_ended = (self.count == self.tokens.shape[1]) | (token[:, None] == self.stop).any(dim=1)
-        self.active &= ~(mask & has_ended)
+    def append(self, logits: Tensor, mask: Tensor, end: Tensor, *, is_sparse: bool) -> None:
+        """Choose the next tokens of the sequences in mask [B], whose caches end at `end` now, from logits [B, V]."""
+        chosen = self.choose(logits, self.count)
+        state = self.tokens, self.count, self.pending, self.active, self.cache.lengths, self.window
+        enqueue_append(chosen, mask, end, *state, self.stop, is_sparse=is_sparse)
 
     def report(
         self, first_positions: list[int], on_token: Callable[[int, int, int], None] | None

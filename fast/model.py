@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resa.reference.model import GPT, Attend, Layer, Operations, RMSNorm, rotary_angles
+from resa.reference.model import GPT, Attend, Layer, Operations, RMSNorm, rotary_frequencies
 
 from .attention import dense_attention, sparse_attention
 from .blocks import block_bounds, score_blocks, select_blocks
@@ -90,13 +90,20 @@ class FusedGPT(GPT):
         self.config, self.ops = model.config, TRITON_OPS
         self.embed, self.norm, self.output = model.embed, model.norm, Linear.joining(model.output)
         self.fused = [FusedLayer.of(layer) for layer in model.layers]
+        config, device = model.config, model.embed.weight.device
+        self.frequencies = rotary_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling, device, torch.float32
+        )
 
     @torch.no_grad()
     def transform(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """As `GPT.transform`."""
         config = self.config
         shape, eps = (config.n_head, config.n_kv_head), config.norm_eps
-        cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, torch.float32, config.rope_scaling)
+        angles = positions[:, None, :, None] * self.frequencies  # [B, 1, Q, D/2]
+        cos, sin = angles.cos(), angles.sin()
+        if config.rope_scaling is not None:
+            cos, sin = cos * config.rope_scaling.amplitude, sin * config.rope_scaling.amplitude
         x, delta = self.embed(tokens), None
         for index, layer in enumerate(self.fused):
             projected = layer.qkv(add_norm(x, delta, layer.attn_norm, eps))

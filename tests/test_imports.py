@@ -20,7 +20,9 @@ FAST = Path(fast.__file__).parent
 FAST_FILES = sorted(FAST.rglob("*.py"))
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 ARROW = ["checks", "config", "cache", "blocks", "attention", "model", "generate"]
-FAST_ARROW = ["checks", "launch", "bounds8", "cache", "blocks", "attention", "elementwise", "model", "generate"]
+FAST_ARROW = [
+    "checks", "launch", "bounds8", "cache", "blocks", "attention", "elementwise", "bookkeeping", "model", "generate",
+]  # fmt: skip
 
 
 def imports(tree, package="resa.reference"):

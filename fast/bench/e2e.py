@@ -152,7 +152,7 @@ class Cycle:
         forecast = Forecast(self.start.tolist(), config)
         self.kinds = [forecast.advance() for _ in range(f)]
         first = model.embed.weight.new_zeros(len(self.start), model.config.vocab_size)
-        self.loop.append(first, self.loop.active.clone())
+        self.loop.append(first, self.loop.active, self.cache.lengths, is_sparse=False)
 
     @torch.no_grad()
     def __call__(self) -> None:

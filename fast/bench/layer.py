@@ -22,6 +22,7 @@ from resa.reference.config import ReSAConfig
 
 from ..attention import count_dense_units, enqueue_dense, enqueue_sparse
 from ..blocks import block_bounds, enqueue_scores, enqueue_selection
+from ..bookkeeping import enqueue_plan
 from ..bounds8 import compress_bounds
 from ..cache import enqueue_write
 from ..generate import SparseStep, attend_sparsely
@@ -65,7 +66,9 @@ class Layer:
         group = shape.query_heads // heads
         units = max(batch * heads, count_dense_units(self.keys, group, f))
         self.arrivals = torch.zeros(units, dtype=torch.int32, device="cuda")
-        self.plan = SparseStep.plan(self.end - 1, self.end, config, self.arrivals, torch.cuda.Stream())
+        stepping = torch.ones(batch, dtype=torch.bool, device="cuda")
+        plan = enqueue_plan(self.end - 1, torch.zeros_like(self.end), stepping, config)
+        self.plan = SparseStep(*plan, config, self.arrivals, torch.cuda.Stream())
         self.scores = self.score()
         self.indices = self.select()
 

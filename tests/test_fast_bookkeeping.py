@@ -1,0 +1,117 @@
+"""What a step keeps account of: the two kernels against the rules written out, sequence by sequence, in Python."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import DEVICE, examples
+
+from resa.reference import ReSAConfig
+from resa.reference.blocks import active_blocks
+
+pytestmark = pytest.mark.fast
+bookkeeping = pytest.importorskip("resa.fast.bookkeeping", reason="triton comes for Linux only")
+
+BATCHES = st.sampled_from([1, 3, 127, 128, 129, 300])
+
+
+def whole(seed, low, high, batch, dtype=torch.int32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high + 1, (batch,), generator=generator).to(dtype)
+
+
+@st.composite
+def configs(draw):
+    return ReSAConfig(
+        block_size=draw(st.sampled_from([8, 16, 128])),
+        active_ratio=draw(st.one_of(st.integers(1, 100).map(lambda n: n / 100), st.floats(0.001, 1))),
+        min_blocks=draw(st.integers(1, 20)),
+        interval=draw(st.sampled_from([None, 1, 2, 32])),
+        schedule=draw(st.sampled_from(["fused", "paper"])),
+        dense_below=draw(st.sampled_from([0, 1, 500])),
+    )
+
+
+@examples(60)
+@given(config=configs(), batch=BATCHES, seed=st.integers(0, 2**32 - 4))
+def test_a_plan_says_who_steps_where_and_how_much_there_is_to_read(config, batch, seed):
+    lengths, window = whole(seed, 0, 1000, batch), whole(seed + 1, 0, (config.interval or 40) - 1, batch)
+    active = whole(seed + 2, 0, 2, batch) > 0
+    placed = [tensor.to(DEVICE) for tensor in (lengths, window, active)]
+    found = torch.stack(bookkeeping.enqueue_plan(*placed, config)).cpu().T.tolist()
+    for row, length, w, is_active in zip(found, lengths.tolist(), window.tolist(), active.tolist(), strict=True):
+        is_due = config.interval is not None and config.schedule == "fused" and w + 1 >= config.interval
+        if not is_active or length < config.dense_below or is_due:
+            assert row == [0, length, length, 0, 0, 0]
+            continue
+        total = -(-(length + 1) // config.block_size)
+        # Exact, as the ratio is a fraction; what is within 1e-9 above a whole number counts as that number.
+        share = math.ceil(Fraction(config.active_ratio) * total - Fraction(1, 10**9))
+        n = min(total, max(share, config.min_blocks))
+        assert row == [1, length, length + 1, length + 1, length // config.block_size * config.block_size, n]
+
+
+@pytest.mark.parametrize("ratio", [0.28, 0.1, 1 / 3, 0.07, 1.0, 1e-6])
+def test_counts_are_the_references_for_every_number_of_blocks(ratio):
+    """Up to 20,000 blocks, a sequence each; 0.28 · 25 is 7."""
+    config = ReSAConfig(active_ratio=ratio, min_blocks=1, interval=None)
+    lengths = torch.arange(20_000, dtype=torch.int32, device=DEVICE) * config.block_size
+    active = torch.ones_like(lengths, dtype=torch.bool)
+    counts = bookkeeping.enqueue_plan(lengths, torch.zeros_like(lengths), active, config)[5]
+    assert torch.equal(counts.cpu().long(), active_blocks(lengths.cpu() + 1, config))
+    if ratio == 0.28:
+        assert counts[24] == 7
+
+
+@examples(60)
+@given(
+    batch=BATCHES, n_tokens=st.integers(1, 5), n_stop=st.integers(0, 3), is_sparse=st.booleans(),
+    seed=st.integers(0, 2**32 - 9),
+)  # fmt: skip
+def test_an_append_moves_those_in_the_mask_and_ends_whom_it_must(batch, n_tokens, n_stop, is_sparse, seed):
+    long = torch.int64
+    mask = whole(seed, 0, 1, batch)
+    chosen, count = whole(seed + 1, 0, 6, batch, long), whole(seed + 2, 0, n_tokens - 1, batch, long)
+    end, lengths, window = (whole(seed + i, 0, 90, batch) for i in (3, 4, 5))
+    pending, active = whole(seed + 6, -1, 6, batch, long), (whole(seed + 7, 0, 1, batch) > 0) | (mask > 0)
+    tokens, stop = torch.full((batch, n_tokens), -1, dtype=long), torch.arange(n_stop)
+    state = [tensor.to(DEVICE, copy=True) for tensor in (tokens, count, pending, active, lengths, window)]
+    given_mask = (mask > 0) if seed % 2 else mask  # of either type
+    bookkeeping.enqueue_append(
+        chosen.to(DEVICE), given_mask.to(DEVICE), end.to(DEVICE), *state, stop.to(DEVICE), is_sparse=is_sparse
+    )
+    for s in range(batch):
+        if mask[s]:
+            tokens[s, count[s]] = pending[s] = chosen[s]
+            count[s] += 1
+            lengths[s] = end[s]
+            window[s] = window[s] + 1 if is_sparse else 0
+            active[s] = active[s] and count[s] < n_tokens and chosen[s] not in stop
+    expected = (tokens, count, pending, active, lengths, window)
+    for name, ours, theirs in zip(
+        ("tokens", "count", "pending", "active", "lengths", "window"), state, expected, strict=True
+    ):
+        assert torch.equal(ours.cpu(), theirs), name
+
+
+def test_the_mask_may_be_the_state_itself():
+    """As after the prefill: all active sequences choose their first token, and their lengths stay."""
+    active, lengths = torch.tensor([True, False, True]), torch.tensor([7, 8, 9], dtype=torch.int32)
+    state = {
+        "tokens": torch.full((3, 1), -1),
+        "count": torch.zeros(3, dtype=torch.int64),
+        "pending": torch.full((3,), -1),
+        "active": active,
+        "lengths": lengths,
+        "window": torch.zeros(3, dtype=torch.int32),
+    }
+    state = {name: tensor.to(DEVICE) for name, tensor in state.items()}
+    stop = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    chosen = torch.tensor([4, 5, 6], device=DEVICE)
+    bookkeeping.enqueue_append(chosen, state["active"], state["lengths"], *state.values(), stop, is_sparse=False)
+    assert state["tokens"].tolist() == [[4], [-1], [6]]
+    assert state["active"].tolist() == [False, False, False]
+    assert state["lengths"].tolist() == [7, 8, 9]
