@@ -35,7 +35,8 @@ test: install  ## every test; where there is a GPU, those of the kernels a secon
 test-gpu: install  ## the tests of the kernels, compiled
 	RESA_TEST_DEVICE=cuda $(PYTHON) -m pytest -m fast
 
-OWN_KERNELS = $(foreach name,bounds score select write sparse dense compress,--kernel-name kns=_$(name)_kernel)
+OWN_KERNELS = $(foreach name,bounds score select write sparse dense compress append_and_score \
+    plan append add_norm split swiglu,--kernel-name kns=_$(name)_kernel)
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
 sanitize: install  ## every kernel under compute-sanitizer: memory errors, then races

@@ -131,9 +131,9 @@ def setting(result: dict) -> str:
     )
 
 
-def spread(time: dict) -> str:
+def spread(time: dict, digits: int = 1) -> str:
     """A median with its quartiles."""
-    return f"{time['us']:.1f} [{time['low']:.1f}, {time['high']:.1f}]"
+    return f"{time['us']:.{digits}f} [{time['low']:.{digits}f}, {time['high']:.{digits}f}]"
 
 
 def attention() -> str:
@@ -197,6 +197,95 @@ def crossover_file() -> str:
     return json.dumps(kept, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
 
 
+def end_to_end_results() -> list[dict]:
+    """The measurements of whole decoding steps, one per command that was run."""
+    return [load(str(path.relative_to(ROOT))) for path in sorted((ROOT / "docs/results").glob("end_to_end*.json"))]
+
+
+def end_to_end_rows(protocol: str) -> list[dict]:
+    """Their rows of one protocol, ordered by weights, batch and context."""
+    rows = [row for result in end_to_end_results() for row in result["rows"] if row["protocol"] == protocol]
+    return sorted(rows, key=lambda row: (row["weights"], row["batch"], row["context"]))
+
+
+def end_to_end_table(protocol: str) -> str:
+    """Whole decoding steps: dense, sparse, ReSA."""
+    head = ["weights", "batch", "context", "dense", "sparse", "ReSA", "tokens/s", "dense ÷ ReSA", "limit by bytes"]
+    table = []
+    for row in end_to_end_rows(protocol):
+        times = {"dense": row["dense_us"], "sparse": row["sparse"]["us"], "resa": row["resa"]["us"]}
+        cells = [f"{us / 1e3:.2f} ({row['floor_us'][name] / us:.0%})" for name, us in times.items()]
+        limit = row["floor_us"]["dense"] / row["floor_us"]["resa"]
+        rate = row["batch"] / row["resa"]["us"] * 1e6
+        point = [row["weights"], str(row["batch"]), f"{row['context'] // 1024}K"]
+        table.append([*point, *cells, f"{rate:,.0f}", f"**{row['ratio']:.2f}**", f"{limit:.2f}"])
+    return markdown(head, table)
+
+
+def end_to_end_setting() -> str:
+    """What was measured on what, by which commands."""
+    results = end_to_end_results()
+    first, config = results[0], results[0]["config"]
+    devices = ", ".join(sorted({result["device"] for result in results}))
+    copies = sorted(result["copy_tbs"] for result in results)
+    commands = "; ".join(f"`{result['command']}`, commit {result['commit']}" for result in results)
+    return (
+        f"ms per step (share of the memory roofline, from bytes at the copy bandwidth of the same run, {copies[0]:.2f} to "
+        f"{copies[-1]:.2f} TB/s); medians. {devices}, torch {first['torch']}, triton {first['triton']}; block size "
+        f"{config['block_size']}, active ratio {config['active_ratio']}, interval {config['interval']}. {commands}."
+    )
+
+
+def end_to_end() -> str:
+    """All layers share one cache, as in the paper."""
+    return end_to_end_table("shared") + "\n\n" + end_to_end_setting()
+
+
+PAPER = {"float16": ("16-bit", "2.28"), "int4": ("4-bit", "2.42 to 2.44")}  # arXiv 2506.04108, 8 × 256K on an A100
+
+
+def paper() -> str:
+    """The paper's speed-up beside this project's, at the point that both measured."""
+    rows = {row["weights"]: row for row in end_to_end_rows("shared") if (row["batch"], row["context"]) == (8, 2**18)}
+    head = ["weights", "paper, A100", "this project, H100", "limit by bytes", "dense, ms", "ReSA, ms"]
+    table = [
+        [
+            name,
+            ratio,
+            f"**{rows[weights]['ratio']:.2f}**",
+            f"{rows[weights]['floor_us']['dense'] / rows[weights]['floor_us']['resa']:.2f}",
+            f"{rows[weights]['dense_us'] / 1e3:.2f}",
+            spread({key: value / 1e3 for key, value in rows[weights]["resa"].items()}, digits=2),
+        ]
+        for weights, (name, ratio) in PAPER.items()
+        if weights in rows
+    ]
+    return markdown(head, table) + "\n\n8 sequences of 256K tokens, one cache shared by all layers; speed-up over dense."
+
+
+def beside_attention() -> str:
+    """What a step does beside attention, at batch 8."""
+    weights = {}
+    for result in end_to_end_results():
+        for name, about in result["weights"].items():
+            if "8" in about["parts"]:
+                weights[name] = about["parts"]["8"]
+    lines = []
+    for what, rows in (("step", "8 rows"), ("rectification", "256 rows")):
+        products, whole = f"{what}: matrix products, per layer", f"{what}: with elementwise work, per layer"
+        peer = f"{what}: matrix products by torch, per layer"
+        cells = [[f"matrix products, {rows}, per layer"], [f"elementwise work, {rows}, per layer"], [f"torch's own 4-bit products, {rows}, per layer"]]
+        for parts in weights.values():
+            cells[0].append(spread(parts[products]))
+            cells[1].append(f"{parts[whole]['us'] - parts[products]['us']:.1f}")
+            cells[2].append(spread(parts[peer]) if peer in parts else "–")
+        lines += cells
+    for name in ("output projection", "sampling, greedy", "sampling, temperature 0.7, top_p 0.95"):
+        lines.append([name, *(spread(parts[name]) for parts in weights.values())])
+    note = "µs; medians [quartiles]. Elementwise work is what a layer takes more than its products, residuals, norms, RoPE and SwiGLU."
+    return markdown(["part", *weights], lines) + "\n\n" + note
+
+
 TABLES = {
     "fidelity": fidelity,
     "language": language,
@@ -204,6 +293,9 @@ TABLES = {
     "attention": attention,
     "parts": parts,
     "crossover": crossover,
+    "end_to_end": end_to_end,
+    "paper": paper,
+    "beside_attention": beside_attention,
 }
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

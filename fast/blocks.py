@@ -21,6 +21,7 @@ from resa.reference.checks import bind_shapes, check_dtypes, check_heads, check_
 from resa.reference.config import ReSAConfig
 
 from .bounds8 import Bounds8
+from .cache import write_block
 from .checks import check_device, check_kernel_dtypes, check_layout, check_sizes
 from .launch import let_next_start, overlapped, wait_for_previous
 
@@ -128,16 +129,28 @@ def _score_kernel(
     query_ptr, bounds_ptr, scale_ptr, lengths_ptr, scores_ptr, n_kv_head, n_blocks,
     G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of BLOCKS blocks of one KV head.
-
-    Grid: (ceil(M / BLOCKS), B·Hkv). Tile: [D, BLOCKS], the one bound of each channel that the sign of q̄ calls for, as
-    it is or, with a scale, decoded. Invariant: every score of the tile is written, −∞ past the end.
-    """
+    """Scores of BLOCKS blocks of one KV head. Grid: (ceil(M / BLOCKS), B·Hkv)."""
     wait_for_previous()
     let_next_start()
     i_row = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths_ptr + i_row // n_kv_head)
-    o_block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+    _score_tile(
+        query_ptr, bounds_ptr, scale_ptr, scores_ptr, length, i_row, tl.program_id(0), n_blocks,
+        G, D, BLOCK_SIZE, BLOCKS, ALIGNED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _score_tile(
+    query_ptr, bounds_ptr, scale_ptr, scores_ptr, length, i_row, i_tile, n_blocks,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Scores of tile i_tile of KV head i_row, whose sequence has `length` tokens that count.
+
+    Tile: [D, BLOCKS], the one bound of each channel that the sign of q̄ calls for, as it is or, with a scale, decoded.
+    Invariant: every score of the tile is written, −∞ past the end.
+    """
+    o_block = i_tile * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
     o_d = tl.arange(0, D)
     o_g = tl.arange(0, 16)
     p_query = query_ptr + (i_row * G + o_g)[:, None] * D + o_d
@@ -158,6 +171,55 @@ def _score_kernel(
         product = tl.where(tl.abs(bound) <= 448, weight * bound, unbounded)  # the code 0x7F is no number up to 448
     score = tl.where(o_block < total, tl.sum(product, axis=0), float("-inf"))
     tl.store(scores_ptr + i_row * n_blocks + o_block, score, mask=o_block < n_blocks)
+
+
+def enqueue_append_and_scores(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, bounds: Tensor | Bounds8,
+    start: Tensor, end: Tensor, completed: Tensor, block_size: int,
+) -> Tensor:  # fmt: skip
+    """`enqueue_write` of one token per sequence and `enqueue_scores` of the blocks before its own, in one kernel.
+
+    query [B, Hq, D], key and value [B, Hkv, 1, D], start, end and completed [B] int32 → scores [B, Hkv, M] float32.
+    Nothing before `completed` may lie in the block that the token goes to.
+    """
+    table, scale = (bounds.codes, bounds.scale) if isinstance(bounds, Bounds8) else (bounds, None)
+    batch, kv_heads, capacity, head_dim = keys.shape
+    n_blocks, tile = table.shape[4], 32
+    scores = query.new_empty(batch, kv_heads, n_blocks, dtype=torch.float32)
+    _append_and_score_kernel[(1 + triton.cdiv(n_blocks, tile), batch * kv_heads)](
+        query, key, value, keys, values, table, scale, scores, start, end, completed, kv_heads, capacity, n_blocks,
+        query.shape[1] // kv_heads, head_dim, block_size, tile, n_blocks % 16 == 0, num_warps=1,
+        **overlapped(query.device),
+    )  # fmt: skip
+    return scores
+
+
+@triton.jit
+def _append_and_score_kernel(
+    query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, bounds_ptr, scale_ptr, scores_ptr, start_ptr, end_ptr,
+    completed_ptr, n_kv_head, capacity, n_blocks,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The first program of every KV head stores the token, the others score. Grid: (1 + ceil(M / BLOCKS), B·Hkv).
+
+    They need not wait for each other: what the one writes, the others do not count.
+    """
+    wait_for_previous()
+    let_next_start()
+    i_row = tl.program_id(1).to(tl.int64)
+    i_sequence = i_row // n_kv_head
+    if tl.program_id(0) == 0:
+        start, end = tl.load(start_ptr + i_sequence), tl.load(end_ptr + i_sequence)
+        write_block(
+            keys_ptr, values_ptr, bounds_ptr, scale_ptr, key_ptr, value_ptr, start, end,
+            i_row, start // BLOCK_SIZE, capacity, 1, n_blocks, D, BLOCK_SIZE,
+        )  # fmt: skip
+    else:
+        length = tl.load(completed_ptr + i_sequence)
+        _score_tile(
+            query_ptr, bounds_ptr, scale_ptr, scores_ptr, length, i_row, tl.program_id(0) - 1, n_blocks,
+            G, D, BLOCK_SIZE, BLOCKS, ALIGNED,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -78,38 +78,47 @@ def _write_kernel(
     keys_ptr, values_ptr, bounds_ptr, scale_ptr, new_keys_ptr, new_values_ptr, start_ptr, end_ptr,
     n_kv_head, capacity, width, n_blocks, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One block of one KV head: its part of the window, and its bounds anew.
-
-    Grid: (most blocks a window can touch, B·Hkv). Tile: [BLOCK_SIZE, D], the block's tokens.
-    Invariant: afterwards the block's bounds are those of its keys before `end`. They are rebuilt rather than extended,
-    because a running minimum could not forget a key that was overwritten.
-    """
+    """One block of one KV head. Grid: (most blocks a window can touch, B·Hkv)."""
     let_next_start()
     i_row = tl.program_id(1).to(tl.int64)
     start, end = tl.load(start_ptr + i_row // n_kv_head), tl.load(end_ptr + i_row // n_kv_head)
-    i_block = start // BLOCK_SIZE + tl.program_id(0)
-    if (end <= start) | (i_block * BLOCK_SIZE >= end):
-        return
-    o_d = tl.arange(0, D)
-    position = i_block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    m_new = ((position >= start) & (position < end))[:, None]
-    o_new = (i_row * width + position - start)[:, None] * D + o_d  # [BLOCK_SIZE, D]
-    o_cached = (i_row * capacity + position)[:, None] * D + o_d
-    value = tl.load(new_values_ptr + o_new, mask=m_new, other=0.0)
-    key = tl.load(new_keys_ptr + o_new, mask=m_new, other=0.0)
-    old_key = tl.load(keys_ptr + o_cached, mask=(position < start)[:, None], other=0.0)
-    tl.store(values_ptr + o_cached, value, mask=m_new)
-    tl.store(keys_ptr + o_cached, key, mask=m_new)
+    write_block(
+        keys_ptr, values_ptr, bounds_ptr, scale_ptr, new_keys_ptr, new_values_ptr, start, end,
+        i_row, start // BLOCK_SIZE + tl.program_id(0), capacity, width, n_blocks, D, BLOCK_SIZE,
+    )  # fmt: skip
 
-    key = tl.where(m_new, key, old_key).to(tl.float32)
-    m_key = (position < end)[:, None] & (key == key)
-    has_nan = tl.max(((position < end)[:, None] & (key != key)).to(tl.int32), axis=0) > 0  # [D]
-    lo = tl.where(has_nan, float("nan"), tl.min(tl.where(m_key, key, float("inf")), axis=0))
-    hi = tl.where(has_nan, float("nan"), tl.max(tl.where(m_key, key, float("-inf")), axis=0))
-    o_channel = i_row * 2 * D + o_d  # D channels of lo, then D of hi
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + i_row * D + o_d)
-        lo, hi = encode_e4m3(lo, scale, False), encode_e4m3(hi, scale, True)
-    dtype = bounds_ptr.dtype.element_ty
-    tl.store(bounds_ptr + o_channel * n_blocks + i_block, lo.to(dtype))
-    tl.store(bounds_ptr + (o_channel + D) * n_blocks + i_block, hi.to(dtype))
+
+@triton.jit
+def write_block(
+    keys_ptr, values_ptr, bounds_ptr, scale_ptr, new_keys_ptr, new_values_ptr, start, end,
+    i_row, i_block, capacity, width, n_blocks, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Block i_block of KV head i_row: its part of the window, and its bounds anew; nothing past the window.
+
+    Tile: [BLOCK_SIZE, D], the block's tokens. Invariant: afterwards the block's bounds are those of its keys before
+    `end`. They are rebuilt rather than extended, because a running minimum could not forget a key that was overwritten.
+    """
+    if (end > start) & (i_block * BLOCK_SIZE < end):
+        o_d = tl.arange(0, D)
+        position = i_block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        m_new = ((position >= start) & (position < end))[:, None]
+        o_new = (i_row * width + position - start)[:, None] * D + o_d  # [BLOCK_SIZE, D]
+        o_cached = (i_row * capacity + position)[:, None] * D + o_d
+        value = tl.load(new_values_ptr + o_new, mask=m_new, other=0.0)
+        key = tl.load(new_keys_ptr + o_new, mask=m_new, other=0.0)
+        old_key = tl.load(keys_ptr + o_cached, mask=(position < start)[:, None], other=0.0)
+        tl.store(values_ptr + o_cached, value, mask=m_new)
+        tl.store(keys_ptr + o_cached, key, mask=m_new)
+
+        key = tl.where(m_new, key, old_key).to(tl.float32)
+        m_key = (position < end)[:, None] & (key == key)
+        has_nan = tl.max(((position < end)[:, None] & (key != key)).to(tl.int32), axis=0) > 0  # [D]
+        lo = tl.where(has_nan, float("nan"), tl.min(tl.where(m_key, key, float("inf")), axis=0))
+        hi = tl.where(has_nan, float("nan"), tl.max(tl.where(m_key, key, float("-inf")), axis=0))
+        o_channel = i_row * 2 * D + o_d  # D channels of lo, then D of hi
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + i_row * D + o_d)
+            lo, hi = encode_e4m3(lo, scale, False), encode_e4m3(hi, scale, True)
+        dtype = bounds_ptr.dtype.element_ty
+        tl.store(bounds_ptr + o_channel * n_blocks + i_block, lo.to(dtype))
+        tl.store(bounds_ptr + (o_channel + D) * n_blocks + i_block, hi.to(dtype))

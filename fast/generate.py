@@ -33,7 +33,7 @@ from resa.reference.generate import (
 from resa.reference.model import GPT
 
 from .attention import count_dense_units, enqueue_dense, enqueue_sparse
-from .blocks import block_bounds, enqueue_scores, enqueue_selection
+from .blocks import block_bounds, enqueue_append_and_scores, enqueue_scores, enqueue_selection
 from .bookkeeping import enqueue_append, enqueue_plan
 from .bounds8 import Bounds8, compress_bounds
 from .cache import enqueue_write
@@ -42,6 +42,7 @@ from .model import accelerated
 
 PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt; changes no result
 Bounds = Sequence[Tensor | Bounds8]  # per layer: [B, Hkv, 2, D, M], exact or in 8 bits
+SMALL_BLOCK = 2048  # channels of a block's keys, up to which one warp appends a token while others score
 MANY_ROWS = 16  # KV heads of all sequences, from which on appending on a second stream costs less than it saves
 READ_BACK = 32  # fewest tokens between two looks at the device; a multiple of the interval is
 
@@ -188,11 +189,15 @@ def attend_sparsely(
     the blocks before it and does not wait for the write.
     """
     b = step.config.block_size
-    if step.beside is not None:
-        step.beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(step.beside):  # does nothing for None
-        enqueue_write(keys, values, bounds, key, value, step.start, step.end, b)
-    scores = enqueue_scores(query, bounds, step.completed, b)
+    if step.beside is None and b * keys.shape[3] <= SMALL_BLOCK:
+        new = key, value, keys, values, bounds
+        scores = enqueue_append_and_scores(query, *new, step.start, step.end, step.completed, b)
+    else:
+        if step.beside is not None:
+            step.beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(step.beside):  # does nothing for None
+            enqueue_write(keys, values, bounds, key, value, step.start, step.end, b)
+        scores = enqueue_scores(query, bounds, step.completed, b)
     indices = enqueue_selection(scores, step.visible, step.counts, step.config)
     if step.beside is not None:
         torch.cuda.current_stream().wait_stream(step.beside)

@@ -208,6 +208,22 @@ def untimed(monkeypatch):
         return 32.0
 
     monkeypatch.setattr(e2e, "time_calls", time_calls)
+
+    class Event:
+        now = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.now += 0.5
+            self.at = Event.now
+
+        def elapsed_time(self, later):  # in milliseconds
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(e2e, "elapsed", elapsed)
     monkeypatch.setattr(e2e, "BACKENDS", PLAIN)
     monkeypatch.setattr(e2e, "check", lambda *_: {"all": 0.0})
@@ -220,6 +236,7 @@ def test_a_row_compares_with_the_faster_dense_attention(model, untimed):
     row = e2e.measure(model, config, 2, CONTEXT, e2e.Sampling(0.7, 0.9), is_shared=True)
     assert row["dense_us"] == 9.0
     assert row["resa"] == {"us": 16.0, "low": 16.0, "high": 16.0}
+    assert row["resa_steps_us"] == [500.0, 500.0]
     assert (row["protocol"], row["batch"], row["context"]) == ("shared", 2, CONTEXT)
     assert row["ratio"] == row["sparse_ratio"] == 0.562
     assert "resa, 8-bit bounds" in row

@@ -6,6 +6,7 @@ from seeds and moved, so that both runs see the same numbers.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import oracle
@@ -47,6 +48,7 @@ from resa.reference.config import GPTConfig, ReSAConfig
 pytestmark = pytest.mark.fast
 
 INF = math.inf
+DTYPES = st.sampled_from(FAST_DTYPES)
 TENSORS = ("empty", "empty_like", "empty_strided")
 METHODS = ("new_empty", "new_empty_strided")
 GARBAGE = {"zero": 0.0, "NaN": NAN, "inf": INF, "-inf": -INF, "huge": 6e4, "lowest": -6e4}
@@ -1255,6 +1257,41 @@ def test_new_tokens_may_be_strided(fast):
     for s, (start, end) in enumerate(edges.tolist()):
         assert torch.equal(found[0][s, :, start:end], new.cpu()[s, :, : end - start])
         assert torch.equal(found[1][s, :, start:end], 2 * new.cpu()[s, :, : end - start])
+
+
+@pytest.mark.parametrize("is_compressed", [False, True], ids=["exact", "8-bit"])
+@examples(8)
+@given(
+    case=fast_cases(block_sizes=(8, 16), head_dims=(16, 32), sizes=("plain",)), steps=st.integers(0, 1), dtype=DTYPES
+)
+def test_an_append_and_scores_in_one_kernel_are_those_of_two(is_compressed, case, steps, dtype):
+    """Bit for bit, for sequences that take the step and others; the scores are of the blocks before the newest."""
+    from resa.fast.blocks import enqueue_append_and_scores, enqueue_scores
+    from resa.fast.bounds8 import compress_bounds
+    from resa.fast.cache import enqueue_write
+
+    case = replace(case, capacity=case.capacity + 1)
+    x = case.build(dtype, slack=1.0)
+    query, keys, values, start = (tensor.to(DEVICE) for tensor in (x.query, x.keys, x.values, x.lengths))
+    generator, new_shape = torch.Generator().manual_seed(case.seed), (len(start), case.kv_heads, 1, case.head_dim)
+    key, value = (torch.randn(new_shape, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
+    takes = (torch.arange(len(start), device=DEVICE) % 2 == steps).to(torch.int32)
+    end, completed = start + takes, start // case.block_size * case.block_size * takes
+    results = []
+    for is_one in (True, False):
+        bounds = reference_bounds(x).to(DEVICE)
+        bounds = compress_bounds(bounds) if is_compressed else bounds
+        held = keys.clone(), values.clone(), bounds
+        if is_one:
+            scores = enqueue_append_and_scores(query, key, value, *held, start, end, completed, case.block_size)
+        else:
+            enqueue_write(*held, key, value, start, end, case.block_size)
+            scores = enqueue_scores(query, bounds, completed, case.block_size)
+        results.append((*held[:2], bounds.codes if is_compressed else bounds, scores))
+    for name, ours, theirs in zip(("keys", "values", "bounds", "scores"), *results, strict=True):
+        assert_same_bits(ours.cpu(), theirs.cpu(), name)
+    moved = (results[0][0] != keys).flatten(1).any(dim=1)
+    assert moved.tolist() == (takes > 0).tolist()
 
 
 # --------------------------------------------------------------------------------------------------------------

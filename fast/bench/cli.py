@@ -171,8 +171,8 @@ def command(options: argparse.Namespace, what: str) -> str:
     for name, default in vars(options.points.parse_args([])).items():
         value = getattr(options, name)
         if value != default and name not in ("out", "commit"):
-            values = map(str, value if isinstance(value, list) else [value])
-            words.append(f"--{name.replace('_', '-')} {' '.join(values)}")
+            values = [str(each) for each in (value if isinstance(value, list) else [value])]
+            words += [f"--{name.replace('_', '-')}", *values]
     return " ".join(words)
 
 

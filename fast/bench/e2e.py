@@ -12,10 +12,11 @@ batches; every layer still reads and writes all of it. Under *true* every layer 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +146,7 @@ class Cycle:
     ) -> None:
         self.cache, self.f = replace(cache, lengths=cache.lengths.clone()), f
         self.start = cache.lengths - f
-        tokens = f * (SAMPLES + 4)  # more than are ever chosen, so that no sequence ends
+        tokens = f * (SAMPLES + 5)  # more than are ever chosen, so that no sequence ends
         choose = sampling.sampler(model, len(self.start), tokens)
         bounds = cache.bounds if bounds is None else bounds
         self.loop = DecodeLoop(model, self.cache, bounds, tokens, config, choose, ())
@@ -155,11 +156,13 @@ class Cycle:
         self.loop.append(first, self.loop.active, self.cache.lengths, is_sparse=False)
 
     @torch.no_grad()
-    def __call__(self) -> None:
-        """f tokens per sequence; the first two calls compile and capture."""
+    def __call__(self, mark: Callable[[], None] | None = None) -> None:
+        """f tokens per sequence, and a mark after each; the first two calls compile and capture."""
         self.cache.lengths.copy_(self.start)
         for kinds in self.kinds:
             self.loop.launch(kinds)
+            if mark is not None:
+                mark()
 
 
 def check(
@@ -218,7 +221,8 @@ def measure(
         step = DenseStep(model, cache, sampling, backend)
         dense[name] = time_calls([step])
     sparse = _time_cycle(Cycle(model, cache, replace(config, interval=None), sampling, f=f))
-    resa = _time_cycle(Cycle(model, cache, config, sampling, f=f))
+    cycle = Cycle(model, cache, config, sampling, f=f)
+    resa, steps = _time_cycle(cycle), step_times(cycle)
     compressed = [compress_bounds(layer) for layer in cache.bounds[:1]] * len(cache.bounds) if is_shared else None
     eight_bit = _time_cycle(Cycle(model, cache, config, sampling, f=f, bounds=compressed)) if is_shared else None
     best = min(dense.values(), key=lambda time: time.us)
@@ -230,6 +234,7 @@ def measure(
         "dense": {name: asdict(time) for name, time in dense.items()},
         "sparse": asdict(sparse),
         "resa": asdict(resa),
+        "resa_steps_us": steps,
         **({"resa, 8-bit bounds": asdict(eight_bit)} if is_shared else {}),
         "dense_us": best.us,
         "ratio": round(best.us / resa.us, 3),
@@ -247,6 +252,16 @@ def _time_cycle(cycle: Cycle) -> Time:
     return Time.of(samples)
 
 
+def step_times(cycle: Cycle) -> list[float]:
+    """Microseconds of each of the f steps of one more cycle; the last holds the dense pass."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(cycle.f + 1)]
+    waiting = iter(events)
+    next(waiting).record()
+    cycle(lambda: next(waiting).record())
+    torch.cuda.synchronize()
+    return [round(1e3 * before.elapsed_time(after), 1) for before, after in pairwise(events)]
+
+
 def measure_parts(model: FusedGPT, config: ReSAConfig, batch: int) -> dict[str, dict[str, float]]:
     """Microseconds of what is not attention: of one layer and one row per sequence, or f; of what comes once a step."""
     device, n_layer = model.embed.weight.device, model.config.n_layer
@@ -255,15 +270,17 @@ def measure_parts(model: FusedGPT, config: ReSAConfig, batch: int) -> dict[str, 
         tokens = torch.ones(batch, rows, dtype=torch.int64, device=device)
         inputs = product_inputs(model, batch * rows)
 
-        def products(inputs: dict[str, Tensor] = inputs) -> None:
+        def products(*names: str, inputs: dict[str, Tensor] = inputs) -> None:
             for layer in model.fused:
-                for each, product in layer.products().items():
-                    product(inputs[each])
+                for each in names:
+                    layer.products()[each](inputs[each])
 
         def transform(tokens: Tensor = tokens) -> Tensor:
             return model.transform(tokens, tokens, lambda layer, query, key, value: query)
 
-        parts[f"{name}: matrix products, per layer"] = time_calls([products], divide_by=n_layer)
+        for names in (*([each] for each in inputs), list(inputs)):
+            what = names[0] if len(names) == 1 else "matrix products"
+            parts[f"{name}: {what}, per layer"] = time_calls([partial(products, *names)], divide_by=n_layer)
         parts[f"{name}: with elementwise work, per layer"] = time_calls([transform], divide_by=n_layer)
         if isinstance(model.output, FourBitLinear):
             narrow = {name: x.bfloat16() for name, x in inputs.items()}
