@@ -230,7 +230,7 @@ def end_to_end_setting() -> str:
     copies = sorted(result["copy_tbs"] for result in results)
     commands = "; ".join(f"`{result['command']}`, commit {result['commit']}" for result in results)
     return (
-        f"ms per step (share of the memory roofline, from bytes at the copy bandwidth of the same run, {copies[0]:.2f} to "
+        f"ms per step (share of the memory roofline: bytes at the copy bandwidth of the same run, {copies[0]:.2f} to "
         f"{copies[-1]:.2f} TB/s); medians. {devices}, torch {first['torch']}, triton {first['triton']}; block size "
         f"{config['block_size']}, active ratio {config['active_ratio']}, interval {config['interval']}. {commands}."
     )
@@ -260,7 +260,8 @@ def paper() -> str:
         for weights, (name, ratio) in PAPER.items()
         if weights in rows
     ]
-    return markdown(head, table) + "\n\n8 sequences of 256K tokens, one cache shared by all layers; speed-up over dense."
+    note = "8 sequences of 256K tokens, one cache shared by all layers; speed-up over dense decoding."
+    return markdown(head, table) + "\n\n" + note
 
 
 def beside_attention() -> str:
@@ -272,17 +273,19 @@ def beside_attention() -> str:
                 weights[name] = about["parts"]["8"]
     lines = []
     for what, rows in (("step", "8 rows"), ("rectification", "256 rows")):
-        products, whole = f"{what}: matrix products, per layer", f"{what}: with elementwise work, per layer"
-        peer = f"{what}: matrix products by torch, per layer"
-        cells = [[f"matrix products, {rows}, per layer"], [f"elementwise work, {rows}, per layer"], [f"torch's own 4-bit products, {rows}, per layer"]]
-        for parts in weights.values():
-            cells[0].append(spread(parts[products]))
-            cells[1].append(f"{parts[whole]['us'] - parts[products]['us']:.1f}")
-            cells[2].append(spread(parts[peer]) if peer in parts else "–")
-        lines += cells
+        products = [parts[f"{what}: matrix products, per layer"] for parts in weights.values()]
+        whole = [parts[f"{what}: with elementwise work, per layer"] for parts in weights.values()]
+        peers = [parts.get(f"{what}: matrix products by torch, per layer") for parts in weights.values()]
+        more = [f"{every['us'] - product['us']:.1f}" for every, product in zip(whole, products, strict=True)]
+        lines.append([f"matrix products, {rows}, per layer", *map(spread, products)])
+        lines.append([f"elementwise work, {rows}, per layer", *more])
+        lines.append([f"torch's own 4-bit products, {rows}, per layer", *(spread(p) if p else "–" for p in peers)])
     for name in ("output projection", "sampling, greedy", "sampling, temperature 0.7, top_p 0.95"):
         lines.append([name, *(spread(parts[name]) for parts in weights.values())])
-    note = "µs; medians [quartiles]. Elementwise work is what a layer takes more than its products, residuals, norms, RoPE and SwiGLU."
+    note = (
+        "µs; medians [quartiles]. Elementwise work (residuals, norms, RoPE, SwiGLU) is what a layer takes more than its "
+        "products."
+    )
     return markdown(["part", *weights], lines) + "\n\n" + note
 
 
