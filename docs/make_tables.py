@@ -283,7 +283,7 @@ def beside_attention() -> str:
     for name in ("output projection", "sampling, greedy", "sampling, temperature 0.7, top_p 0.95"):
         lines.append([name, *(spread(parts[name]) for parts in weights.values())])
     note = (
-        "µs; medians [quartiles]. Elementwise work (residuals, norms, RoPE, SwiGLU) is what a layer takes more than its "
+        "µs; medians [quartiles]. Elementwise work (residuals, norms, RoPE, SwiGLU) is what a layer takes beyond its "
         "products."
     )
     return markdown(["part", *weights], lines) + "\n\n" + note
