@@ -204,8 +204,15 @@ def end_to_end_results() -> list[dict]:
 
 def end_to_end_rows(protocol: str) -> list[dict]:
     """Their rows of one protocol, ordered by weights, batch and context."""
-    rows = [row for result in end_to_end_results() for row in result["rows"] if row["protocol"] == protocol]
-    return sorted(rows, key=lambda row: (row["weights"], row["batch"], row["context"]))
+    rows = {}
+    for result in end_to_end_results():
+        for row in result["rows"]:
+            point = row["weights"], row["batch"], row["context"]
+            if row["protocol"] == protocol:
+                if point in rows:
+                    raise ValueError(f"docs/results/end_to_end*.json: {point} was measured twice; drop a file")
+                rows[point] = row
+    return [rows[point] for point in sorted(rows)]
 
 
 def end_to_end_table(protocol: str) -> str:
@@ -229,16 +236,31 @@ def end_to_end_setting() -> str:
     devices = ", ".join(sorted({result["device"] for result in results}))
     copies = sorted(result["copy_tbs"] for result in results)
     commands = "; ".join(f"`{result['command']}`, commit {result['commit']}" for result in results)
+    tokens = " or ".join(sorted({chosen_how(result) for result in results}))
     return (
         f"ms per step (share of the memory roofline: bytes at the copy bandwidth of the same run, {copies[0]:.2f} to "
-        f"{copies[-1]:.2f} TB/s); medians. {devices}, torch {first['torch']}, triton {first['triton']}; block size "
-        f"{config['block_size']}, active ratio {config['active_ratio']}, interval {config['interval']}. {commands}."
+        f"{copies[-1]:.2f} TB/s); medians. Tokens {tokens}. {devices}, torch {first['torch']}, triton "
+        f"{first['triton']}; block size {config['block_size']}, active ratio {config['active_ratio']}, interval "
+        f"{config['interval']}. {commands}."
     )
+
+
+def chosen_how(result: dict) -> str:
+    """How the tokens of a measurement were chosen."""
+    sampling = result["sampling"]
+    if sampling["temperature"] == 0:
+        return "greedy"
+    return f"sampled, temperature {sampling['temperature']}, top-p {sampling['top_p']}"
 
 
 def end_to_end() -> str:
     """All layers share one cache, as in the paper."""
     return end_to_end_table("shared") + "\n\n" + end_to_end_setting()
+
+
+def true_caches() -> str:
+    """Every layer has a cache of its own."""
+    return end_to_end_table("true") if end_to_end_rows("true") else "Not measured yet."
 
 
 PAPER = {"float16": ("16-bit", "2.28"), "int4": ("4-bit", "2.42 to 2.44")}  # arXiv 2506.04108, 8 × 256K on an A100
@@ -260,33 +282,41 @@ def paper() -> str:
         for weights, (name, ratio) in PAPER.items()
         if weights in rows
     ]
-    note = "8 sequences of 256K tokens, one cache shared by all layers; speed-up over dense decoding."
+    tokens = " or ".join(sorted({chosen_how(result) for result in end_to_end_results()}))
+    note = f"8 sequences of 256K tokens, one cache shared by all layers, tokens {tokens}; speed-up over dense decoding."
     return markdown(head, table) + "\n\n" + note
 
 
 def beside_attention() -> str:
-    """What a step does beside attention, at batch 8."""
-    weights = {}
+    """What a step does beside attention."""
+    columns = {}
     for result in end_to_end_results():
         for name, about in result["weights"].items():
-            if "8" in about["parts"]:
-                weights[name] = about["parts"]["8"]
+            for batch, parts in about["parts"].items():
+                columns[name, int(batch)] = parts
+    ends = {1, max(batch for _, batch in columns)}
+    columns = {key: columns[key] for key in sorted(columns) if key[1] in ends}
     lines = []
-    for what, rows in (("step", "8 rows"), ("rectification", "256 rows")):
-        products = [parts[f"{what}: matrix products, per layer"] for parts in weights.values()]
-        whole = [parts[f"{what}: with elementwise work, per layer"] for parts in weights.values()]
-        peers = [parts.get(f"{what}: matrix products by torch, per layer") for parts in weights.values()]
-        more = [f"{every['us'] - product['us']:.1f}" for every, product in zip(whole, products, strict=True)]
-        lines.append([f"matrix products, {rows}, per layer", *map(spread, products)])
-        lines.append([f"elementwise work, {rows}, per layer", *more])
-        lines.append([f"torch's own 4-bit products, {rows}, per layer", *(spread(p) if p else "–" for p in peers)])
+    for what in ("step", "rectification"):
+        for part in ("matrix products", "matrix products by torch", "elementwise work"):
+            cells = [layer_part(parts, what, part) for parts in columns.values()]
+            if set(cells) != {"–"}:
+                lines.append([f"{what}: {part}, per layer", *cells])
     for name in ("output projection", "sampling, greedy", "sampling, temperature 0.7, top_p 0.95"):
-        lines.append([name, *(spread(parts[name]) for parts in weights.values())])
+        lines.append([name, *(spread(parts[name]) for parts in columns.values())])
     note = (
-        "µs; medians [quartiles]. Elementwise work (residuals, norms, RoPE, SwiGLU) is what a layer takes beyond its "
-        "products."
+        "µs; medians [quartiles]. Elementwise work: residuals, norms, RoPE, SwiGLU; after ≈ what a layer takes beyond "
+        "its products, a difference of two such figures."
     )
-    return markdown(["part", *weights], lines) + "\n\n" + note
+    return markdown(["part", *(f"{name}, batch {batch}" for name, batch in columns)], lines) + "\n\n" + note
+
+
+def layer_part(parts: dict, what: str, part: str) -> str:
+    """A part of one layer; elementwise work, where it was not timed by itself, as the difference it makes."""
+    name, whole = f"{what}: {part}, per layer", f"{what}: with elementwise work, per layer"
+    if name not in parts and part == "elementwise work":
+        return f"≈ {parts[whole]['us'] - parts[f'{what}: matrix products, per layer']['us']:.1f}"
+    return spread(parts[name]) if name in parts else "–"
 
 
 TABLES = {
@@ -297,6 +327,7 @@ TABLES = {
     "parts": parts,
     "crossover": crossover,
     "end_to_end": end_to_end,
+    "true_caches": true_caches,
     "paper": paper,
     "beside_attention": beside_attention,
 }

@@ -43,7 +43,11 @@ class FourBitLinear:
     """A `Linear` whose weight is rounded to 4 bits: x [..., in] → [..., out], in float16 or bfloat16 as it was."""
 
     def __init__(self, linear: Linear) -> None:
-        codes, scale = round_to_four_bits(linear.weight)
+        weight = linear.weight
+        is_half = not weight.is_cuda or weight.dtype in (torch.float16, torch.bfloat16)
+        require(is_half, "weight", weight.dtype, "float16 or bfloat16")
+        codes, scale = round_to_four_bits(weight)
+        self.rows = len(codes)
         self.nbytes = codes.numel() // 2 + scale.nbytes  # read by every product
         if codes.is_cuda:
             self.product = _library_product(codes, scale, linear.bias)
@@ -51,6 +55,8 @@ class FourBitLinear:
             self.product = Linear(widened(codes, scale), linear.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if not x.numel():  # as of a prompt's part in which no prompt ends; the library knows no product of nothing
+            return x.new_empty(*x.shape[:-1], self.rows)
         return self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
@@ -80,7 +86,12 @@ def _library_product(codes: Tensor, scale: Tensor, bias: Tensor | None) -> torch
 
 @torch.no_grad()
 def quantise(model: FusedGPT) -> FusedGPT:
-    """Round every matrix of the model to 4 bits, in place, one after the other; the embedding stays as it is."""
+    """Round every matrix of the model to 4 bits, in place, one after the other; the embedding stays as it is.
+
+    What the model was built from keeps its own weights: drop it, or nothing is saved. Raises `ValueError` for a model
+    that is rounded already, or in another dtype on a GPU than float16 or bfloat16.
+    """
+    require(isinstance(model.output, Linear), "model", "one in 4 bits", "one that is not rounded yet")
     for layer in model.fused:
         for name, product in layer.products().items():
             setattr(layer, name, FourBitLinear(product))

@@ -33,14 +33,15 @@ from resa.reference.generate import (
 from resa.reference.model import GPT
 
 from .attention import count_dense_units, enqueue_dense, enqueue_sparse
-from .blocks import block_bounds, enqueue_append_and_scores, enqueue_scores, enqueue_selection
+from .blocks import MANY_SCORES, block_bounds, enqueue_append_and_scores, enqueue_scores, enqueue_selection
 from .bookkeeping import enqueue_append, enqueue_plan
 from .bounds8 import Bounds8, compress_bounds
 from .cache import enqueue_write
 from .checks import INTERPRETED, check_kernel_dtypes, check_sizes
 from .model import accelerated
 
-PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt; changes no result
+PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt, at most; changes no result
+PREFILL_ROWS = 8192  # and of all prompts together, because a pass holds some 50,000 numbers per token of a 7B model
 Bounds = Sequence[Tensor | Bounds8]  # per layer: [B, Hkv, 2, D, M], exact or in 8 bits
 SMALL_BLOCK = 2048  # channels of a block's keys, up to which one warp appends a token while others score
 MANY_ROWS = 16  # KV heads of all sequences, from which on appending on a second stream costs less than it saves
@@ -55,6 +56,7 @@ def generate(
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     stop_tokens: Collection[int] = (),
     on_token: Callable[[int, int, int], None] | None = None,
@@ -71,7 +73,7 @@ def generate(
     check_request(model, prompts, max_new_tokens, config, stop_tokens, resume)
     check_model(model, config, len(prompts))
     capacity = needed_capacity(model, prompts, max_new_tokens, resume)
-    own = sequence_generators(len(prompts), temperature, top_p, generator)
+    own = sequence_generators(len(prompts), temperature, top_p, top_k, generator)
     model = accelerated(model)
     if resume is not None:
         resume = replace(resume, cache=replace(resume.cache, block_bounds=block_bounds))
@@ -79,7 +81,7 @@ def generate(
     logits = prefill(model, feed, generation.cache)
     if max_new_tokens == 0:
         return generation
-    choose = Sampler(temperature, top_p, own, max_new_tokens, logits.device)
+    choose = Sampler(temperature, top_p, top_k, own, max_new_tokens, logits.device)
     cache = generation.cache
     if eight_bit_bounds:
         bounds = [compress_bounds(layer) for layer in cache.bounds]
@@ -106,12 +108,14 @@ def check_model(model: GPT, config: ReSAConfig, batch: int) -> None:
 
 
 @torch.no_grad()
-def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache, *, chunk_size: int = PREFILL_CHUNK) -> Tensor:
-    """Append each sequence's prompt to the cache densely, `chunk_size` tokens at a time.
+def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache, *, chunk_size: int | None = None) -> Tensor:
+    """Append each sequence's prompt to the cache densely, `chunk_size` tokens at a time (None: by the batch).
 
     Returns the logits [B, V] after each prompt's last token. An empty prompt leaves its sequence as it is (and its
     logits zero). The result does not depend on the chunking. Raises `ValueError` for prompts that don't fit.
     """
+    if chunk_size is None:
+        chunk_size = max(1, min(PREFILL_CHUNK, PREFILL_ROWS // max(1, len(prompts))))
     require(is_integer(chunk_size, 1), "chunk_size", chunk_size, "an integer ≥ 1")
     tokens, counts = pad_tokens("prompts", prompts, cache)
     check_lengths("prompts: lengths in the cache", cache.lengths + counts, min(cache.capacity, model.config.context))
@@ -171,6 +175,7 @@ class SparseStep:
     config: ReSAConfig
     arrivals: Tensor  # [≥ B·Hkv] int32 zeros
     beside: torch.cuda.Stream | None  # for what can wait
+    selected: list[tuple[Tensor, Tensor]] | None = None  # where every layer leaves its query and indices, to be seen
 
 
 def attend_sparsely(
@@ -189,7 +194,8 @@ def attend_sparsely(
     the blocks before it and does not wait for the write.
     """
     b = step.config.block_size
-    if step.beside is None and b * keys.shape[3] <= SMALL_BLOCK:
+    n_scores = keys.shape[0] * keys.shape[1] * (keys.shape[2] // b)
+    if step.beside is None and b * keys.shape[3] <= SMALL_BLOCK and n_scores < MANY_SCORES:
         new = key, value, keys, values, bounds
         scores = enqueue_append_and_scores(query, *new, step.start, step.end, step.completed, b)
     else:
@@ -199,6 +205,8 @@ def attend_sparsely(
             enqueue_write(keys, values, bounds, key, value, step.start, step.end, b)
         scores = enqueue_scores(query, bounds, step.completed, b)
     indices = enqueue_selection(scores, step.visible, step.counts, step.config)
+    if step.selected is not None:
+        step.selected.append((query, indices))
     if step.beside is not None:
         torch.cuda.current_stream().wait_stream(step.beside)
     return enqueue_sparse(query, keys, values, indices, step.counts, step.visible, b, step.arrivals)[0]
@@ -285,6 +293,7 @@ class DecodeLoop:
         self.beside = torch.cuda.Stream(device) if has_company else None
         self.graphs: dict[Kinds, torch.cuda.CUDAGraph | None] = {}
         self.delivered = 0  # tokens per sequence that `on_token` has been told of
+        self.selected: list[tuple[Tensor, Tensor]] | None = None  # a list gets each layer's query and indices
 
     @torch.no_grad()
     def run(self, logits: Tensor, on_token: Callable[[int, int, int], None] | None) -> Generation:
@@ -334,7 +343,7 @@ class DecodeLoop:
     def sparse_step(self) -> None:
         """Feed the pending tokens of the sequences whose turn it is, attending to the selected blocks alone."""
         plan = enqueue_plan(self.cache.lengths, self.window, self.active, self.config)
-        step = SparseStep(*plan, self.config, self.arrivals, self.beside)
+        step = SparseStep(*plan, self.config, self.arrivals, self.beside, self.selected)
         hidden = sparse_pass(self.model, self.pending, self.cache, self.bounds, step)
         self.append(self.model.output(hidden), step.mask, step.end, is_sparse=True)
 
@@ -399,11 +408,12 @@ class Sampler:
         self,
         temperature: float,
         top_p: float,
+        top_k: int | None,
         generators: Sequence[torch.Generator | None],
         max_new_tokens: int,
         device: torch.device,
     ) -> None:
-        self.temperature, self.top_p, self.generators = temperature, top_p, generators
+        self.temperature, self.top_p, self.top_k, self.generators = temperature, top_p, top_k, generators
         if temperature > 0:
             ahead = [_uniforms(_twin(generator), max_new_tokens) for generator in generators]
             self.uniforms = torch.stack(ahead).to(device)  # [B, N]
@@ -412,12 +422,12 @@ class Sampler:
         """The tokens [B] chosen from logits [B, V], each sequence's count[s]-th."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)  # the first of equals
-        logits = logits.double()
-        highest = logits.amax(dim=-1, keepdim=True)
-        probabilities = torch.softmax((logits - highest) / self.temperature, dim=-1)
-        ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-        mass = ranked.cumsum(dim=-1)
-        kept = (mass - ranked < self.top_p - 1e-12).sum(dim=-1, keepdim=True).clamp(min=1)
+        # Sorted as they are: 16 bits take a fraction of what float64 takes.
+        ranked, ids = logits.sort(dim=-1, descending=True, stable=True)
+        wide = ranked[:, : self.top_k].double()
+        probabilities = torch.softmax((wide - wide[:, :1]) / self.temperature, dim=-1)
+        mass = probabilities.cumsum(dim=-1)
+        kept = (mass - probabilities < self.top_p - 1e-12).sum(dim=-1, keepdim=True).clamp(min=1)
         uniform = self.uniforms.gather(1, count.clamp(max=self.uniforms.shape[1] - 1)[:, None])
         place = (mass <= uniform * mass.gather(1, kept - 1)).sum(dim=-1, keepdim=True)
         return ids.gather(1, torch.minimum(place, kept - 1))[:, 0]

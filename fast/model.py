@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resa.reference.checks import refuse
 from resa.reference.model import GPT, Attend, Layer, Operations, RMSNorm, rotary_frequencies
 
 from .attention import dense_attention, sparse_attention
@@ -94,6 +95,9 @@ class FusedGPT(GPT):
         self.frequencies = rotary_frequencies(
             config.head_dim, config.rope_theta, config.rope_scaling, device, torch.float32
         )
+
+    def _apply(self, *_: object, **__: object) -> FusedGPT:
+        refuse("FusedGPT", "a move or a cast", "one of the model that it is built from, before that")
 
     @torch.no_grad()
     def transform(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

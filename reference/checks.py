@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+RESERVE = 3 * 2**29  # bytes of a GPU left free beside weights and caches: activations, graphs, the libraries' own
 
 
 def refuse(argument: str, given: object, allowed: str) -> NoReturn:
@@ -105,10 +106,10 @@ def checked_device(argument: str, device: torch.device | str) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may still be allocated there: on a GPU what nobody holds, elsewhere all that the machine has."""
+    """Bytes for weights and caches: on a GPU what nobody holds less `RESERVE`, elsewhere all that the machine has."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(0, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - RESERVE)
     if not hasattr(os, "sysconf"):  # Windows: the allocation itself will say
         return sys.maxsize
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -11,7 +11,7 @@ registered here under the name "resa", which passes them on to the decode loop o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,18 @@ from .pretrained import config_from_values
 
 NAME = "resa"
 # What the library may ask of a decode loop, and this one does.
-PROCESSORS = {"TemperatureLogitsWarper", "TopPLogitsWarper"}
+PROCESSORS = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper"}
 CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria"}
+# What the library adds to its inputs on its own account: the mask counts, the rest says nothing of the tokens.
+INPUTS = {"attention_mask", "position_ids", "use_cache", "cache", "past_key_values", "cache_position", "logits_to_keep"}
 
 
 def rectified(*, decode: Callable[..., Generation] = generate, **config: object) -> Callable[..., Tensor]:
     """A decode loop for `model.generate(custom_generate=…)`; the keywords are those of `ReSAConfig`.
 
-    Greedy or sampled with temperature and top_p, ragged batches padded on the left, as the library has them. `decode`
-    has the signature of `resa.reference.generate`. Errors: ValueError naming what is not supported, before any work.
+    Greedy or sampled with temperature, top_k and top_p, ragged batches padded on the left, as the library has them.
+    `decode` has the signature of `resa.reference.generate`. Errors: ValueError naming what is not supported, before any
+    work.
     """
     resa_config = ReSAConfig(**config)
 
@@ -45,9 +48,14 @@ def rectified(*, decode: Callable[..., Generation] = generate, **config: object)
         generation_config: object,
         **inputs: object,  # the mask among them: named here, the library would pass it twice
     ) -> Tensor:
-        _check(generation_config, logits_processor, stopping_criteria)
-        mask = inputs.get("attention_mask")
+        _check(generation_config, logits_processor, stopping_criteria, inputs)
+        mask, places = inputs.get("attention_mask"), inputs.get("position_ids")
         is_real = torch.ones_like(input_ids) if mask is None else mask
+        counted = (is_real.cumsum(dim=1) - 1)[is_real.bool()]
+        is_counted = places is None or torch.equal(
+            places.expand_as(input_ids)[is_real.bool()], counted.to(places.dtype)
+        )
+        require(is_counted, "position_ids", "others", "the tokens' places, which need not be given")
         prompts = [row[real.bool()].tolist() for row, real in zip(input_ids, is_real, strict=True)]
         ends = generation_config.eos_token_id
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -61,6 +69,7 @@ def rectified(*, decode: Callable[..., Generation] = generate, **config: object)
                 resa_config,
                 temperature=(generation_config.temperature or 1.0) if is_sampled else 0.0,
                 top_p=(generation_config.top_p or 1.0) if is_sampled else 1.0,
+                top_k=(generation_config.top_k or None) if is_sampled else None,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 stop_tokens=ends,
             )
@@ -106,7 +115,7 @@ def _attention(
     return attend(module.layer_idx, query, key, value).transpose(1, 2).contiguous(), None
 
 
-def _check(generation_config: object, processors: list, criteria: list) -> None:
+def _check(generation_config: object, processors: list, criteria: list, inputs: Mapping[str, object]) -> None:
     for argument, allowed, given in (
         ("logits_processor", PROCESSORS, processors),
         ("stopping_criteria", CRITERIA, criteria),
@@ -114,13 +123,18 @@ def _check(generation_config: object, processors: list, criteria: list) -> None:
         for each in given:
             name = type(each).__name__
             require(name in allowed, argument, name, ", ".join(sorted(allowed)))
+    for name, given in inputs.items():
+        require(name in INPUTS or given is None, name, type(given).__name__, "input_ids and attention_mask alone")
+        is_filled = any(getattr(layer, "is_initialized", False) for layer in getattr(given, "layers", ()))
+        require(not is_filled, name, "a cache with tokens in it", "none: generation begins with the prompt")
     for name, plain in (
+        ("prompt_lookup_num_tokens", (None,)),
         ("num_beams", (None, 1)),
         ("num_return_sequences", (None, 1)),
         ("return_dict_in_generate", (None, False)),
     ):
         given = getattr(generation_config, name, None)
-        require(given in plain, name, given, str(plain[1]))
+        require(given in plain, name, given, str(plain[-1]))
 
 
 AttentionInterface.register(NAME, _attention)

@@ -153,6 +153,7 @@ def generate(
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     stop_tokens: Collection[int] = (),
     on_token: Callable[[int, int, int], None] | None = None,
@@ -160,9 +161,10 @@ def generate(
 ) -> Generation:
     """Continue every prompt by up to `max_new_tokens` tokens; the batch may be ragged.
 
-    `config=None` is `ReSAConfig()`. Temperature 0 takes the most likely token (ties: the lower id); otherwise each
-    token costs one uniform number of its sequence's own generator: one given per prompt, or seeded in prompt order
-    from the one given (None: torch's default). A stop token ends its sequence; it is returned, never fed.
+    `config=None` is `ReSAConfig()`. Temperature 0 takes the most likely token (ties: the lower id); otherwise `top_k`
+    and `top_p` say from how many of the likeliest one is drawn, and each token costs one uniform number of its
+    sequence's own generator: one given per prompt, or seeded in prompt order from the one given (None: torch's
+    default). A stop token ends its sequence; it is returned, never fed.
     `on_token(sequence, position, token)` is called for each token as it is chosen, with the position in the
     sequence that it will occupy.
 
@@ -176,13 +178,13 @@ def generate(
     config = ReSAConfig() if config is None else config
     check_request(model, prompts, max_new_tokens, config, stop_tokens, resume)
     capacity = needed_capacity(model, prompts, max_new_tokens, resume)
-    own = sequence_generators(len(prompts), temperature, top_p, generator)
+    own = sequence_generators(len(prompts), temperature, top_p, top_k, generator)
     generation, feed = open_generation(model, prompts, capacity, config, resume)
     logits = prefill(model, feed, generation.cache)
     active = torch.full((len(prompts),), max_new_tokens > 0, device=logits.device)
     while active.any():
         for sequence in active.nonzero()[:, 0].tolist():
-            token = sample_token(logits[sequence], temperature, top_p, own[sequence])
+            token = sample_token(logits[sequence], temperature, top_p, own[sequence], top_k)
             generation.tokens[sequence].append(token)
             generation.pending[sequence] = token
             if on_token is not None:
@@ -193,21 +195,23 @@ def generate(
     return generation
 
 
-def sample_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
+def sample_token(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None, top_k: int | None = None
+) -> int:
     """Choose a token from logits [V], by one uniform number where the temperature is above 0.
 
-    Top-p keeps the shortest prefix of the tokens, by falling probability (ties: the lower id first), whose mass
-    reaches `top_p`; the uniform number picks from that prefix by its cumulative mass.
+    Top-k keeps the `top_k` likeliest tokens (ties: the lower id first). Top-p keeps the shortest prefix of those, by
+    falling probability, whose mass reaches `top_p` of theirs; the uniform number picks from that prefix by its
+    cumulative mass.
     """
     if temperature == 0:
         return int(logits.argmax())  # the first of equals
-    logits = logits.double()
+    ranked, ids = logits.sort(descending=True, stable=True)
     # Less the largest, so that a division by the smallest temperature overflows to −∞ alone, never to ∞ − ∞.
-    probabilities = torch.softmax((logits - logits.max()) / temperature, dim=-1)
-    ranked, ids = probabilities.sort(descending=True, stable=True)
-    mass = ranked.cumsum(dim=0)
+    probabilities = torch.softmax((ranked[:top_k].double() - ranked[0].double()) / temperature, dim=-1)
+    mass = probabilities.cumsum(dim=0)
     # The tokens before which the mass has not been reached; less a little, for the rounding of the sums.
-    kept = max(int((mass - ranked < top_p - 1e-12).sum()), 1)
+    kept = max(int((mass - probabilities < top_p - 1e-12).sum()), 1)
     device = "cpu" if generator is None else generator.device
     uniform = torch.rand((), dtype=torch.float64, device=device, generator=generator).item()
     chosen = int(torch.searchsorted(mass[:kept], uniform * mass[kept - 1], right=True))
@@ -215,7 +219,11 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
 
 
 def sequence_generators(
-    batch: int, temperature: float, top_p: float, generator: torch.Generator | Sequence[torch.Generator] | None
+    batch: int,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> list[torch.Generator | None]:
     """One generator for each sequence, so that none draws from another's (law 9), after checking the sampling."""
     is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
@@ -223,6 +231,7 @@ def sequence_generators(
     require(is_number, "temperature", temperature, "a finite number ≥ 0")
     is_share = isinstance(top_p, (int, float)) and not isinstance(top_p, bool) and 0 < top_p <= 1
     require(is_share, "top_p", top_p, "0 < top_p ≤ 1")
+    require(top_k is None or is_integer(top_k, 1), "top_k", top_k, "an integer ≥ 1, or None for all tokens")
     is_generator = generator is None or isinstance(generator, (torch.Generator, Sequence))
     require(is_generator, "generator", generator, "a torch.Generator, one per prompt, or None")
     if isinstance(generator, Sequence):

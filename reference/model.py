@@ -59,7 +59,8 @@ def rotary_frequencies(
     size: int, theta: float, scaling: RopeScaling | None, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Radians per position of every pair of `size` channels, [D/2]: theta^(−2i/D), slowed down as `scaling` says."""
-    plain = theta ** (-torch.arange(0, size, 2, device=device, dtype=dtype) / size)
+    # In this order, because trained models had their frequencies rounded so.
+    plain = 1.0 / theta ** (torch.arange(0, size, 2, device=device, dtype=dtype) / size)
     if scaling is None:
         return plain
     if scaling.kind == "linear":

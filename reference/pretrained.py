@@ -26,15 +26,20 @@ from .model import GPT, Operations
 from .tokenizer import byte_spelling
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+INDEX = "model.safetensors.index.json"
 # Fields that must have one value here, because others would change what the model computes.
 FIXED = {
+    "add_cross_attention": False,
     "attention_bias": False,
+    "cross_attention_hidden_size": None,
     "hidden_act": "silu",
+    "is_encoder_decoder": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "pretraining_tp": 1,
     "quantization_config": None,
     "sliding_window": None,
+    "use_mrope": False,
     "use_sliding_window": False,
 }
 # Fields that are read, and fields that say nothing about what one pass computes.
@@ -44,8 +49,16 @@ READ = {
     "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
 }  # fmt: skip
 IGNORED = {
-    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
-    "max_window_layers", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures",
+    "attention_dropout", "attn_implementation", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id",
+    "dtype", "eos_token_id", "finetuning_task", "id2label", "initializer_range", "is_decoder", "label2id",
+    "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "problem_type",
+    "return_dict", "sep_token_id", "task_specific_params", "tie_encoder_decoder", "tokenizer_class", "torch_dtype",
+    "torchscript", "transformers_version", "use_bfloat16", "use_cache",
+}  # fmt: skip
+WHOLE_NUMBERS = {
+    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "vocab_size",
 }  # fmt: skip
 
 
@@ -67,34 +80,39 @@ def config_from_values(path: str, values: dict[str, object]) -> GPTConfig:
         values.pop("sliding_window", None)  # a width, used only if use_sliding_window says so
     for name, value in values.items():
         if name in FIXED:
-            require(value == FIXED[name], f"{path}: {name}", repr(value), repr(FIXED[name]))
+            require(value in (FIXED[name], None), f"{path}: {name}", repr(value), repr(FIXED[name]))
         elif name not in READ | IGNORED:
             refuse(f"{path}: {name}", "a field unknown here", "fields of dense " + ", ".join(FAMILIES) + " models")
-    for kind in values.get("layer_types") or ():
-        require(kind == "full_attention", f"{path}: layer_types", repr(kind), "'full_attention'")
-
-    def needed(name: str) -> object:
-        if name not in values:
-            refuse(f"{path}: {name}", "missing", "a complete config.json")
-        return values[name]
-
-    heads, hidden = needed("num_attention_heads"), needed("hidden_size")
+    for name in sorted(WHOLE_NUMBERS | {"rms_norm_eps"}):
+        require(name in values, f"{path}: {name}", "missing", "a complete config.json")
+    for name in sorted(WHOLE_NUMBERS):
+        require(is_integer(values[name], 1), f"{path}: {name}", repr(values[name]), "an integer ≥ 1")
+    heads, hidden, n_layer = (values[name] for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    kinds, full = values.get("layer_types"), ["full_attention"] * n_layer
+    require(kinds is None or kinds == full, f"{path}: layer_types", repr(kinds), f"{n_layer} times 'full_attention'")
     theta, scaling = _rope(path, values)
+    context = values["max_position_embeddings"]
+    if scaling is not None and scaling.kind == "yarn":  # folders may state the context before it is stretched
+        context = max(context, int(scaling.factor * scaling.original_context))
+
+    def given(name: str, otherwise: object) -> object:
+        return otherwise if values.get(name) is None else values[name]
+
     try:
         return GPTConfig(
-            vocab_size=needed("vocab_size"),
-            n_layer=needed("num_hidden_layers"),
+            vocab_size=values["vocab_size"],
+            n_layer=n_layer,
             n_head=heads,
-            n_kv_head=values.get("num_key_value_heads") or heads,
-            head_dim=values.get("head_dim") or hidden // heads,
+            n_kv_head=given("num_key_value_heads", heads),
+            head_dim=given("head_dim", hidden // heads),
             hidden_size=hidden,
-            intermediate_size=needed("intermediate_size"),
-            context=needed("max_position_embeddings"),
+            intermediate_size=values["intermediate_size"],
+            context=context,
             rope_theta=theta,
-            norm_eps=needed("rms_norm_eps"),
+            norm_eps=values["rms_norm_eps"],
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
-            tied_embeddings=values.get("tie_word_embeddings", False),
+            tied_embeddings=given("tie_word_embeddings", False),
             rope_scaling=scaling,
         )
     except (TypeError, ValueError) as error:
@@ -103,29 +121,36 @@ def config_from_values(path: str, values: dict[str, object]) -> GPTConfig:
 
 def _rope(path: str, values: Mapping[str, object]) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary angles: one dictionary since 2025, a number and a dictionary before."""
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", values.get("rope_theta", 10_000.0))
+    new, old = values.get("rope_parameters"), values.get("rope_scaling")
+    for name, each in (("rope_parameters", new), ("rope_scaling", old)):
+        require(each is None or isinstance(each, dict), f"{path}: {name}", repr(each), "a JSON object or null")
+    is_one = not new or not old or new == old
+    require(is_one, f"{path}: rope_scaling", f"{old} beside rope_parameters = {new}", "one of the two")
+    rope = {name: value for name, value in (new or old or {}).items() if value is not None}
+    theta = rope.pop("rope_theta", values.get("rope_theta") or 10_000.0)
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
+    share = rope.pop("partial_rotary_factor", 1.0)
+    require(share == 1.0, f"{path}: partial_rotary_factor", share, "1.0")
     if kind == "default":
         require(not rope, f"{path}: rope", f"{sorted(rope)} without a rope_type", "no scaling, or one with its type")
         return theta, None
-    original = rope.pop("original_max_position_embeddings", values.get("max_position_embeddings"))
-    given = {"kind": kind, "factor": rope.pop("factor", None)}
+    original = rope.pop("original_max_position_embeddings", values["max_position_embeddings"])
+    found = {"kind": kind, "factor": rope.pop("factor", None)}
     if kind == "llama3":
-        given |= {"original_context": original, "slow": rope.pop("low_freq_factor", None)}
-        given["fast"] = rope.pop("high_freq_factor", None)
+        found |= {"original_context": original, "slow": rope.pop("low_freq_factor", None)}
+        found["fast"] = rope.pop("high_freq_factor", None)
     elif kind == "yarn":
-        given |= {"original_context": original, "slow": rope.pop("beta_slow", None) or 1.0}
-        given |= {"fast": rope.pop("beta_fast", None) or 32.0, "whole_pairs": rope.pop("truncate", True)}
+        found |= {"original_context": original, "slow": rope.pop("beta_slow", 1.0)}
+        found |= {"fast": rope.pop("beta_fast", 32.0), "whole_pairs": rope.pop("truncate", True)}
         amplitude = rope.pop("attention_factor", None)
-        if amplitude is None and isinstance(given["factor"], (int, float)):
-            amplitude = 0.1 * math.log(max(given["factor"], 1.0)) + 1.0
-        given["amplitude"] = amplitude
+        if amplitude is None and isinstance(found["factor"], (int, float)):
+            amplitude = 0.1 * math.log(max(found["factor"], 1.0)) + 1.0
+        found["amplitude"] = amplitude
     for name in rope:
         refuse(f"{path}: rope field {name}", repr(rope[name]), f"the fields of {kind!r} scaling")
     try:
-        return theta, RopeScaling(**given)
+        return theta, RopeScaling(**found)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: rope {error}") from None
 
@@ -151,7 +176,7 @@ def load_pretrained(
     names = {name: foreign_name(name) for name, _ in model.named_parameters()}
     with ExitStack() as opened:
         files = {path: opened.enter_context(open_checked(path)) for path in weight_files(folder)}
-        home = {name: path for path, file in files.items() for name in file.keys()}  # noqa: SIM118
+        home = _homes(folder, files)
         unused = {name for name in home if name.endswith("rotary_emb.inv_freq")}  # computed here
         if config.tied_embeddings:
             unused.add(foreign_name("output.weight"))
@@ -171,6 +196,20 @@ def load_pretrained(
     if config.tied_embeddings:
         model.output.weight = model.embed.weight
     return model.eval()
+
+
+def _homes(folder: Path, files: Mapping[Path, object]) -> dict[str, Path]:
+    """Which file holds which tensor: each in one, and in that which the index names."""
+    home: dict[str, Path] = {}
+    for path, file in files.items():
+        for name in file.keys():  # noqa: SIM118
+            require(name not in home, f"{path}: tensor {name}", f"a second one beside {home.get(name)}", "one of each")
+            home[name] = path
+    index = folder / INDEX
+    for name, shard in _weight_map(index).items() if len(files) > 1 else ():
+        found = home[name].name if name in home else "missing"
+        require(found == shard, f"{index}: tensor {name}", found, f"in {shard}, as the index says")
+    return home
 
 
 def _check_memory(folder: Path, count: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -208,15 +247,20 @@ def foreign_name(name: str) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files: model.safetensors, or those that model.safetensors.index.json names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file() or not index.is_file():
         return [single]
+    return [folder / shard for shard in sorted(set(_weight_map(index).values()))]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file name, as the index has it."""
     shards = read_json(index).get("weight_map")
     is_map = isinstance(shards, dict) and all(isinstance(shard, str) for shard in shards.values())
     require(is_map, f"{index}: weight_map", type(shards).__name__, "file names by tensor")
     for shard in set(shards.values()):
         require(Path(shard).name == shard, f"{index}: weight_map", repr(shard), "files of the same folder")
-    return [folder / shard for shard in sorted(set(shards.values()))]
+    return shards
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -249,7 +293,8 @@ class PretrainedTokenizer:
 
     def __init__(self, folder: str | os.PathLike) -> None:
         path = Path(folder) / "tokenizer.json"
-        kind = (read_json(path).get("decoder") or {}).get("type")
+        decoder = read_json(path).get("decoder")
+        kind = decoder.get("type") if isinstance(decoder, dict) else decoder
         require(kind == "ByteLevel", f"{path}: decoder", repr(kind), "'ByteLevel', as these families have it")
         try:
             from tokenizers import Tokenizer
@@ -259,6 +304,9 @@ class PretrainedTokenizer:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{path}: got a damaged file ({error}); allowed: a tokenizer.json") from None
+        # Files from fine-tuning may carry both; here they would cut or stretch a prompt without a word.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
         self.spelling = byte_spelling()
         self.added = {token: added.content for token, added in self.tokenizer.get_added_tokens_decoder().items()}
 

@@ -123,6 +123,8 @@ GOOD = {"prompts": [[1, 2, 3], [4]], "max_new_tokens": 4}
         ({"stop_tokens": iter([5])}, "stop_tokens", "iterator", ""),  # checking it would use it up
         ({"temperature": True}, "temperature", "True", "a finite number ≥ 0"),
         ({"top_p": True}, "top_p", "True", "0 < top_p ≤ 1"),
+        ({"top_k": 0}, "top_k", "0", "an integer ≥ 1, or None for all tokens"),
+        ({"top_k": 2.0}, "top_k", "2.0", "an integer ≥ 1, or None for all tokens"),
         ({"generator": 7, "temperature": 1.0}, "generator", "7", ""),
     ],
 )

@@ -179,6 +179,7 @@ def by_hand(path, tokenizer, text, n_tokens, config, seed=0, **options):
     [
         ([], ReSAConfig(), {}),
         (["--temperature", "1.5", "--top-p", "0.9"], ReSAConfig(), {"temperature": 1.5, "top_p": 0.9}),
+        (["--temperature", "0.7", "--top-k", "20"], ReSAConfig(), {"temperature": 0.7, "top_k": 20}),
         ([*SPARSE, "--interval", "never"], ReSAConfig(block_size=4, min_blocks=2, interval=None), {}),
         (
             [*SPARSE, "--interval", "3", "--schedule", "paper", "--active-ratio", "0.3", "--local-blocks", "2"],

@@ -4,7 +4,6 @@ Times are made up here and never kept; on a GPU nothing in this file is timed ei
 """
 
 import json
-from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,7 @@ from torch.nn.attention import SDPBackend
 
 from resa.fast import cli
 from resa.fast.bench import cli as bench_cli
-from resa.reference import ReSAConfig
+from resa.reference import ReSAConfig, checks
 from resa.reference import blocks as plain
 
 pytestmark = pytest.mark.fast
@@ -23,6 +22,7 @@ e2e = pytest.importorskip("resa.fast.bench.e2e", reason="triton comes for Linux 
 fast = pytest.importorskip("resa.fast.generate", reason="triton comes for Linux only")
 four_bit = pytest.importorskip("resa.fast.four_bit", reason="triton comes for Linux only")
 model_file = pytest.importorskip("resa.fast.model", reason="triton comes for Linux only")
+Bounds8 = pytest.importorskip("resa.fast.bounds8", reason="triton comes for Linux only").Bounds8
 peers = pytest.importorskip("resa.fast.bench.peers", reason="triton comes for Linux only")
 
 SMALL = Shape(seed=3, head_dim=16, hidden=32, context=512, tied=False)
@@ -105,31 +105,65 @@ def test_a_dense_step_overwrites_the_last_position(model):
 
 
 def test_right_steps_pass_the_check(model):
-    errors = e2e.check(model, CONFIG, CONTEXT, PLAIN)
-    assert set(errors) == {"sparse, math", "rectified, math"}
+    errors = e2e.check(model, CONFIG, 2, CONTEXT, PLAIN)
+    assert set(errors) == {
+        "tokens, math", "sparse steps, keys, math", "sparse steps, values, math", "rectified keys, math",
+        "rectified values, math", "selection",
+    }  # fmt: skip
     assert max(errors.values()) < 1e-6
 
 
-def test_wrong_sparse_steps_do_not(model, monkeypatch):
-    right = fast.enqueue_sparse
-
-    def forgetful(query, keys, values, indices, counts, *rest):
-        return right(query, keys, values, indices, counts - 1, *rest)
-
-    monkeypatch.setattr(fast, "enqueue_sparse", forgetful)
-    with pytest.raises(ValueError, match=r"sparse, math: got error .* before it is timed"):
-        e2e.check(model, CONFIG, CONTEXT, PLAIN)
+def wrong_attention(right, query, keys, values, indices, counts, *rest):
+    return right(query, keys, values, indices, counts - 1, *rest)
 
 
-def test_a_wrong_rectification_does_not(model, monkeypatch):
-    right = fast.enqueue_dense
+def wrong_window(right, query, keys, values, visible, counts, arrivals):
+    return right(query, keys, values, (visible - 1).clamp(min=0), counts, arrivals)
 
-    def forgetful(query, keys, values, visible, counts, arrivals):
-        return right(query, keys, values, (visible - 1).clamp(min=0), counts, arrivals)
 
-    monkeypatch.setattr(fast, "enqueue_dense", forgetful)
-    with pytest.raises(ValueError, match=r"(sparse|rectified), math: got error .* before it is timed"):
-        e2e.check(model, CONFIG, CONTEXT, PLAIN)
+def last_token_alone(right, keys, values, bounds, key, value, start, end, block_size):
+    last = key[:, :, -1:].contiguous(), value[:, :, -1:].contiguous()
+    return right(keys, values, bounds, *last, end - 1, end, block_size)
+
+
+def random_scores(right, query, key, value, keys, values, bounds, *rest):
+    return torch.randn_like(right(query, key, value, keys, values, bounds, *rest))
+
+
+def stale_bounds(right, query, key, value, keys, values, bounds, *rest):
+    return right(query, key, value, keys, values, bounds.clone(), *rest)
+
+
+def stale_cache(right, query, key, value, keys, values, *rest):
+    return right(query, key, value, keys.clone(), values.clone(), *rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("enqueue_sparse", wrong_attention, "sparse steps"),
+        ("enqueue_dense", wrong_window, "rectified"),
+        ("enqueue_write", last_token_alone, "rectified"),
+        ("enqueue_append_and_scores", random_scores, "selection"),
+        ("enqueue_append_and_scores", stale_bounds, "bounds"),
+        ("enqueue_append_and_scores", stale_cache, "sparse steps"),
+    ],
+)
+def test_wrong_steps_do_not(model, monkeypatch, name, wrong, message):
+    """One kernel of the decode loop at a time does what it should not."""
+    right = getattr(fast, name)
+    monkeypatch.setattr(fast, name, lambda *arguments: wrong(right, *arguments))
+    with pytest.raises(ValueError, match=message) as refusal:
+        e2e.check(model, CONFIG, 2, CONTEXT, PLAIN)
+    assert "got" in str(refusal.value)
+
+
+def test_an_output_projection_of_another_token_is_seen(model, monkeypatch):
+    """What is chosen must be what dense decoding would choose."""
+    right = fast.enqueue_append
+    monkeypatch.setattr(fast, "enqueue_append", lambda chosen, *rest, **more: right((chosen + 1) % 23, *rest, **more))
+    with pytest.raises(ValueError, match="tokens, math: got error"):
+        e2e.check(model, CONFIG, 2, CONTEXT, PLAIN)
 
 
 def test_torchs_four_bit_product_is_that_of_the_rounded_weights(monkeypatch):
@@ -145,16 +179,16 @@ def test_torchs_four_bit_product_is_that_of_the_rounded_weights(monkeypatch):
 def test_a_model_in_four_bits_checks_its_products():
     """Against the rounded weights as they are: a product of other weights is refused."""
     wide = replace(SMALL, hidden=128, kv_heads=2, group=4).config(intermediate_size=128)
-    layers = [model_file.FusedGPT(e2e.GPT(wide).requires_grad_(False).to(DEVICE)).fused[0] for _ in range(2)]
+    dtype = torch.float32 if DEVICE == "cpu" else torch.float16
+    models = [e2e.GPT(wide).requires_grad_(False).to(DEVICE, dtype) for _ in range(2)]
+    plain, other = (model_file.FusedGPT(each).fused[0].products() for each in models)
     if DEVICE == "cuda":
         pytest.importorskip("humming", reason="the extra `four-bit` has it")
-    rounded = copy(layers[0])
-    for name, product in layers[0].products().items():
-        setattr(rounded, name, four_bit.FourBitLinear(product))
-    e2e.check_four_bits(layers[0], rounded)
-    rounded.down = four_bit.FourBitLinear(layers[1].down)
+    rounded = {name: four_bit.FourBitLinear(product) for name, product in plain.items()}
+    e2e.check_four_bits(plain, rounded)
+    rounded["down"] = four_bit.FourBitLinear(other["down"])
     with pytest.raises(ValueError, match=r"int4 down: got error .* before it is timed"):
-        e2e.check_four_bits(layers[0], rounded)
+        e2e.check_four_bits(plain, rounded)
 
 
 # ---- What is counted -------------------------------------------------------------------------------------------------
@@ -186,8 +220,19 @@ def test_the_largest_batch_leaves_the_reserve(model, monkeypatch):
     each = 2 * 2 * 4 * (2 * 80 * 16 + 2 * 16 * 10)
     assert each == 46_080
     for free, expected in ((each * 3, 3), (each * 3 - 1, 2), (0, 0)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (int(e2e.RESERVE) + free, 0))
-        assert max(0, e2e.largest_batch(model, CONFIG, CONTEXT)) == expected
+        monkeypatch.setattr(e2e, "free_memory", lambda device, free=free: free)
+        assert e2e.largest_batch(model, CONFIG, CONTEXT) == expected
+
+
+def test_free_memory_of_a_gpu_leaves_a_reserve(monkeypatch):
+    """What the allocator holds and nobody uses is free as well."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**10, 8 * 10**10))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * 10**9)
+    assert checks.free_memory(torch.device("cuda")) == 12 * 10**9 - checks.RESERVE
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 8 * 10**10))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * 10**9)
+    assert checks.free_memory(torch.device("cuda")) == 0
 
 
 # ---- What is written -------------------------------------------------------------------------------------------------
@@ -195,51 +240,62 @@ def test_the_largest_batch_leaves_the_reserve(model, monkeypatch):
 
 @pytest.fixture
 def untimed(monkeypatch):
-    """Everything runs once, and takes as long as the test says: dense calls 9 µs, cycles 32 µs."""
+    """Everything runs once, and takes as long as the test says: dense steps 9 µs by one backend, 7 by the other; the
+    first cycle 40 µs, the second 41, …; gives the cycles in that order."""
     from resa.fast.bench.timing import Time
 
     def time_calls(calls, *, divide_by=1, pause_us=0):
         for call in calls:
             call()
-        return Time.of([9.0])
+        backend = getattr(calls[0], "backend", None)
+        return Time.of([7.0 if backend == SDPBackend.MATH else 9.0])
+
+    cycles = []
 
     def elapsed(work):
         work()
-        return 32.0
-
-    monkeypatch.setattr(e2e, "time_calls", time_calls)
+        if work not in cycles:
+            cycles.append(work)
+        return 40.0 + cycles.index(work)
 
     class Event:
-        now = 0.0
-
         def __init__(self, enable_timing):
             assert enable_timing
 
         def record(self):
-            Event.now += 0.5
-            self.at = Event.now
+            """At the time of as many milliseconds as steps have been taken."""
+            self.at = float(sum(int(work.loop.count[0]) for work in cycles[-1:]))
 
-        def elapsed_time(self, later):  # in milliseconds
+        def elapsed_time(self, later):
             return later.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(e2e, "elapsed", elapsed)
-    monkeypatch.setattr(e2e, "BACKENDS", PLAIN)
+    monkeypatch.setattr(e2e, "time_calls", time_calls)
+    monkeypatch.setattr(e2e, "BACKENDS", {"flash": SDPBackend.FLASH_ATTENTION, **PLAIN})
     monkeypatch.setattr(e2e, "check", lambda *_: {"all": 0.0})
     monkeypatch.setattr(e2e, "SAMPLES", 1)
     monkeypatch.setattr(e2e, "MIN_SAMPLES", 1)
+    return cycles
 
 
 def test_a_row_compares_with_the_faster_dense_attention(model, untimed):
+    """And each way of decoding is the one it says: by its schedule and its bounds."""
     config = replace(CONFIG, interval=2)
     row = e2e.measure(model, config, 2, CONTEXT, e2e.Sampling(0.7, 0.9), is_shared=True)
-    assert row["dense_us"] == 9.0
-    assert row["resa"] == {"us": 16.0, "low": 16.0, "high": 16.0}
-    assert row["resa_steps_us"] == [500.0, 500.0]
+    assert [time["us"] for time in row["dense"].values()] == [9.0, 7.0]
+    assert row["dense_us"] == 7.0
+    assert [row[name]["us"] for name in ("sparse", "resa", "resa, 8-bit bounds")] == [20.0, 20.5, 21.0]
+    assert (row["ratio"], row["sparse_ratio"]) == (round(7 / 20.5, 3), 0.35)
+    assert row["resa_steps_us"] == [1000.0, 1000.0]
     assert (row["protocol"], row["batch"], row["context"]) == ("shared", 2, CONTEXT)
-    assert row["ratio"] == row["sparse_ratio"] == 0.562
-    assert "resa, 8-bit bounds" in row
+    sparse, resa, eight_bit = untimed
+    assert [[kinds.fused for kinds in cycle.kinds] for cycle in untimed] == [[False] * 2, [False, True], [False, True]]
+    assert sparse.loop.config.interval is None
+    assert resa.loop.config == config
+    assert torch.is_tensor(resa.loop.bounds[0])
+    assert all(isinstance(bounds, Bounds8) for bounds in eight_bit.loop.bounds)
     own = e2e.measure(model, config, 1, CONTEXT, e2e.Sampling(), is_shared=False)
     assert own["protocol"] == "true"
     assert "resa, 8-bit bounds" not in own
@@ -252,7 +308,8 @@ def machine(monkeypatch, model, untimed):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("", (), {"total_memory": 8e10}))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(e2e.RESERVE) + 46_080, 0))
+    monkeypatch.setattr(e2e, "free_memory", lambda device: 46_080)
+    monkeypatch.setattr(bench_cli, "find_spec", lambda name: name)
     monkeypatch.setattr("resa.fast.bench.timing.copy_bandwidth", lambda: 2.5)
     monkeypatch.setattr(e2e, "build", lambda weights: model)
 
@@ -307,6 +364,15 @@ def test_bad_arguments_are_named_before_anything_is_built(machine, monkeypatch, 
     assert f"resa bench: {BAD[words]}" in shown
     assert shown.count("\n") == 1
     assert not out.exists()
+
+
+def test_without_the_library_for_four_bits_it_says_so_at_once(machine, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench_cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(e2e, "build", lambda weights: pytest.fail("something was built"))
+    assert cli.main(["bench", "e2e", "--out", str(tmp_path / "e2e.json")]) == 2
+    assert (
+        "--weights: got int4, without humming-kernels; allowed: pip install 'resa[four-bit]'" in capsys.readouterr().err
+    )
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

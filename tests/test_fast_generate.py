@@ -195,7 +195,7 @@ def out_of_step(config, lengths, phases):
 def loop_of(model, state, config, active=None):
     """A decode loop that stands where `state` does; it shares nothing with it."""
     batch, cache = len(state.tokens), snapshot(state.cache)
-    choose = fast.Sampler(0.0, 1.0, [None] * batch, PLACES, cache.lengths.device)
+    choose = fast.Sampler(0.0, 1.0, None, [None] * batch, PLACES, cache.lengths.device)
     loop = fast.DecodeLoop(model, cache, cache.bounds, PLACES, config, choose, ())
     for s, tokens in enumerate(state.tokens):
         loop.tokens[s, : len(tokens)] = torch.tensor(tokens)
@@ -458,6 +458,20 @@ def test_none_and_one_new_tokens(n_tokens, eight_bit_bounds):
     assert_dense_before_the_window(model, done, PROMPTS)
 
 
+@pytest.mark.parametrize(("batch", "widths"), [(1, [1024, 76]), (8, [1024, 76]), (16, [512, 512, 76])])
+def test_many_prompts_are_read_in_smaller_parts(monkeypatch, batch, widths):
+    """A pass never holds more rows than a few prompts would."""
+    model, read = built(replace(SMALL, context=1200)), []
+
+    def dense_pass(model, tokens, *rest):
+        read.append(tokens.shape[1])
+        return torch.zeros(*tokens.shape, SMALL.hidden, device=tokens.device)
+
+    monkeypatch.setattr(fast, "dense_pass", dense_pass)
+    fast.prefill(model, [[1] * 1100] * batch, model.new_cache(batch, 1104, 8))
+    assert read == widths
+
+
 @pytest.mark.parametrize("chunk_size", [1, 5, 8, 1024])
 def test_prefill_is_the_references_in_any_chunks(chunk_size):
     """Ragged, in two calls, one of whose prompts is empty: its sequence stays as it is, its logits are zero."""
@@ -527,9 +541,10 @@ def test_greedy_decoding_draws_nothing():
     vocabulary=st.integers(1, 40),
     temperature=st.sampled_from([0.0, 1.0, 0.3, 2.0, 1e-30]),
     top_p=st.sampled_from([1.0, 0.9, 0.5, 0.1, 1e-9]),
+    top_k=st.sampled_from([None, None, 1, 2, 7, 100]),
     kind=st.sampled_from(["normal", "whole", "equal", "impossible"]),
 )
-def test_the_sampler_is_sample_token_for_a_batch(seed, vocabulary, temperature, top_p, kind):
+def test_the_sampler_is_sample_token_for_a_batch(seed, vocabulary, temperature, top_p, top_k, kind):
     """Over logits of every kind, ties among them: the n-th token of a sequence costs its n-th uniform number."""
     draws = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(3, vocabulary, generator=draws)
@@ -541,9 +556,10 @@ def test_the_sampler_is_sample_token_for_a_batch(seed, vocabulary, temperature, 
         logits[:, 1::2] = -INF
     logits = logits.to(DEVICE)
     own, twins = ([torch.Generator().manual_seed(seed % 2**31 + s) for s in range(3)] for _ in range(2))
-    choose = fast.Sampler(temperature, top_p, own, 5, logits.device)
+    choose = fast.Sampler(temperature, top_p, top_k, own, 5, logits.device)
     expected = [
-        [sample_token(row, temperature, top_p, twin) for _ in range(5)] for row, twin in zip(logits, twins, strict=True)
+        [sample_token(row, temperature, top_p, twin, top_k) for _ in range(5)]
+        for row, twin in zip(logits, twins, strict=True)
     ]
     for step in range(5):
         count = torch.tensor([step, 4 - step, 2], device=DEVICE)
@@ -555,7 +571,7 @@ def test_the_sampler_is_sample_token_for_a_batch(seed, vocabulary, temperature, 
 @pytest.mark.parametrize("vocabulary", [2, 7, 4096, 151_936])
 def test_ties_of_the_argmax_go_to_the_lower_id(vocabulary):
     """Also where a reduction is shared among many programs."""
-    choose = fast.Sampler(0.0, 1.0, [None] * 8, 1, torch.device(DEVICE))
+    choose = fast.Sampler(0.0, 1.0, None, [None] * 8, 1, torch.device(DEVICE))
     draws = torch.Generator().manual_seed(0)
     logits = torch.randn(8, vocabulary, generator=draws).clamp(max=0.0)
     tied = torch.randint(vocabulary, (8, 5), generator=draws)

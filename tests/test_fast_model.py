@@ -301,6 +301,45 @@ def test_every_matrix_is_rounded_and_nothing_else():
         assert fast.generate(quantised, prompts, 7, config).tokens == expected
 
 
+def test_prompts_longer_than_a_chunk_give_products_of_nothing(monkeypatch):
+    """The library refuses those: no row of most chunks is asked for its logits. In 4 bits the result is the same."""
+    dtype, rows = (torch.float32 if DEVICE == "cpu" else torch.float16), []
+    if DEVICE == "cuda":
+        pytest.importorskip("humming", reason="the extra `four-bit` has it")
+    model = four_bit.quantise(model_file.FusedGPT(wide_model(dtype)))
+    right = model.output.product
+
+    def strict(x):
+        rows.append(len(x))
+        assert len(x), "a product of nothing"
+        return right(x)
+
+    model.output.product = strict
+    prompts, logits = WIDE.prompts((20, 9)), []
+    for chunk_size in (8, 20):
+        cache = model.new_cache(2, 32, 8)
+        logits.append(fast.prefill(model, prompts, cache, chunk_size=chunk_size).double())
+    assert rows == [1, 1, 2]
+    assert (logits[0] - logits[1]).norm() <= 16 * eps(dtype) * logits[1].norm()
+
+
+def test_what_can_not_be_rounded_is_refused():
+    model = four_bit.quantise(model_file.FusedGPT(wide_model(torch.float32 if DEVICE == "cpu" else torch.float16)))
+    with pytest.raises(ValueError, match="model: got one in 4 bits"):
+        four_bit.quantise(model)
+    if DEVICE == "cuda":
+        with pytest.raises(ValueError, match=r"weight: got torch.float32; allowed: float16 or bfloat16"):
+            four_bit.quantise(model_file.FusedGPT(wide_model(torch.float32)))
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to(torch.float64), lambda m: m.half(), lambda m: m.cpu()])
+def test_a_fused_model_is_not_moved(move):
+    """Half of it would stay behind."""
+    fused = model_file.FusedGPT(built(VARIANTS[0]))
+    with pytest.raises(ValueError, match="FusedGPT: got a move or a cast; allowed: one of the model that it is built"):
+        move(fused)
+
+
 def test_a_product_in_four_bits_says_what_it_reads():
     linear = model_file.Linear(randn(1, 64, 256, dtype=torch.float16).to(DEVICE), None)
     if DEVICE == "cuda":

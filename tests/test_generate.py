@@ -284,10 +284,10 @@ def test_resuming_counts_the_whole_text_against_the_context():
 # --------------------------------------------------------------------------------------------------------------
 
 
-def draw_from(probabilities, top_p=1.0, n=1, temperature=1.0, seed=0):
+def draw_from(probabilities, top_p=1.0, n=1, temperature=1.0, seed=0, top_k=None):
     """n tokens sampled from given probabilities."""
     logits, own = torch.tensor(probabilities, dtype=torch.float64).log(), generator(seed)
-    return [sample_token(logits, temperature, top_p, own) for _ in range(n)]
+    return [sample_token(logits, temperature, top_p, own, top_k) for _ in range(n)]
 
 
 @pytest.mark.parametrize(
@@ -310,6 +310,33 @@ def draw_from(probabilities, top_p=1.0, n=1, temperature=1.0, seed=0):
 def test_top_p_keeps_the_shortest_prefix(probabilities, top_p, kept):
     """Worked by hand. 300 draws miss a kept token of at least a tenth of the mass with probability below 1e-13."""
     assert set(draw_from(probabilities, top_p, n=300)) == kept
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (1, 1.0, {1}),
+        (2, 1.0, {1, 2}),
+        (3, 1.0, {1, 2, 3}),  # of two equals the lower id
+        (9, 1.0, {0, 1, 2, 3, 4}),  # more than there are: all
+        (2, 0.6, {1, 2}),  # 0.4 of the 0.7 that two tokens have is less than 0.6 …
+        (2, 0.57, {1}),  # … and more than 0.57
+        (None, 0.6, {1, 2}),
+        (3, 0.4, {1}),
+    ],
+)
+def test_top_k_keeps_the_likeliest_and_top_p_a_share_of_those(top_k, top_p, kept):
+    """Worked by hand, of 0.1, 0.4, 0.3, 0.15 and 0.05, and with 0.15 twice."""
+    probabilities = [0.1, 0.4, 0.3, 0.15, 0.05] if top_k != 3 else [0.0, 0.4, 0.3, 0.15, 0.15]
+    assert set(draw_from(probabilities, top_p, n=600, top_k=top_k)) == kept
+
+
+def test_top_k_reaches_generation():
+    """One token kept at every temperature is the greedy one."""
+    greedy = generate(SHAPE.model(), PROMPTS, 12, SPARSE).tokens
+    options = {"temperature": 3.0, "generator": generator()}
+    assert generate(SHAPE.model(), PROMPTS, 12, SPARSE, top_k=1, **options).tokens == greedy
+    assert generate(SHAPE.model(), PROMPTS, 12, SPARSE, **options).tokens != greedy
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 16), st.sampled_from([0.1, 0.5, 0.9, 0.99, 1.0]),

@@ -10,6 +10,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -49,8 +50,8 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         "--true-contexts", type=int, nargs="*", default=[65_536, 262_144], metavar="TOKENS",
         help="contexts to measure at the largest batch whose true caches fit; none: skip that",
     )  # fmt: skip
-    e2e.add_argument("--temperature", type=float, default=0.0, help="0 chooses the likeliest token")
-    e2e.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this mass")
+    e2e.add_argument("--temperature", type=float, default=0.7, help="0 chooses the likeliest token")
+    e2e.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens of this mass")
 
 
 def _add_points(parser: argparse.ArgumentParser, contexts: list[int], batches: list[int], out: str) -> None:
@@ -91,6 +92,8 @@ def run_e2e(options: argparse.Namespace) -> None:
     require(0 < options.top_p <= 1, "--top-p", options.top_p, "0 < top_p ≤ 1")
     from .e2e import QWEN_7B, Floors, Sampling, build, check, largest_batch, measure, measure_parts, weight_bytes
 
+    has_library = find_spec("humming") is not None or "int4" not in options.weights
+    require(has_library, "--weights", "int4, without humming-kernels", "pip install 'resa[four-bit]', or others")
     sampling = Sampling(options.temperature, options.top_p)
     memory = torch.cuda.get_device_properties(0).total_memory
     result = {**_provenance(options, "e2e", config), "memory_bytes": memory, "shape": asdict(QWEN_7B)}
@@ -98,8 +101,9 @@ def run_e2e(options: argparse.Namespace) -> None:
     batches, contexts = sorted(options.batches), sorted(options.contexts)
     for weights in options.weights:
         model = build(weights)
+        errors = {str(batch): check(model, config, batch) for batch in batches}
         parts = {str(batch): measure_parts(model, config, batch) for batch in batches}
-        about = {"bytes": weight_bytes(model), "errors": check(model, config), "parts": parts}
+        about = {"bytes": weight_bytes(model), "errors": errors, "parts": parts}
         result["weights"][weights] = about
 
         def row(point: tuple[int, int, bool], model: object = model, weights: str = weights) -> Result:

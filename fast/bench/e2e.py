@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -23,18 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from resa.reference.blocks import active_blocks
+from resa.reference import blocks as plain_blocks
 from resa.reference.cache import KVCache
-from resa.reference.checks import require
+from resa.reference.checks import free_memory, require
 from resa.reference.config import GPTConfig, ReSAConfig
 from resa.reference.model import GPT
 
 from ..blocks import block_bounds
 from ..bounds8 import compress_bounds
+from ..elementwise import add_norm, split_heads, swiglu
 from ..four_bit import FourBitLinear, quantise, round_to_four_bits, widened
 from ..generate import Bounds, DecodeLoop, Forecast, Sampler
 from ..model import FusedGPT, FusedLayer, Linear
-from .layer import BACKENDS, distance
+from .layer import BACKENDS, Shape, distance, floors
 from .peers import TorchLayer
 from .timing import Time, elapsed, time_calls
 
@@ -42,7 +42,6 @@ QWEN_7B = GPTConfig(
     vocab_size=152_064, n_layer=28, n_head=28, n_kv_head=4, head_dim=128, hidden_size=3584, intermediate_size=18_944,
     context=2**20, rope_theta=1e6, qkv_bias=True, tied_embeddings=False,
 )  # fmt: skip
-RESERVE = 1.5 * 2**30  # bytes left free beside weights and caches: activations, graphs, the library's own
 SAMPLES, ENOUGH_US = 15, 1e6  # samples of a cycle: so many, fewer once they have taken that long
 MIN_SAMPLES = 5
 
@@ -58,18 +57,19 @@ def build(weights: str, shape: GPTConfig = QWEN_7B) -> FusedGPT:
     finally:
         torch.set_default_dtype(before)
     if weights == "int4":
-        plain = copy(model.fused[0])
-        check_four_bits(plain, quantise(model).fused[0])
+        plain = {**model.fused[-1].products(), "output": model.output}
+        quantise(model)
+        check_four_bits(plain, {**model.fused[-1].products(), "output": model.output})
     return model
 
 
-def check_four_bits(plain: FusedLayer, rounded: FusedLayer) -> None:
-    """Every product of a layer in 4 bits must be that of its rounded weights; `ValueError` where it is too far."""
-    for name, linear in plain.products().items():
+def check_four_bits(plain: Mapping[str, Linear], rounded: Mapping[str, FourBitLinear]) -> None:
+    """Every product in 4 bits must be that of the rounded weights; `ValueError` where it is too far."""
+    for name, linear in plain.items():
         exact = Linear(widened(*round_to_four_bits(linear.weight)), linear.bias)
-        for rows in (1, 8, 256):  # of a step, of a rectification
+        for rows in (1, 8, 32, 256):  # of steps, of rectifications
             x = linear.weight.new_empty(rows, linear.weight.shape[1]).normal_()
-            error, limit = distance(rounded.products()[name](x), exact(x)), 4 * torch.finfo(x.dtype).eps
+            error, limit = distance(rounded[name](x), exact(x)), 4 * torch.finfo(x.dtype).eps
             require(error <= limit, f"int4 {name}", f"error {error:.2g}", f"at most {limit:.2g} before it is timed")
 
 
@@ -78,16 +78,14 @@ def new_cache(model: FusedGPT, config: ReSAConfig, batch: int, context: int, *, 
     shape, like = model.config, model.embed.weight
     layers = 1 if is_shared else shape.n_layer
     n_blocks = math.ceil(context / config.block_size)
-    sizes = (layers, batch, shape.n_kv_head)
-    keys, values = (like.new_empty(*sizes, context, shape.head_dim) for _ in range(2))
-    bounds = like.new_empty(*sizes, 2, shape.head_dim, n_blocks)
+    both = like.new_empty(layers, 2, batch, shape.n_kv_head, context, shape.head_dim)
+    bounds = like.new_empty(layers, batch, shape.n_kv_head, 2, shape.head_dim, n_blocks)
     lengths = torch.full((batch,), context, dtype=torch.int32, device=like.device)
     for layer in range(layers):
-        keys[layer].normal_()
-        values[layer].normal_()
-        bounds[layer] = block_bounds(keys[layer], lengths, config.block_size)
-    tensors = (tensor.expand(shape.n_layer, *tensor.shape[1:]) for tensor in (keys, values, bounds))
-    return KVCache(*tensors, lengths, config.block_size, block_bounds)
+        both[layer].normal_()
+        bounds[layer] = block_bounds(both[layer, 0], lengths, config.block_size)
+    both, bounds = (tensor.expand(shape.n_layer, *tensor.shape[1:]) for tensor in (both, bounds))
+    return KVCache(both[:, 0], both[:, 1], bounds, lengths, config.block_size, block_bounds)
 
 
 @dataclass(frozen=True)
@@ -96,39 +94,48 @@ class Sampling:
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int | None = None
 
     def sampler(self, model: FusedGPT, batch: int, tokens: int) -> Sampler:
         """For so many tokens of so many sequences."""
         own = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-        return Sampler(self.temperature, self.top_p, own, tokens, model.embed.weight.device)
+        return Sampler(self.temperature, self.top_p, self.top_k, own, tokens, model.embed.weight.device)
 
 
 class DenseStep:
-    """Dense decoding of one token per sequence at the cache's last position, by torch."""
+    """Dense decoding of one token per sequence by torch, at place `end` − 1 of the caches (None: their last)."""
 
-    def __init__(self, model: FusedGPT, cache: KVCache, sampling: Sampling, backend: SDPBackend) -> None:
+    def __init__(
+        self, model: FusedGPT, cache: KVCache, sampling: Sampling, backend: SDPBackend, *, end: int | None = None
+    ) -> None:
         self.model, self.cache, self.backend = model, cache, backend
+        self.end = cache.capacity if end is None else end
         self.choose = sampling.sampler(model, len(cache.lengths), 1)
         self.pending = torch.ones_like(cache.lengths, dtype=torch.int64)
         self.count = torch.zeros_like(self.pending)
+        self.position = torch.full_like(cache.lengths, self.end - 1)[:, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Append, then attend to everything."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[:, :, -1:].copy_(key)
-        values[:, :, -1:].copy_(value)
+        """Append, in one copy, then attend to everything."""
+        keys, values = (x[layer, :, :, : self.end] for x in (self.cache.keys, self.cache.values))
+        together(keys[:, :, -1:], values[:, :, -1:]).copy_(together(key, value))
         with sdpa_kernel(self.backend):
             return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
     def logits(self) -> Tensor:
         """Of the tokens that follow the pending ones."""
-        position = (self.cache.lengths - 1)[:, None]
-        return self.model.output(self.model.transform(self.pending[:, None], position, self.attend)[:, 0])
+        return self.model.output(self.model.transform(self.pending[:, None], self.position, self.attend)[:, 0])
 
     @torch.no_grad()
     def __call__(self) -> None:
         """One step, from the token fed to the token chosen."""
         self.pending.copy_(self.choose(self.logits(), self.count))
+
+
+def together(first: Tensor, second: Tensor) -> Tensor:
+    """Two tensors of one shape that lie in one memory as one tensor [2, …], so that one copy moves both."""
+    gap = second.storage_offset() - first.storage_offset()
+    return first.as_strided((2, *first.shape), (gap, *first.stride()))
 
 
 class Cycle:
@@ -165,49 +172,67 @@ class Cycle:
                 mark()
 
 
+@torch.no_grad()
 def check(
-    model: FusedGPT, config: ReSAConfig, context: int = 2048, backends: Mapping[str, SDPBackend] = BACKENDS
+    model: FusedGPT, config: ReSAConfig, batch: int, context: int = 2048, backends: Mapping[str, SDPBackend] = BACKENDS
 ) -> dict[str, float]:
-    """How far the steps are from dense decoding by torch where they should equal it; `ValueError` if too far.
+    """How far the decode loop, as it is timed, is from dense decoding by torch; `ValueError` if too far.
 
-    Sparse steps over all blocks (active ratio 1), and after them the rectification, which encodes all of a window anew.
+    Sparse steps over all blocks (active ratio 1) must be dense steps; then noise takes the place of what they wrote,
+    and the rectification must bring it back. At the configuration's own ratio every layer must select as the reference.
     """
-    f, batch = config.interval, 2
+    f, limit = config.interval, 16 * torch.finfo(model.embed.weight.dtype).eps
     cache = new_cache(model, config, batch, context, is_shared=False)
-    everything = replace(config, active_ratio=1.0)
-    cycle = Cycle(model, cache, everything, Sampling(), f=f)
+    cycle = Cycle(model, cache, replace(config, active_ratio=1.0), Sampling(), f=f)
+    cycle()
+    cycle()  # captures
+    first = int(cycle.loop.count[0]) - 1
+    written = [x[:, :, :, context - f :] for x in (cache.keys, cache.values)]  # by a cycle
     cycle.cache.lengths.copy_(cycle.start)
-    seen: list[Tensor] = []
-    output = model.output
+    for kinds in cycle.kinds[:-1]:
+        cycle.loop.launch(kinds)
+    stepped = [rows[:, :, :, :-1].clone() for rows in written]
+    for rows in written:
+        rows.normal_()
+    cycle.loop.launch(cycle.kinds[-1])
+    rectified, tokens = [rows.clone() for rows in written], cycle.loop.tokens[:, first : first + f + 1]
 
-    def recorded(hidden: Tensor) -> Tensor:
-        seen.append(output(hidden))
-        return seen[-1]
-
-    model.output = recorded
-    try:
-        with torch.no_grad():
-            for kinds in cycle.kinds:
-                cycle.loop.step(kinds)
-    finally:
-        model.output = output
-    tokens = cycle.loop.tokens[:, :f]
-    errors = {}
-    for name, step in (("sparse", f - 2), ("rectified", f - 1)):
-        shorter = context - f + step + 1
-        tensors = (tensor[..., :shorter, :].contiguous() for tensor in (cache.keys, cache.values))
-        before = KVCache(
-            *tensors, cache.bounds, torch.full_like(cache.lengths, shorter), cache.block_size, block_bounds
-        )
-        for backend_name, backend in backends.items():
-            dense = DenseStep(model, before, Sampling(), backend)
-            dense.pending.copy_(tokens[:, step])
-            with torch.no_grad():
-                errors[f"{name}, {backend_name}"] = distance(seen[step], dense.logits())
-    limit = 16 * torch.finfo(model.embed.weight.dtype).eps
+    errors: dict[str, float] = {}
+    for name, backend in backends.items():
+        leads = []
+        for i in range(f):
+            step = DenseStep(model, cache, Sampling(), backend, end=context - f + i + 1)
+            step.pending.copy_(tokens[:, i])
+            logits = step.logits().double()
+            chosen = logits.gather(1, tokens[:, i + 1, None])
+            leads.append(((logits.amax(dim=1, keepdim=True) - chosen) / logits.abs().amax(dim=1, keepdim=True)).max())
+        for rows, loops, dense in zip(("keys", "values"), zip(stepped, rectified, strict=True), written, strict=True):
+            errors[f"sparse steps, {rows}, {name}"] = distance(loops[0], dense[:, :, :, :-1])
+            errors[f"rectified {rows}, {name}"] = distance(loops[1], dense)
+        errors[f"tokens, {name}"] = float(torch.stack(leads).max())
     for name, error in errors.items():
         require(error <= limit, name, f"error {error:.2g}", f"at most {limit:.2g} before it is timed")
-    return errors
+    return errors | {"selection": check_selection(model, config, cache, limit)}
+
+
+def check_selection(model: FusedGPT, config: ReSAConfig, cache: KVCache, limit: float) -> float:
+    """By how much of their scores the blocks that a sparse step selects fall short of those that it should, at most."""
+    cycle = Cycle(model, cache, replace(config, interval=None), Sampling(), f=config.interval)
+    cycle.loop.selected = []
+    cycle()
+    worst, last = 0.0, slice(-1, None)
+    for layer, (query, indices) in enumerate(cycle.loop.selected[-model.config.n_layer :]):
+        end = cycle.cache.lengths[last]
+        bounds = plain_blocks.block_bounds(cache.keys[layer][last], end, config.block_size)
+        require(bool((cache.bounds[layer][last] == bounds).all()), "bounds", "others", "those of the keys")
+        scores = plain_blocks.score_blocks(query[last], bounds, end, config.block_size)[0]
+        right = plain_blocks.select_blocks(scores[None], end, config)[0]
+        for score, ours, theirs in zip(scores, indices[-1].long(), right.long(), strict=True):
+            require(len(set(ours.tolist())) == len(theirs), "selection", f"{len(ours)} blocks", f"{len(theirs)}")
+            short = score[theirs].sort().values - score[ours].sort().values
+            worst = max(worst, float(short.abs().max() / score.abs().max()))
+    require(worst <= limit, "selection", f"error {worst:.2g}", f"at most {limit:.2g} before it is timed")
+    return worst
 
 
 def measure(
@@ -282,6 +307,7 @@ def measure_parts(model: FusedGPT, config: ReSAConfig, batch: int) -> dict[str, 
             what = names[0] if len(names) == 1 else "matrix products"
             parts[f"{name}: {what}, per layer"] = time_calls([partial(products, *names)], divide_by=n_layer)
         parts[f"{name}: with elementwise work, per layer"] = time_calls([transform], divide_by=n_layer)
+        parts[f"{name}: elementwise work, per layer"] = time_calls(between_products(model, batch, rows))
         if isinstance(model.output, FourBitLinear):
             narrow = {name: x.bfloat16() for name, x in inputs.items()}
             peers = [partial(TorchLayer(product_sizes(model.config), device), narrow) for _ in range(n_layer)]
@@ -292,6 +318,24 @@ def measure_parts(model: FusedGPT, config: ReSAConfig, batch: int) -> dict[str, 
     for name, sampling in (("greedy", Sampling()), ("temperature 0.7, top_p 0.95", Sampling(0.7, 0.95))):
         parts[f"sampling, {name}"] = time_calls([partial(sampling.sampler(model, batch, 1), logits, count)])
     return {name: asdict(time) for name, time in parts.items()}
+
+
+def between_products(model: FusedGPT, batch: int, rows: int) -> list[Callable[[], object]]:
+    """For every layer what lies between its matrix products, of so many rows per sequence."""
+    shape, like = model.config, model.embed.weight
+    sizes = product_sizes(shape)
+    x, delta = (like.new_empty(batch, rows, shape.hidden_size).normal_() for _ in range(2))
+    projected, gate_up = (like.new_empty(batch, rows, sizes[name][0]).normal_() for name in ("qkv", "gate_up"))
+    turn = torch.rand(batch, 1, rows, shape.head_dim // 2, device=like.device)
+    heads, eps = (shape.n_head, shape.n_kv_head), shape.norm_eps
+
+    def between(layer: FusedLayer) -> None:
+        add_norm(x, delta, layer.attn_norm, eps)
+        split_heads(projected, turn, turn, *heads, *layer.head_norms, eps)
+        add_norm(x, delta, layer.mlp_norm, eps)
+        swiglu(gate_up)
+
+    return [partial(between, layer) for layer in model.fused]
 
 
 def product_sizes(shape: GPTConfig) -> dict[str, tuple[int, int]]:
@@ -324,12 +368,11 @@ class Floors:
     def of(cls, model: FusedGPT, config: ReSAConfig, batch: int, context: int) -> Floors:
         """Half the bounds and the selected blocks in a sparse step; the whole cache once in f steps."""
         shape, f = model.config, config.interval
-        n_blocks = math.ceil(context / config.block_size)
-        selected = int(active_blocks(torch.tensor([context]), config)) / n_blocks
-        channels = shape.n_layer * batch * shape.n_kv_head * shape.head_dim * model.embed.weight.element_size()
-        cache, half_bounds = 2 * channels * context, channels * n_blocks
-        sparse = half_bounds + selected * cache
-        return cls(weight_bytes(model), cache, sparse, ((f - 1) * sparse + cache) / f)
+        dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+        layer = Shape(shape.n_head, shape.n_kv_head, shape.head_dim, dtype)
+        parts = {name: shape.n_layer * size for name, size in floors(layer, config, batch, context).items()}
+        sparse = parts["score"] + parts["attend"]
+        return cls(weight_bytes(model), parts["rectify"], sparse, ((f - 1) * sparse + parts["rectify"]) / f)
 
     def at(self, bandwidth: float) -> dict[str, float]:
         """Microseconds per token at `bandwidth` TB/s."""
@@ -349,6 +392,4 @@ def largest_batch(model: FusedGPT, config: ReSAConfig, context: int) -> int:
     shape = model.config
     numbers = 2 * context * shape.head_dim + 2 * shape.head_dim * math.ceil(context / config.block_size)
     each = shape.n_layer * shape.n_kv_head * numbers * model.embed.weight.element_size()
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    return int((free - RESERVE) / each)
+    return free_memory(model.embed.weight.device) // each
