@@ -1,4 +1,4 @@
-"""The command line: `resa demo`, `generate`, `train`, `tokenizer`, `eval`. Each command is a thin layer over a module.
+"""The command line: `resa demo`, `generate`, `train`, `tokenizer`, `eval`, `conformance`, each a layer over a module.
 
 A bad argument is one clear line on standard error and exit status 2. Progress goes to standard error, results to
 standard output; `--json` turns the results into one JSON object.
@@ -55,13 +55,14 @@ def main(
     backends: Mapping[str, Backend] = BACKENDS,
     more: Sequence[Callable[[argparse._SubParsersAction], None]] = (),
 ) -> int:
-    """Run one command; returns its exit status: 0, 2 for bad input, 130 and 141 as a shell has them for signals.
+    """Run one command; returns its exit status: 0, 1 for a port that does not conform, 2 for bad input, 130 or 141 as
+    shells have them for signals.
 
     backends: by name, the fastest first; "reference" must be among them. more: functions that add commands.
     """
     options = build_parser(backends, more).parse_args(arguments)
     try:
-        options.run(options)
+        status = options.run(options)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -71,7 +72,7 @@ def main(
     except KeyboardInterrupt:
         print(f"resa {options.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,6 +93,7 @@ def build_parser(
     _add_train(commands)
     _add_tokenizer(commands)
     _add_eval(commands)
+    _add_conformance(commands)
     for add in more:
         add(commands)
     return parser
@@ -309,6 +311,7 @@ def _add_generate(commands: argparse._SubParsersAction, backends: Mapping[str, B
     _add_sparsity(parser)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     parser.add_argument("--top-p", type=float, default=1.0, help="mass of the tokens sampled from")
+    parser.add_argument("--top-k", type=int, help="sample from that many of the likeliest tokens (default: all)")
     parser.add_argument("--seed", type=_seed, default=0, help="of the random numbers")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
     text = "of weights and cache; auto is the one that a folder's weights are stored in, float32 for a file"
@@ -340,6 +343,7 @@ def _run_generate(options: argparse.Namespace) -> None:
         config,
         temperature=options.temperature,
         top_p=options.top_p,
+        top_k=options.top_k,
         generator=[torch.Generator().manual_seed(options.seed)],
         stop_tokens=language.stop_tokens,
         on_token=writer,
@@ -563,3 +567,30 @@ def _run_eval(options: argparse.Namespace) -> None:
         result = measure_fidelity(model, long, options.tokens, config, options.intervals, batch=options.batch)
     seconds = round(time.perf_counter() - started, 1)
     _report({"question": options.question, **result, **_provenance(options), "seconds": seconds}, options.out)
+
+
+# ---- conformance -----------------------------------------------------------------------------------------------------
+
+
+def _add_conformance(commands: argparse._SubParsersAction) -> None:
+    text = (
+        "Check a port against the conformance vectors. MODULE offers the five operations, NumPy arrays in and out, and"
+        " decode_trace for whole generations, as docs/porting.md says. Prints every case, and for what fails the law"
+        " that broke; the exit status is 1 unless all passes."
+    )
+    parser = add_command(commands, "conformance", _run_conformance, text)
+    parser.add_argument("module", metavar="MODULE", help="a module that can be imported from here, or a .py file")
+    parser.add_argument("--ops-only", action="store_true", help="leave decode_trace out, and do not ask for it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _run_conformance(options: argparse.Namespace) -> int:
+    from .conformance import check_port, is_passed, load_port, load_vectors, report, show
+
+    port, vectors = load_port(options.module), load_vectors()
+    rows = check_port(port, vectors, ops_only=options.ops_only)
+    if options.json:
+        _report(report(options.module, vectors, rows, ops_only=options.ops_only), None)
+    else:
+        show(rows)
+    return 0 if is_passed(rows, ops_only=options.ops_only) else 1

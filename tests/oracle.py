@@ -260,14 +260,19 @@ def dense_pass(weights, config, cache, tokens, start):
     return forward(weights, config, cache, tokens, start, attention)
 
 
-def sparse_step(weights, config, resa, cache, token):
-    """Feed one token at position T; every layer selects blocks of its own cache and attends to them. -> logits [V]."""
+def sparse_step(weights, config, resa, cache, token, selected=None):
+    """Feed one token at position T; every layer selects blocks of its own cache and attends to them. -> logits [V].
+
+    To the list `selected`, if given, every layer appends its (scores [Hkv, M], indices [Hkv, N]).
+    """
 
     def attention(query, keys, values):
         lengths, block_size = [keys.shape[1]], resa["block_size"]
         query, keys, values = query[None, :, 0], keys[None], values[None]
         scores = score_blocks(query, block_bounds(keys, lengths, block_size), lengths, block_size)
         indices = select_blocks(scores, lengths, resa)
+        if selected is not None:
+            selected.append((scores[0], indices[0]))
         return sparse_attention(query, keys, values, indices, lengths, block_size)[0, :, None]
 
     return forward(weights, config, cache, [token], cache.length, attention)[-1]
@@ -283,18 +288,22 @@ class Generation:
     w: int
 
 
-def generate(weights, config, resa, prompt, max_new_tokens, stop=(), forced=None):
+def generate(weights, config, resa, prompt, max_new_tokens, stop=(), forced=None, watch=None):
     """Greedy rectified sparse decoding of one sequence (section 3; Algorithm 1).
 
     resa holds block_size, active_ratio, min_blocks, local_blocks, interval (None: never rectify), schedule ("paper"
     or "fused") and optionally dense_below: while the cache is shorter, steps are dense and leave w at 0. The last
     generated token, or a stop token, is never fed. With `forced`, those tokens take the place of the chosen ones, so
-    that two decoders can be compared under the same tokens.
+    that two decoders can be compared under the same tokens. `watch(done, logits, selected)` is called after the
+    prefill and after every step, a rectification included, with the logits of the next token and what each layer
+    selected (nothing in a dense pass).
     """
     cache, interval = Cache.empty(config), resa["interval"]
     logits = dense_pass(weights, config, cache, prompt, 0)[-1]
-    fed, done = list(prompt), Generation(tokens=[], logits=[], cache=cache, w=0)
+    fed, done, selected = list(prompt), Generation(tokens=[], logits=[], cache=cache, w=0), []
     while len(done.tokens) < max_new_tokens:
+        if watch is not None:
+            watch(done, logits, selected)
         best = int(np.argmax(logits))  # the first, so the lower id, among equals
         pending = best if forced is None else forced[len(done.tokens)]
         done.tokens.append(pending)
@@ -302,13 +311,14 @@ def generate(weights, config, resa, prompt, max_new_tokens, stop=(), forced=None
         if len(done.tokens) == max_new_tokens or pending in stop:
             break
         fed.append(pending)
+        selected = []
         fused_pass = resa["schedule"] == "fused" and done.w + 1 == interval
         if fused_pass or cache.length < resa.get("dense_below", 0):
             window = fed[cache.length - done.w :]  # w sparse tokens and the pending one
             logits = dense_pass(weights, config, cache, window, cache.length - done.w)[-1]
             done.w = 0
             continue
-        logits = sparse_step(weights, config, resa, cache, pending)
+        logits = sparse_step(weights, config, resa, cache, pending, selected)
         done.w += 1
         if resa["schedule"] == "paper" and done.w == interval:
             dense_pass(weights, config, cache, fed[cache.length - interval :], cache.length - interval)

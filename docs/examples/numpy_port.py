@@ -1,0 +1,217 @@
+"""Rectified sparse attention in NumPy, the smallest whole port: `resa conformance docs/examples/numpy_port.py`.
+
+Section numbers are those of docs/porting.md. Everything is computed in float64, one sequence and one head at a time.
+"""
+
+import math
+
+import numpy as np
+
+# ---- 2 The five operations -------------------------------------------------------------------------------------------
+
+
+def block_bounds(keys, lengths, block_size):
+    """2.1: keys [B, Hkv, T_max, D] -> [B, Hkv, 2, D, M]."""
+    batch, kv_heads, capacity, head_dim = keys.shape
+    n_blocks = math.ceil(capacity / block_size)
+    bounds = np.empty((batch, kv_heads, 2, head_dim, n_blocks), keys.dtype)
+    bounds[:, :, 0], bounds[:, :, 1] = math.inf, -math.inf
+    for s, length in enumerate(lengths):
+        for i in range(math.ceil(length / block_size)):
+            block = keys[s, :, i * block_size : min((i + 1) * block_size, length)]  # [Hkv, tokens, D]
+            bounds[s, :, 0, :, i], bounds[s, :, 1, :, i] = block.min(axis=1), block.max(axis=1)
+    return bounds
+
+
+def score_blocks(query, bounds, lengths, block_size):
+    """2.2: query [B, Hq, D], bounds [B, Hkv, 2, D, M] -> [B, Hkv, M]."""
+    batch, kv_heads, _, head_dim, n_blocks = bounds.shape
+    pooled = query.astype(np.float64).reshape(batch, kv_heads, -1, head_dim).mean(axis=2)[..., None]
+    with np.errstate(invalid="ignore"):
+        products = np.maximum(pooled * bounds[:, :, 0], pooled * bounds[:, :, 1])  # [B, Hkv, D, M]
+    is_infinite = np.isinf(bounds).any(axis=2)
+    scores = np.where((pooled == 0) & is_infinite, 0.0, products).sum(axis=2)
+    past_the_end = np.arange(n_blocks) * block_size >= np.asarray(lengths)[:, None, None]
+    return np.where(past_the_end, -math.inf, scores)
+
+
+def count_selected(n_blocks, config):
+    """2.3: n = min(M, max(min_blocks, ceil(p M - 1e-9)))."""
+    share = math.ceil(config["active_ratio"] * n_blocks - 1e-9)
+    return min(n_blocks, max(config["min_blocks"], share))
+
+
+def select_blocks(scores, lengths, config):
+    """2.3: scores [B, Hkv, M] -> indices [B, Hkv, N], ascending, -1 at the end."""
+    n_blocks = [math.ceil(length / config["block_size"]) for length in lengths]
+    counts = [count_selected(n, config) for n in n_blocks]
+    indices = np.full((*scores.shape[:2], max(counts)), -1, np.int32)
+    for s, (total, count) in enumerate(zip(n_blocks, counts, strict=True)):
+        oldest_local = max(0, total - config["local_blocks"])
+        for h in range(scores.shape[1]):
+
+            def rank(i, score=scores[s, h]):  # numbers by value, high to low, then NaN; among equals the lower index
+                return (True, 0.0, i) if math.isnan(score[i]) else (False, -score[i], i)
+
+            best = sorted(range(oldest_local), key=rank)[: count - (total - oldest_local)]
+            taken = best + list(range(oldest_local, total))
+            indices[s, h, :count] = sorted(taken)
+    return indices
+
+
+def attend(query, keys, values):
+    """Softmax attention of [R, D] over visible [n, D] tokens -> [R, D] and the natural log-sum-exp [R]."""
+    if len(keys) == 0:
+        return np.zeros(query.shape), np.full(len(query), -math.inf)
+    logits = query.astype(np.float64) @ keys.astype(np.float64).T * query.shape[1] ** -0.5
+    largest = logits.max(axis=1, keepdims=True)
+    weights = np.exp(logits - largest)
+    total = weights.sum(axis=1, keepdims=True)
+    return weights @ values.astype(np.float64) / total, (largest + np.log(total))[:, 0]
+
+
+def sparse_attention(query, keys, values, indices, lengths, block_size, *, return_lse=False):
+    """2.4: query [B, Hq, D] over the valid tokens of the selected blocks -> [B, Hq, D], lse [B, Hq]."""
+    group = query.shape[1] // keys.shape[1]
+    out, lse = np.zeros(query.shape), np.zeros(query.shape[:2])
+    for s, length in enumerate(lengths):
+        for h in range(keys.shape[1]):
+            blocks = [i for i in indices[s, h] if i >= 0]
+            tokens = [t for i in blocks for t in range(i * block_size, min((i + 1) * block_size, length))]
+            heads = slice(h * group, (h + 1) * group)
+            out[s, heads], lse[s, heads] = attend(query[s, heads], keys[s, h, tokens], values[s, h, tokens])
+    return (out, lse) if return_lse else out
+
+
+def dense_attention(query, keys, values, lengths, *, query_lengths=None, return_lse=False):
+    """2.5: a window of queries [B, Hq, Q, D] over the whole cache -> [B, Hq, Q, D], lse [B, Hq, Q]."""
+    batch, heads, n_queries, _ = query.shape
+    group = heads // keys.shape[1]
+    counts = [n_queries] * batch if query_lengths is None else query_lengths
+    out, lse = np.zeros(query.shape), np.full(query.shape[:3], -math.inf)
+    for s in range(batch):
+        for h in range(heads):
+            for i in range(counts[s]):
+                end = lengths[s] - counts[s] + i + 1  # sees itself
+                if end > 0:
+                    seen = keys[s, h // group, :end], values[s, h // group, :end]
+                    out[s, h, i], lse[s, h, i] = (result[0] for result in attend(query[s, h, i : i + 1], *seen))
+    return (out, lse) if return_lse else out
+
+
+# ---- 3 The model -----------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x²) + eps) · weight."""
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+def rotate(x, positions, theta):
+    """RoPE in the half-split layout: x [H, n, D], positions [n]."""
+    half = x.shape[-1] // 2
+    angles = np.outer(positions, theta ** (-2 * np.arange(half) / x.shape[-1]))  # [n, D/2]
+    first, second = x[..., :half], x[..., half:]
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+
+
+class Model:
+    """Weights, and the cache of one sequence: keys and values [layer, Hkv, T_max, D], bounds kept up to date."""
+
+    def __init__(self, weights, shape, config, capacity):
+        self.weights = {name: weight.astype(np.float64) for name, weight in weights.items()}
+        self.shape, self.config, self.length, self.window = shape, config, 0, 0
+        size = shape["n_layer"], shape["n_kv_head"], capacity, shape["head_dim"]
+        self.keys, self.values = np.full(size, math.nan), np.full(size, math.nan)
+        n_blocks = math.ceil(capacity / config["block_size"])
+        self.bounds = np.full((*size[:2], 2, size[3], n_blocks), math.nan)
+
+    def write(self, layer, key, value, start):
+        """Store rows [Hkv, n, D] from `start` on and rebuild the bounds of the blocks they touch (law 2)."""
+        end, b = start + key.shape[1], self.config["block_size"]
+        self.keys[layer, :, start:end], self.values[layer, :, start:end] = key, value
+        for i in range(start // b, math.ceil(end / b)):
+            block = self.keys[layer, :, i * b : min((i + 1) * b, end)]
+            self.bounds[layer, :, 0, :, i], self.bounds[layer, :, 1, :, i] = block.min(axis=1), block.max(axis=1)
+
+    def forward(self, tokens, start, attention):
+        """Feed tokens at start, start + 1, … -> logits after the last; attention(layer, query) -> [Hq, n, D]."""
+        shape, w, n = self.shape, self.weights, len(tokens)
+        positions = np.arange(start, start + n)
+        x = w["embed.weight"][tokens]  # [n, C]
+        for layer in range(shape["n_layer"]):
+            at = f"layers.{layer}.attn."
+            normed = rms_norm(x, w[f"layers.{layer}.attn_norm.weight"], shape["norm_eps"])
+            heads = {}
+            for name in ("q", "k", "v"):
+                projected = normed @ w[f"{at}{name}_proj.weight"].T
+                if shape["qkv_bias"]:
+                    projected = projected + w[f"{at}{name}_proj.bias"]
+                heads[name] = projected.reshape(n, -1, shape["head_dim"]).transpose(1, 0, 2)  # [H, n, D]
+                if name != "v":
+                    if shape["qk_norm"]:
+                        heads[name] = rms_norm(heads[name], w[f"{at}{name}_norm.weight"], shape["norm_eps"])
+                    heads[name] = rotate(heads[name], positions, shape["rope_theta"])
+            self.write(layer, heads["k"], heads["v"], start)
+            mixed = attention(layer, heads["q"])  # [Hq, n, D]
+            x = x + mixed.transpose(1, 0, 2).reshape(n, -1) @ w[f"{at}o_proj.weight"].T
+            normed = rms_norm(x, w[f"layers.{layer}.mlp_norm.weight"], shape["norm_eps"])
+            gate, up = (normed @ w[f"layers.{layer}.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+            x = x + gate / (1 + np.exp(-gate)) * up @ w[f"layers.{layer}.mlp.down_proj.weight"].T
+        output = w["embed.weight" if shape["tied_embeddings"] else "output.weight"]
+        return rms_norm(x[-1], w["norm.weight"], shape["norm_eps"]) @ output.T
+
+    # ---- 4 Decoding --------------------------------------------------------------------------------------------------
+
+    def dense_pass(self, tokens, start):
+        """4.1, 4.3: the tokens from `start` on are encoded densely, for the first time (prefill) or anew."""
+        end = start + len(tokens)
+
+        def attention(layer, query):
+            cache = self.keys[layer][None], self.values[layer][None]
+            return dense_attention(query[None], *cache, [end])[0]
+
+        logits = self.forward(tokens, start, attention)
+        self.length = end
+        return logits
+
+    def sparse_step(self, token):
+        """4.2: append one token; every layer scores, selects, attends -> logits, indices [layer, Hkv, N]."""
+        lengths, b, chosen = [self.length + 1], self.config["block_size"], []
+
+        def attention(layer, query):
+            query, cache = query[None, :, 0], (self.keys[layer][None], self.values[layer][None])
+            scores = score_blocks(query, self.bounds[layer][None], lengths, b)
+            chosen.append(select_blocks(scores, lengths, self.config))
+            return sparse_attention(query, *cache, chosen[-1], lengths, b)[0][:, None]
+
+        logits = self.forward([token], self.length, attention)
+        self.length += 1
+        self.window += 1
+        return logits, np.concatenate(chosen)
+
+
+def decode_trace(weights, model_config, prompt, config):
+    """4: greedy generation of config["max_new_tokens"] tokens; what there is after the prefill and after every step."""
+    n_tokens, f, fed = config["max_new_tokens"], config["interval"], list(prompt)
+    model = Model(weights, model_config, config, len(prompt) + n_tokens)
+    logits, indices, trace = model.dense_pass(fed, 0), None, []
+    while True:
+        pending = int(np.argmax(logits))
+        cached = (x[:, :, : model.length].copy() for x in (model.keys, model.values))
+        trace.append(dict(zip(("keys", "values"), cached, strict=True)))
+        trace[-1] |= {"indices": indices, "token": pending, "window": model.window}
+        if len(trace) == n_tokens:  # the last token is never fed
+            return trace
+        fed.append(pending)
+        if config["schedule"] == "fused" and f is not None and model.window + 1 >= f:
+            start = model.length - model.window
+            logits, indices = model.dense_pass(fed[start:], start), None  # the window, and the pending token
+            model.window = 0
+            continue
+        logits, indices = model.sparse_step(pending)
+        if config["schedule"] == "paper" and f is not None and model.window >= f:
+            start = model.length - model.window
+            model.dense_pass(fed[start:], start)  # its logits are discarded
+            model.window = 0
