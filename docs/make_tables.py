@@ -298,7 +298,8 @@ def beside_attention() -> str:
     columns = {key: columns[key] for key in sorted(columns) if key[1] in ends}
     lines = []
     for what in ("step", "rectification"):
-        for part in ("matrix products", "matrix products by torch", "elementwise work"):
+        products = "matrix products", "matrix products, the library's tiles", "matrix products by torch"
+        for part in (*products, "elementwise work"):
             cells = [layer_part(parts, what, part) for parts in columns.values()]
             if set(cells) != {"–"}:
                 lines.append([f"{what}: {part}, per layer", *cells])

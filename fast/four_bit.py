@@ -7,7 +7,11 @@ to the 256 of a rectification. Where there is no GPU the rounded weights are mul
 
 from __future__ import annotations
 
+import json
+from functools import cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resa.reference.checks import require
@@ -16,6 +20,8 @@ from .model import FusedGPT, Linear
 
 GROUP = 128  # neighbours in a row that share a scale
 OFFSET = 8  # codes are stored as 0 … 15
+TILE_ROWS = 128  # of the weight, in a tile of the library's
+WIDE = 16_384  # rows of a weight, from which on shallow tiles, and more of them at once, are faster
 
 
 def round_to_four_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +56,7 @@ class FourBitLinear:
         self.rows = len(codes)
         self.nbytes = codes.numel() // 2 + scale.nbytes  # read by every product
         if codes.is_cuda:
-            self.product = _library_product(codes, scale, linear.bias)
+            self.product = LibraryProduct(codes, scale, linear.bias)
         else:
             self.product = Linear(widened(codes, scale), linear.bias)
 
@@ -60,28 +66,50 @@ class FourBitLinear:
         return self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
-def _library_product(codes: Tensor, scale: Tensor, bias: Tensor | None) -> torch.nn.Module:
-    """The library's product of x [rows, in] with these weights, [rows, out]."""
-    try:
-        from humming.layer import HummingLayer
-    except ImportError:
-        needed = "4-bit weights on a GPU need the package `humming-kernels`: pip install 'resa[four-bit]'"
-        raise ImportError(needed) from None
-    rows, columns = codes.shape
-    layer = HummingLayer(
-        shape_n=rows,
-        shape_k=columns,
-        weight_config={"dtype": "int4", "group_size": GROUP},
-        torch_dtype=scale.dtype,
-        has_bias=bias is not None,
-    ).to(codes.device)
-    place = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
-    # Eight codes in 32 bits, the first in the lowest four.
-    packed = ((codes.int() + OFFSET).unflatten(1, (-1, 8)) << place).sum(dim=2, dtype=torch.int32)
-    given = {"weight": packed, "weight_scale": scale} | ({} if bias is None else {"bias": bias})
-    layer.load_from_tensors(given)
-    layer.transform()
-    return layer
+class LibraryProduct:
+    """The library's product of x [rows, in] with these weights: [rows, out]."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        try:
+            from humming.layer import HummingLayer
+        except ImportError:
+            needed = "4-bit weights on a GPU need the package `humming-kernels`: pip install 'resa[four-bit]'"
+            raise ImportError(needed) from None
+        self.rows, columns = codes.shape
+        missing = -self.rows % TILE_ROWS  # rows of zeros, which the library's tiles need
+        codes, scale = (F.pad(part, (0, 0, 0, missing)) for part in (codes, scale))
+        self.layer = HummingLayer(
+            shape_n=len(codes),
+            shape_k=columns,
+            weight_config={"dtype": "int4", "group_size": GROUP},
+            torch_dtype=scale.dtype,
+            has_bias=bias is not None,
+        ).to(codes.device)
+        place = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
+        # Eight codes in 32 bits, the first in the lowest four.
+        packed = ((codes.int() + OFFSET).unflatten(1, (-1, 8)) << place).sum(dim=2, dtype=torch.int32)
+        given = {"weight": packed, "weight_scale": scale}
+        self.layer.load_from_tensors(given if bias is None else given | {"bias": F.pad(bias, (0, missing))})
+        self.layer.transform()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.layer(x, tuning_config=tiles(len(x), self.rows))[:, : self.rows].contiguous()
+
+
+@cache
+def tiles(n_rows: int, width: int) -> str | None:
+    """How the library shall tile a product of n_rows rows with a weight of `width` rows; None: as it would itself.
+
+    What it would choose for the few rows of a decoding step reads at half the memory's speed; these are its tiles for
+    longer rows of weights, started early (see launch.py: its kernels keep that rule). docs/log.md has the trials.
+    """
+    if n_rows > 16:
+        return None
+    few = 8 if n_rows <= 8 else 16
+    depth, per_sm = (64, 4) if width >= WIDE else (128, 2)
+    chosen = {"mma_type": "mma", "block_shape": [few, TILE_ROWS, depth], "warp_shape": [few, 64, 32]}
+    chosen |= {"num_stages": 4, "num_ctas_per_sm": per_sm, "use_stream_k": True, "use_pdl": True}
+    return json.dumps(chosen)
 
 
 @torch.no_grad()

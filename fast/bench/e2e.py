@@ -67,7 +67,7 @@ def check_four_bits(plain: Mapping[str, Linear], rounded: Mapping[str, FourBitLi
     """Every product in 4 bits must be that of the rounded weights; `ValueError` where it is too far."""
     for name, linear in plain.items():
         exact = Linear(widened(*round_to_four_bits(linear.weight)), linear.bias)
-        for rows in (1, 8, 32, 256):  # of steps, of rectifications
+        for rows in (1, 8, 16, 32, 256):  # of steps, of rectifications
             x = linear.weight.new_empty(rows, linear.weight.shape[1]).normal_()
             error, limit = distance(rounded[name](x), exact(x)), 4 * torch.finfo(x.dtype).eps
             require(error <= limit, f"int4 {name}", f"error {error:.2g}", f"at most {limit:.2g} before it is timed")
@@ -312,12 +312,22 @@ def measure_parts(model: FusedGPT, config: ReSAConfig, batch: int) -> dict[str, 
             narrow = {name: x.bfloat16() for name, x in inputs.items()}
             peers = [partial(TorchLayer(product_sizes(model.config), device), narrow) for _ in range(n_layer)]
             parts[f"{name}: matrix products by torch, per layer"] = time_calls(peers)
+            parts[f"{name}: matrix products, the library's tiles, per layer"] = time_calls(
+                [partial(library_tiles, model, inputs)], divide_by=n_layer
+            )
     last = product_inputs(model, batch)["qkv"]
     parts["output projection"] = time_calls([lambda: model.output(last)])
     logits, count = model.output(last), torch.zeros(batch, dtype=torch.int64, device=device)
     for name, sampling in (("greedy", Sampling()), ("temperature 0.7, top_p 0.95", Sampling(0.7, 0.95))):
         parts[f"sampling, {name}"] = time_calls([partial(sampling.sampler(model, batch, 1), logits, count)])
     return {name: asdict(time) for name, time in parts.items()}
+
+
+def library_tiles(model: FusedGPT, inputs: Mapping[str, Tensor]) -> None:
+    """Every product in 4 bits with the tiles that the library would choose."""
+    for layer in model.fused:
+        for name, product in layer.products().items():
+            product.product.layer(inputs[name])
 
 
 def between_products(model: FusedGPT, batch: int, rows: int) -> list[Callable[[], object]]:
