@@ -108,8 +108,8 @@ def checked_device(argument: str, device: torch.device | str) -> torch.device:
 def free_memory(device: torch.device) -> int:
     """Bytes for weights and caches: on a GPU what nobody holds less `RESERVE`, elsewhere all that the machine has."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return max(0, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - RESERVE)
+        torch.cuda.empty_cache()  # what the allocator keeps may lie in pieces too small for what comes
+        return max(0, torch.cuda.mem_get_info(device)[0] - RESERVE)
     if not hasattr(os, "sysconf"):  # Windows: the allocation itself will say
         return sys.maxsize
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -225,13 +225,13 @@ def test_the_largest_batch_leaves_the_reserve(model, monkeypatch):
 
 
 def test_free_memory_of_a_gpu_leaves_a_reserve(monkeypatch):
-    """What the allocator holds and nobody uses is free as well."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**10, 8 * 10**10))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7 * 10**9)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * 10**9)
+    """What the allocator keeps for later is given back first: in pieces it is of no use."""
+    free = [0]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(12 * 10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 8 * 10**10))
     assert checks.free_memory(torch.device("cuda")) == 12 * 10**9 - checks.RESERVE
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 8 * 10**10))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * 10**9)
     assert checks.free_memory(torch.device("cuda")) == 0
 
 
