@@ -300,24 +300,14 @@ def beside_attention() -> str:
     for what in ("step", "rectification"):
         products = "matrix products", "matrix products, the library's tiles", "matrix products by torch"
         for part in (*products, "elementwise work"):
-            cells = [layer_part(parts, what, part) for parts in columns.values()]
+            name = f"{what}: {part}, per layer"
+            cells = [spread(parts[name]) if name in parts else "–" for parts in columns.values()]
             if set(cells) != {"–"}:
-                lines.append([f"{what}: {part}, per layer", *cells])
+                lines.append([name, *cells])
     for name in ("output projection", "sampling, greedy", "sampling, temperature 0.7, top_p 0.95"):
         lines.append([name, *(spread(parts[name]) for parts in columns.values())])
-    note = (
-        "µs; medians [quartiles]. Elementwise work: residuals, norms, RoPE, SwiGLU; after ≈ what a layer takes beyond "
-        "its products, a difference of two such figures."
-    )
+    note = "µs; medians [quartiles]. Elementwise work: residuals, norms, RoPE, SwiGLU."
     return markdown(["part", *(f"{name}, batch {batch}" for name, batch in columns)], lines) + "\n\n" + note
-
-
-def layer_part(parts: dict, what: str, part: str) -> str:
-    """A part of one layer; elementwise work, where it was not timed by itself, as the difference it makes."""
-    name, whole = f"{what}: {part}, per layer", f"{what}: with elementwise work, per layer"
-    if name not in parts and part == "elementwise work":
-        return f"≈ {parts[whole]['us'] - parts[f'{what}: matrix products, per layer']['us']:.1f}"
-    return spread(parts[name]) if name in parts else "–"
 
 
 TABLES = {
