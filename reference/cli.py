@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import hashlib
 import json
 import os
@@ -576,7 +577,8 @@ def _add_conformance(commands: argparse._SubParsersAction) -> None:
     text = (
         "Check a port against the conformance vectors. MODULE offers the five operations, NumPy arrays in and out, and"
         " decode_trace for whole generations, as docs/porting.md says. Prints every case, and for what fails the law"
-        " that broke; the exit status is 1 unless all passes."
+        " that broke. The exit status is 0 if all passes, 1 if not, 2 if there is no such module. What the port prints"
+        " goes to standard error."
     )
     parser = add_command(commands, "conformance", _run_conformance, text)
     parser.add_argument("module", metavar="MODULE", help="a module that can be imported from here, or a .py file")
@@ -587,8 +589,9 @@ def _add_conformance(commands: argparse._SubParsersAction) -> None:
 def _run_conformance(options: argparse.Namespace) -> int:
     from .conformance import check_port, is_passed, load_port, load_vectors, report, show
 
-    port, vectors = load_port(options.module), load_vectors()
-    rows = check_port(port, vectors, ops_only=options.ops_only)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is the report's alone
+        port, vectors = load_port(options.module), load_vectors()
+        rows = check_port(port, vectors, ops_only=options.ops_only)
     if options.json:
         _report(report(options.module, vectors, rows, ops_only=options.ops_only), None)
     else:

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
+import math
 import sys
+import traceback
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -26,19 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .checks import require
+from .conformance_trace import DRIFT, IMPRECISE, Comparison, NoTrace, expected_steps, find_wrong, read_trace
 
 OPERATIONS = ("block_bounds", "score_blocks", "select_blocks", "sparse_attention", "dense_attention")
-DRIFT = 1e-4  # ‖k − k*‖ / ‖k*‖ of a cached key or value: far above float32's rounding, far below any mistake's trace
 PASS, FAIL, UNCHECKED = "pass", "FAIL", "not checked"
-RAISED = "4.6 the trace, an exception"
-# What a step of a generation needs, by the law that it would otherwise seem to break.
-NEEDS = {
-    "4.1 prefill": ("dense_attention",),
-    "4.2 sparse step": ("sparse_attention",),
-    "law 2 online = rebuilt": ("block_bounds", "score_blocks", "select_blocks"),
-    "law 6 rectification is exact": ("dense_attention",),
-    "law 8 corners": ("dense_attention",),
-}
+TRACE = "4.6 the trace"
 STYLES = {PASS: "none", FAIL: "bold red", UNCHECKED: "yellow"}
 
 
@@ -80,46 +76,42 @@ def load_port(name: str) -> ModuleType:
 
     Errors: ValueError if there is none, or if it can't be imported.
     """
-    is_file = name.endswith(".py")
-    require(
-        not is_file or Path(name).is_file(), "MODULE", name, "a module that can be imported, or a file ending in .py"
-    )
+    allowed = "a module that can be imported, or a file ending in .py"
+    path = Path(name) if name.endswith(".py") else None
+    require(path is None or path.is_file(), "MODULE", name, allowed)
+    sys.path.insert(0, str(path.parent.resolve()) if path else "")  # a port may have modules beside it
     try:
-        if is_file:
-            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # dataclasses look their module up there
-            spec.loader.exec_module(module)
-            return module
-        sys.path.insert(0, "")
-        return importlib.import_module(name)
-    except Exception as error:  # whatever a foreign module raises
-        allowed = "a module that can be imported, or a file ending in .py"
-        raise ValueError(f"MODULE: got {name} ({type(error).__name__}: {error}); allowed: {allowed}") from error
+        if path is None:
+            return importlib.import_module(name)
+        spec = importlib.util.spec_from_file_location(f"_port_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+        return module
+    except (Exception, SystemExit) as error:  # whatever a foreign module raises
+        raise ValueError(f"MODULE: got {name} ({_said(error)}); allowed: {allowed}") from error
+
+
+def _said(error: BaseException) -> str:
+    """An exception in one line, with where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 def check_port(port: ModuleType, vectors: Vectors, *, ops_only: bool = False) -> list[Row]:
     """Every case in order; without `decode_trace`, or if told to leave it, those rows say that they are not checked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of NaN and infinity, which the vectors are full of
-        return _check_port(port, vectors, ops_only=ops_only)
-
-
-def _check_port(port: ModuleType, vectors: Vectors, *, ops_only: bool) -> list[Row]:
-    rows = [check_operation(port, entry, vectors.operations) for entry in vectors.manifest["operations"]]
-    broken = {row.operation: row for row in reversed(rows) if row.status == FAIL}  # the first of each stays
-    for entry in vectors.manifest["traces"]:
-        if ops_only or not hasattr(port, "decode_trace"):
-            rows.append(Row("decode_trace", entry["case"], UNCHECKED, says="no decode_trace" * (not ops_only)))
-            continue
-        row = check_trace(port, entry, vectors)
-        for operation in NEEDS.get(row.law, ()) if row.status == FAIL else ():
-            if operation in broken:  # a generation can't be right then
-                says = f"{row.says}; {operation} fails as well, so mend that first"
-                row = replace(row, law=broken[operation].law, says=says)
-                break
-        rows.append(row)
-    return rows
+        rows = [check_operation(port, entry, vectors.operations) for entry in vectors.manifest["operations"]]
+        broken = {row.operation: row for row in reversed(rows) if row.status == FAIL}  # the first of each stays
+        for entry in vectors.manifest["traces"]:
+            if ops_only or not hasattr(port, "decode_trace"):
+                said = "" if ops_only else "no decode_trace"
+                rows.append(Row("decode_trace", entry["case"], UNCHECKED, says=said))
+            else:
+                rows.append(check_trace(port, entry, vectors, broken))
+        return rows
 
 
 def first_failures(rows: Sequence[Row]) -> list[Row]:
@@ -128,7 +120,7 @@ def first_failures(rows: Sequence[Row]) -> list[Row]:
     A generation that ran tells more than one that raised an exception.
     """
     first: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: row.law == RAISED):
+    for row in sorted(rows, key=lambda row: row.law == TRACE):
         if row.status == FAIL:
             first.setdefault(row.operation, row)
     return [row for row in rows if row is first.get(row.operation)]
@@ -145,78 +137,111 @@ def is_passed(rows: Sequence[Row], *, ops_only: bool = False) -> bool:
 def check_operation(port: ModuleType, entry: dict, tensors: Mapping[str, np.ndarray]) -> Row:
     """One case of one operation."""
     operation, case = entry["operation"], entry["case"]
-    function = getattr(port, operation, None)
-    if function is None:
-        return Row(operation, case, FAIL, law="2 signatures", says=f"the port has no {operation}")
     start = f"{operation}/{case}/"
     arrays = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-    inputs = {name: array.copy() for name, array in arrays.items() if "/" not in name}
-    if operation.endswith("attention"):
+    function, names = getattr(port, operation, None), entry["compare"]
+    inputs = {name: array.copy() for name, array in arrays.items() if "/" not in name} | deepcopy(entry["arguments"])
+    if "lse" in names:
         inputs["return_lse"] = True
+    failed = Row(operation, case, FAIL, law="2 signatures")
+    if function is None:
+        return replace(failed, says=f"the port has no {operation}")
+    if not _takes(function, inputs):
+        return replace(failed, says=f"{operation} can't be called with the arguments {', '.join(inputs)}, by name")
     try:
-        found = function(**inputs, **entry["arguments"])
-        found = dict(zip(("out", "lse") if operation.endswith("attention") else (None,), _listed(found), strict=True))
-    except Exception as error:  # whatever a foreign function raises
-        law = "2 signatures" if isinstance(error, TypeError) else entry["law"]
-        return Row(operation, case, FAIL, law=law, says=f"{entry['says']} ({type(error).__name__}: {error})")
-    worst = Row(operation, case, PASS, 0.0, 0.0, entry["law"])
-    for name in entry["compare"]:
-        kept = name if operation.endswith("attention") else {"set": "indices"}.get(name, name)
-        actual = found[kept if operation.endswith("attention") else None]
-        expected, allowed = arrays[f"expected/{kept}"], arrays.get(f"allowed/{kept}", np.float32(0))
-        row = _compared(
-            Row(operation, case, PASS, law=entry["law"], says=entry["says"]), actual, expected, allowed, name
-        )
-        if row.status == FAIL:
-            return _as_selection(row, np.asarray(actual), expected, entry) if operation == "select_blocks" else row
-        worst = max(worst, row, key=lambda each: _share(each.error, each.allowed))
-    return worst
+        results = function(**inputs)
+    except (Exception, SystemExit) as error:  # whatever a foreign function raises
+        return replace(failed, law=entry["law"], says=f"{entry['says']} ({_said(error)})")
+    found = _named(results, pair="lse" in names)
+    if found is None:
+        return replace(failed, says=f"with return_lse the result is a pair (out, lse), got a {type(results).__name__}")
+    rows = []
+    for name in names:
+        kept = {"set": "indices"}.get(name, name)
+        row = Row(operation, case, PASS, law=entry["law"], says=entry["says"])
+        actual, given = _as_array(found.get(kept, found.get("")))
+        if actual is None:
+            return replace(failed, says=f"{name}: {given}")
+        rows.append(_compared(row, actual, arrays[f"expected/{kept}"], arrays.get(f"allowed/{kept}"), name))
+        if rows[-1].status == FAIL:
+            is_selection = operation == "select_blocks" and rows[-1].law == entry["law"]
+            return _as_selection(rows[-1], actual, arrays["expected/indices"], entry) if is_selection else rows[-1]
+    worst = max(rows, key=lambda row: row.error / row.allowed if row.allowed else 0.0)
+    return replace(worst, says="")
 
 
-def _listed(found: object) -> tuple:
-    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+def _takes(function: Callable, inputs: Mapping) -> bool:
+    """Whether a function can be called with these names, as far as it tells."""
+    try:
+        inspect.signature(function).bind(**inputs)
+    except TypeError:
+        return False
+    except ValueError:  # of compiled functions, which do not tell
+        return True
+    return True
 
 
-def _share(error: float, allowed: float) -> float:
-    return error / allowed if allowed else float(error > 0)
+def _named(results: object, *, pair: bool) -> dict[str, object] | None:
+    """Results by name, "" where there is one alone; None if there should be a pair and is none."""
+    if not pair:
+        return {"": results}
+    if not isinstance(results, (tuple, list)) or len(results) != 2:
+        return None
+    return dict(zip(("out", "lse"), results, strict=True))
 
 
-def _compared(row: Row, actual: object, expected: np.ndarray, allowed: np.ndarray, name: str) -> Row:
-    """The row with its verdict; where the shape or the type is wrong, the law is that of the signatures."""
-    actual = np.asarray(actual)
-    wanted = "i" if expected.dtype.kind == "i" else "f"
-    if actual.dtype.kind != wanted or actual.ndim != expected.ndim:
-        given = f"{name}: got {actual.dtype} {list(actual.shape)}, expected {expected.dtype} {list(expected.shape)}"
-        return Row(row.operation, row.case, FAIL, law="2 signatures", says=given)
-    if wanted == "i":
+def _as_array(result: object) -> tuple[np.ndarray | None, str]:
+    """As an array of numbers; or None, and what there is instead."""
+    try:
+        array = np.asarray(result)
+    except Exception as error:  # ragged lists, tensors that need a gradient or lie elsewhere, …
+        return None, f"can't be read as a NumPy array ({_said(error)})"
+    if array.dtype.kind not in "if":
+        return None, f"got {array.dtype} {list(array.shape)}, neither integers nor floats"
+    return array, ""
+
+
+def _compared(row: Row, actual: np.ndarray, expected: np.ndarray, allowed: np.ndarray | None, name: str) -> Row:
+    """The row with its verdict; where the type or the number of axes is wrong, the law is that of the signatures."""
+    failed = replace(row, status=FAIL)
+    wide, given = expected.dtype.itemsize, f"{name}: got {actual.dtype} {list(actual.shape)}, expected"
+    if actual.dtype.kind != expected.dtype.kind or actual.ndim != expected.ndim or actual.dtype.itemsize < wide:
+        says = f"{given} {expected.dtype} or wider, {list(expected.shape)}"
+        return replace(failed, law="2 signatures", says=says)
+    if expected.dtype.kind == "i":
         expected = _padded(expected, actual.shape[-1])  # a list may be longer than it must
         if name == "set":
             actual, expected = np.sort(actual, axis=-1), np.sort(expected, axis=-1)
     if actual.shape != expected.shape:
-        given = f"{name}: got shape {list(actual.shape)}, expected {list(expected.shape)}"
-        return Row(row.operation, row.case, FAIL, law=row.law, says=f"{row.says} ({given})")
+        return replace(failed, says=f"{row.says} ({given} {list(expected.shape)})")
+    allowed = np.broadcast_to(np.float64(0) if allowed is None else allowed, expected.shape).astype(np.float64)
     with np.errstate(invalid="ignore"):
-        same = (actual == expected) | ((actual != actual) & (expected != expected))
-        error = np.where(same, 0.0, np.abs(actual.astype(np.float64) - expected))
+        is_right = (actual == expected) | ((actual != actual) & (expected != expected)) | np.isinf(allowed)
+        error = np.where(is_right, 0.0, np.abs(actual.astype(np.float64) - expected))
     error = np.where(np.isnan(error), np.inf, error)
-    allowed = np.broadcast_to(allowed, error.shape).astype(np.float64)
-    if error.size == 0:
-        return Row(row.operation, row.case, PASS, 0.0, 0.0, row.law)
     is_wrong = error > allowed
-    shares = np.where(is_wrong, np.inf, 0) + np.divide(error, allowed, out=np.zeros_like(error), where=allowed > 0)
+    shares = np.where(is_wrong, np.inf, np.divide(error, allowed, out=np.zeros_like(error), where=allowed > 0))
     worst = np.unravel_index(np.argmax(shares), error.shape)
+    row = replace(row, error=float(error[worst]), allowed=float(allowed[worst]))
     if not is_wrong.any():
-        return Row(row.operation, row.case, PASS, float(error[worst]), float(allowed[worst]), row.law)
+        return row
     place = [int(i) for i in worst]
     where = f"{name}{place} is {actual[worst]:.6g} instead of {expected[worst]:.6g}"
+    if error.max() < IMPRECISE * np.abs(expected, where=np.isfinite(expected), out=np.zeros(expected.shape)).max():
+        where += ", so close that arithmetic may be narrower than float32"
     says = f"{row.says} ({int(is_wrong.sum())} of {error.size} differ: {where})"
-    return Row(row.operation, row.case, FAIL, float(error[worst]), float(allowed[worst]), row.law, says)
+    return replace(row, status=FAIL, says=says)
 
 
 def _as_selection(row: Row, actual: np.ndarray, expected: np.ndarray, entry: dict) -> Row:
-    """A selection that is wrong in how many it takes, or in leaving out the newest, is told so in plain words."""
-    if actual.dtype.kind != "i" or actual.shape[:-1] != expected.shape[:-1]:
+    """A selection that is wrong in its order, in how many it takes, or in leaving out the newest, is told so."""
+    if actual.shape[:-1] != expected.shape[:-1]:
         return row
+    expected = _padded(expected, actual.shape[-1])
+    if actual.shape == expected.shape and (np.sort(actual, axis=-1) == np.sort(expected, axis=-1)).all():
+        if ((actual < 0) != (expected < 0)).any():
+            return replace(row, law="2.3 padding", says="the right blocks, but -1 does not come after them")
+        return replace(row, law="2.3 order", says="the right blocks, but not in ascending order")
     ours, theirs = ((indices >= 0).sum(axis=-1) for indices in (actual, expected))
     if (ours != theirs).any():
         law = row.law if row.law in ("2.3 exact products", "2.3 padding") else "2.3 count"
@@ -238,211 +263,60 @@ def _padded(indices: np.ndarray, width: int) -> np.ndarray:
 # ---- Generations -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Step:
-    """What is expected after the prefill or after one step; keys and values are the whole cache."""
-
-    keys: np.ndarray  # [layer, Hkv, T, D]
-    values: np.ndarray
-    indices: np.ndarray | None  # [layer, Hkv, N] of a sparse step
-    token: int  # chosen by it
-    window: int  # w after it
-    start: int  # rows from here on were written by it
-
-
-def expected_steps(case: str, tensors: Mapping[str, np.ndarray]) -> list[Step]:
-    """The generation of one trace, its cache put together from what every step wrote."""
-    names = ("token", "window", "start", "end")
-    steps, used = [], 0
-    cache = [np.zeros((*tensors[f"{case}/keys"].shape[1:3], 0, tensors[f"{case}/keys"].shape[3]))] * 2
-    for i, (token, window, start, end) in enumerate(zip(*(tensors[f"{case}/{name}"] for name in names), strict=True)):
-        rows = slice(used, used + end - start)
-        new = [tensors[f"{case}/{name}"][rows].transpose(1, 2, 0, 3) for name in ("keys", "values")]
-        cache = [np.concatenate((old[:, :, :start], fresh), axis=2) for old, fresh in zip(cache, new, strict=True)]
-        used += end - start
-        indices = tensors.get(f"{case}/indices", np.full((i + 1, 1, 1, 1), -1))[i]
-        steps.append(Step(*cache, indices if (indices >= 0).any() else None, int(token), int(window), int(start)))
-    return steps
-
-
-def check_trace(port: ModuleType, entry: dict, vectors: Vectors) -> Row:
-    """One generation, up to the first step that goes wrong."""
-    case, config = entry["case"], entry["config"]
-    weights = {name: tensor.copy() for name, tensor in vectors.weights.items()}
+def check_trace(port: ModuleType, entry: dict, vectors: Vectors, broken: Mapping[str, Row]) -> Row:
+    """One generation, up to the first step that goes wrong; `broken` has the first failure of each operation."""
+    case, config, start = entry["case"], entry["config"], f"{entry['model']}/"
+    weights = {
+        name.removeprefix(start): tensor.copy() for name, tensor in vectors.weights.items() if name.startswith(start)
+    }
+    arguments = deepcopy((vectors.manifest["models"][entry["model"]], entry["prompt"], config))
+    failed = Row("decode_trace", case, FAIL)
     try:
-        found = list(
-            port.decode_trace(weights, dict(vectors.manifest["model"]), list(vectors.manifest["prompt"]), dict(config))
-        )
-        found = [_step_of(step) for step in found]
-    except Exception as error:  # whatever a foreign function raises
-        return Row("decode_trace", case, FAIL, law=RAISED, says=f"{type(error).__name__}: {error}")
+        found = read_trace(port.decode_trace(weights, *arguments))
+    except NoTrace as error:
+        return replace(failed, law=TRACE, says=str(error))
+    except (Exception, SystemExit) as error:  # whatever a foreign function raises
+        return replace(failed, law=TRACE, says=_said(error))
     expected, largest = expected_steps(case, vectors.traces), 0.0
-    for i, wanted in enumerate(expected):
-        if i == len(found):
-            says = f"{len(found)} entries instead of {len(expected)}: one after the prefill, one after every step"
-            return Row("decode_trace", case, FAIL, law="4.5 end of generation", says=says)
-        wrong, drift = compare_step(
-            found[i], wanted, expected[i - 1] if i else None, found[i - 1] if i else None, config
-        )
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=False)):
+        before = (found[i - 1], expected[i - 1]) if i else (None, None)
+        wrong, drift = find_wrong(Comparison(ours, theirs, *before, config))
         largest = max(largest, drift)
         if wrong is not None:
-            law, says = wrong
-            return Row("decode_trace", case, FAIL, drift, DRIFT, law, f"{_name(i)}: {says}")
-    if len(found) > len(expected):
-        says = f"{len(found)} entries instead of {len(expected)}: the last token is never fed"
-        return Row("decode_trace", case, FAIL, law="4.5 end of generation", says=says)
+            says = f"step {i}: {wrong.says}" if i else f"after the prefill: {wrong.says}"
+            row = replace(failed, error=drift, allowed=DRIFT, law=wrong.law, says=says)
+            return _because(row, wrong.needs, broken)
+    if len(found) != len(expected):
+        says = f"{len(found)} entries instead of {len(expected)}: one after the prefill, one after every step"
+        return replace(failed, law="4.5 end of generation", says=f"{says}, and the last token is never fed")
     return Row("decode_trace", case, PASS, largest, DRIFT, entry["law"])
 
 
-def _name(i: int) -> str:
-    return f"step {i}" if i else "after the prefill"
-
-
-def _step_of(step: Mapping) -> Step:
-    indices = step["indices"]
-    return Step(
-        np.asarray(step["keys"], np.float64),
-        np.asarray(step["values"], np.float64),
-        None if indices is None else np.asarray(indices),
-        int(step["token"]),
-        int(step["window"]),
-        0,
-    )
-
-
-Wrong = tuple[str, str]  # the law, and what was found
-
-
-def compare_step(
-    found: Step, wanted: Step, before: Step | None, found_before: Step | None, config: Mapping
-) -> tuple[Wrong | None, float]:
-    """What is wrong with one step, and the drift of its cache from what it should be.
-
-    Looked at in the order in which a step computes, layer by layer, so that the first difference is the cause.
-    """
-    if found.keys.shape != wanted.keys.shape or found.values.shape != wanted.values.shape:
-        return _wrong_shape(found, wanted, before), 0.0
-    if (found.indices is None) != (wanted.indices is None):
-        return _wrong_kind(found, wanted, config), 0.0
-    drift = np.maximum(_drift(found.keys, wanted.keys), _drift(found.values, wanted.values))  # [layer, T]
-    largest = float(drift.max())
-    if before is not None and (drift[:, : wanted.start] > DRIFT).any():
-        return _wrong_elsewhere(drift, wanted, before), largest
-    for layer, of_layer in enumerate(drift):
-        if (of_layer[wanted.start :] > DRIFT).any():
-            return _wrong_rows(layer, of_layer, found, wanted, before, found_before, config), largest
-        if wanted.indices is not None and not _same_sets(found.indices[layer], wanted.indices[layer]):
-            return _wrong_selection(layer, found, wanted), largest
-    if found.window != wanted.window:
-        return ("4.3 window", f"w is {found.window} instead of {wanted.window}"), largest
-    if found.token != wanted.token:
-        return _wrong_token(found, wanted, before, config), largest
-    return None, largest
-
-
-def _drift(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """‖k − k*‖ / ‖k*‖ of every token, the largest over heads: [layer, Hkv, T, D] twice → [layer, T]."""
-    ratio = np.linalg.norm(found - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
-    return np.where(np.isnan(ratio), np.inf, ratio).max(axis=1)
-
-
-def _same_sets(found: np.ndarray, wanted: np.ndarray) -> bool:
-    rows = zip(found.reshape(len(wanted), -1), wanted, strict=True)
-    return all(set(ours[ours >= 0].tolist()) == set(theirs[theirs >= 0].tolist()) for ours, theirs in rows)
-
-
-def _wrong_shape(found: Step, wanted: Step, before: Step | None) -> Wrong:
-    given, right = list(found.keys.shape), list(wanted.keys.shape)
-    says = f"keys and values of shape {given}, expected [layer, Hkv, T, D] = {right}"
-    if len(given) != 4 or given[:2] + given[3:] != right[:2] + right[3:]:
-        return "4.6 the trace", says
-    if before is None:
-        return "4.1 prefill", f"{says}: the prompt is in the cache, the pending token is not"
-    return "4.2 sparse step", f"{says}: a step appends one token, a rectification none but the pending one (fused)"
-
-
-def _wrong_kind(found: Step, wanted: Step, config: Mapping) -> Wrong:
-    f, schedule = config["interval"], config["schedule"]
-    if wanted.indices is None:
-        says = f"a sparse step where a dense pass is due: schedule {schedule}, interval {f}"
-        return ("4.4 schedules", says) if wanted.start else ("4.1 prefill", "the prompt is encoded densely")
-    return "4.4 schedules", f"a dense pass where a sparse step is due: schedule {schedule}, interval {f}"
-
-
-def _wrong_elsewhere(drift: np.ndarray, wanted: Step, before: Step) -> Wrong:
-    rows = np.flatnonzero((drift[:, : wanted.start] > DRIFT).any(axis=0)).tolist()
-    n = before.keys.shape[2]
-    if wanted.start < n:
-        return "law 7 bounded drift", f"{_listed_rows(rows)} changed, before the window, which begins at {wanted.start}"
-    return "law 7 bounded drift", f"{_listed_rows(rows)} changed in a step that writes row {n} alone"
-
-
-def _wrong_rows(
-    layer: int, drift: np.ndarray, found: Step, wanted: Step, before: Step | None, found_before: Step | None,
-    config: Mapping,
-) -> Wrong:  # fmt: skip
-    """Rows that this step had to write are not what they should be."""
-    rows = (np.flatnonzero(drift[wanted.start :] > DRIFT) + wanted.start).tolist()
-    where = f"keys or values of layer {layer}, {_listed_rows(rows)}, differ"
-    if before is None:
-        return ("3 model", where) if layer == 0 else ("4.1 prefill", f"{where}: {_PREFILL}")
-    n, f = before.keys.shape[2], config["interval"]
-    if layer == 0 and rows[0] >= n:
-        return "4.2 pending token", f"{where}: a step feeds the pending token, at position T"
-    if f is None or wanted.window > 0:
-        return "4.2 sparse step", f"{where}, though layer {layer - 1} selected the right blocks: {_ATTENDED}"
-    if found.window > 0:
-        return "4.4 schedules", f"{where}, and w is {found.window}: a rectification is due, every {f} tokens"
-    if f == 1 and config["schedule"] == "fused":
-        return "law 8 corners", f"{where}: with interval 1, fused, every step is a dense pass"
-    if any(row < n and _is_kept(layer, row, found, found_before) for row in rows):
-        return "law 6 rectification is exact", f"{where}: they are still what sparse steps wrote; {_WINDOW}"
-    if layer == 0:
-        return "4.3 positions", f"{where}: a rectification feeds the same tokens at their original positions"
-    return "law 6 rectification is exact", f"{where}: encoded anew, but not as dense prefill encodes them"
-
-
-def _listed_rows(rows: Sequence[int]) -> str:
-    return f"rows {rows}" if len(rows) < 6 else f"{len(rows)} rows from {rows[0]} to {rows[-1]}"
-
-
-_WINDOW = "the window is the newest w tokens, up to the last one cached"
-_PREFILL = "dense causal attention over the prompt, every layer writing before it attends"
-_ATTENDED = "each step appends first, so that its token sees itself, then attends to the selected blocks' valid tokens"
-
-
-def _is_kept(layer: int, row: int, found: Step, before: Step) -> bool:
-    """Whether a row of the cache is what it was before the step."""
-    pairs = ((found.keys, before.keys), (found.values, before.values))
-    return any(np.array_equal(now[layer, :, row], then[layer, :, row]) for now, then in pairs)
-
-
-def _wrong_selection(layer: int, found: Step, wanted: Step) -> Wrong:
-    ours, theirs = (np.asarray(each[layer]).tolist() for each in (found.indices, wanted.indices))
-    says = f"layer {layer} selects {ours} instead of {theirs}, its cache being right: bounds must be those of the cache"
-    return "law 2 online = rebuilt", f"{says}, after every append and every rectification"
-
-
-def _wrong_token(found: Step, wanted: Step, before: Step | None, config: Mapping) -> Wrong:
-    says = f"token {found.token} instead of {wanted.token}, the cache being right"
-    if before is not None and config["schedule"] == "paper" and wanted.window == 0:
-        return "4.4 schedules", f"{says}: schedule paper discards the rectification's logits, the step's count"
-    if before is not None and config["schedule"] == "fused" and wanted.indices is None:
-        return "4.4 schedules", f"{says}: schedule fused takes the dense pass's last logits, those of the pending token"
-    return "4.5 greedy choice", f"{says}: the largest logit after the final norm and the output projection"
+def _because(row: Row, needs: Sequence[str], broken: Mapping[str, Row]) -> Row:
+    """The row, told to be a consequence if an operation without which it can't be right is wrong."""
+    for operation in needs:
+        if operation in broken:
+            says = f"{row.says}; {operation} fails as well, so mend that first"
+            return replace(row, law=broken[operation].law, says=says)
+    return row
 
 
 # ---- Report ----------------------------------------------------------------------------------------------------------
 
 
 def report(name: str, vectors: Vectors, rows: Sequence[Row], *, ops_only: bool) -> dict[str, object]:
-    """The result as one object for --json."""
+    """The result as one object for --json; an infinite error is the string "inf", which JSON has no number for."""
+
+    def plain(row: Row) -> dict[str, object]:
+        is_number = row.error is None or math.isfinite(row.error)
+        return asdict(row) | ({} if is_number else {"error": str(row.error)})
+
     return {
         "module": name,
         "version": vectors.manifest["version"],
         "passed": is_passed(rows, ops_only=ops_only),
-        "first_failures": [asdict(row) for row in first_failures(rows)],
-        "rows": [asdict(row) for row in rows],
+        "first_failures": [plain(row) for row in first_failures(rows)],
+        "rows": [plain(row) for row in rows],
     }
 
 
@@ -457,7 +331,8 @@ def show(rows: Sequence[Row]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)
     for row in first_failures(rows):
-        console.print(f"\n{row.operation}, {row.case}: {row.law}\n  {row.says}", style=STYLES[FAIL])
+        text = f"\n{row.operation}, {row.case}: {row.law}\n  {row.says}"
+        console.print(text, style=STYLES[FAIL], markup=False)  # brackets of indices are not the console's
     if any(row.status == UNCHECKED for row in rows):
         console.print("\nThe generations are not checked: the port has no decode_trace, or was not to be asked for it.")
     counts = Counter(row.status for row in rows)

@@ -47,10 +47,11 @@ def build_model(weights: Mapping[str, np.ndarray], model_config: Mapping, *, dev
 
 def entry(generation: Generation, token: int, indices: Sequence[Tensor]) -> dict[str, object]:
     """What a trace holds after one step: the cache of its one sequence, what was selected, token and w."""
-    length = int(generation.cache.lengths[0])
-    keys, values = (x[:, 0, :, :length].cpu().numpy().copy() for x in (generation.cache.keys, generation.cache.values))
-    chosen = torch.cat(list(indices)).cpu().numpy() if indices else None  # [layer, Hkv, N]
-    return {"keys": keys, "values": values, "indices": chosen, "token": token, "window": int(generation.window[0])}
+    cache, length = generation.cache, int(generation.cache.lengths[0])
+    keys, values = (x[:, 0, :, :length].cpu().numpy().copy() for x in (cache.keys, cache.values))
+    step = {"keys": keys, "values": values, "bounds": cache.bounds[:, 0].cpu().numpy().copy()}
+    step["indices"] = torch.cat(list(indices)).cpu().numpy() if indices else None  # [layer, Hkv, N]
+    return step | {"token": token, "window": int(generation.window[0])}
 
 
 @torch.no_grad()

@@ -16,11 +16,11 @@ import numpy as np
 import oracle
 from safetensors.numpy import save
 
-VERSION = 1
+VERSION = 2
 FOLDER = Path(__file__).parent / "vectors"
 EPS = float(np.finfo(np.float32).eps)
 INF, NAN = math.inf, math.nan
-D, BLOCK = 16, 8  # small, and what kernels that need powers of two can take
+D, BLOCK = 16, 8  # small, and what kernels that need powers of two can take; some cases have 32 and 16
 
 CASES: list[tuple[str, str, str, str, Callable]] = []  # operation, name, law, what it says, inputs
 
@@ -35,8 +35,13 @@ def case(operation: str, law: str, says: str):
     return add
 
 
-def draw(rng, *shape, scale=1.0):
-    """Numbers of about normal distribution, whole multiples of 1/64: exact in float32, and in print."""
+def draw(rng, *shape):
+    """Numbers of about normal distribution, whole multiples of 2**-20: exact in float32, and in nothing narrower."""
+    return (np.round(2**20 * rng.standard_normal(shape)) / 2**20).astype(np.float32)
+
+
+def coarse(rng, *shape, scale):
+    """Numbers of about normal distribution, whole multiples of 1/64: exact in print too."""
     return (np.round(64 * scale * rng.standard_normal(shape)) / 64).astype(np.float32)
 
 
@@ -53,9 +58,10 @@ def past(keys, lengths, value):
 # --------------------------------------------------------------------------------------------------------------
 
 
-def keys_of(rng, lengths, kv_heads=1, capacity=None, garbage=None):
-    keys = draw(rng, len(lengths), kv_heads, capacity or max(lengths), D)
-    return {"keys": keys if garbage is None else past(keys, lengths, garbage), "lengths": lengths, "block_size": BLOCK}
+def keys_of(rng, lengths, kv_heads=1, capacity=None, garbage=None, head_dim=D, block_size=BLOCK):
+    keys = draw(rng, len(lengths), kv_heads, capacity or max(lengths), head_dim)
+    keys = keys if garbage is None else past(keys, lengths, garbage)
+    return {"keys": keys, "lengths": lengths, "block_size": block_size}
 
 
 @case("block_bounds", "2.1 eq. 3", "lo, at index 0, is the smallest key of a block per channel, hi, at 1, the largest")
@@ -84,12 +90,12 @@ def partial_last_block(rng):
     "block_bounds", "2.1 past the end", "blocks past the end have lo = +inf and hi = -inf, a length of 0 has no others"
 )
 def past_the_end(rng):
-    return keys_of(rng, [0, 1, 7, 8, 9, 16, 17], capacity=24, garbage=0.0)
+    return keys_of(rng, [0, 1, 7, 8, 9], capacity=24, garbage=0.0)
 
 
 @case("block_bounds", "2.1 layout", "M = ceil(T_max / b): the capacity need not be a multiple of the block size")
 def capacity_between_blocks(rng):
-    return keys_of(rng, [21, 12], capacity=21, garbage=7.0)
+    return keys_of(rng, [41, 20, 12], capacity=41, garbage=7.0, head_dim=32, block_size=16)
 
 
 @case(
@@ -120,11 +126,11 @@ def nan_in_a_valid_key(rng):
 # --------------------------------------------------------------------------------------------------------------
 
 
-def bounds_of(rng, lengths, kv_heads=1, group=1, capacity=None):
-    keys = keys_of(rng, lengths, kv_heads, capacity)
+def bounds_of(rng, lengths, kv_heads=1, group=1, **more):
+    keys = keys_of(rng, lengths, kv_heads, **more)
     bounds = oracle.block_bounds(**keys).astype(np.float32)
-    query = draw(rng, len(lengths), kv_heads * group, D)
-    return {"query": query, "bounds": bounds, "lengths": lengths, "block_size": BLOCK}
+    query = draw(rng, len(lengths), kv_heads * group, keys["keys"].shape[3])
+    return {"query": query, "bounds": bounds, "lengths": lengths, "block_size": keys["block_size"]}
 
 
 @case(
@@ -142,6 +148,11 @@ def mean_of_the_group(rng):
 @case("score_blocks", "2.2 group order", "query head h belongs to KV head h // G")
 def groups_in_order(rng):
     return bounds_of(rng, [32, 32], kv_heads=2, group=3)
+
+
+@case("score_blocks", "2.2 eq. 4", "a score sums all channels, be there 16 or 32, and knows blocks of 16 tokens")
+def wider_heads(rng):
+    return bounds_of(rng, [64, 64], kv_heads=2, group=4, head_dim=32, block_size=16)
 
 
 @case("score_blocks", "2.2 past the end", "blocks past the end score -inf")
@@ -177,6 +188,15 @@ def zero_times_infinity(rng):
 def nan_bounds(rng):
     inputs = bounds_of(rng, [32], group=2)
     inputs["bounds"][..., 4, 1] = NAN
+    return inputs
+
+
+@case("score_blocks", "2.2 NaN bounds", "a term of +inf and one of -inf make a score NaN, as their sum does")
+def opposite_infinities(rng):
+    inputs = bounds_of(rng, [32])
+    inputs["query"][..., 2:4] = 1.0
+    inputs["bounds"][..., 1, 2, 1], inputs["bounds"][..., :, 3, 1] = INF, -INF
+    inputs["bounds"][..., 1, 2, 3] = INF
     return inputs
 
 
@@ -237,6 +257,16 @@ def exact_product(rng):
     return scores_of(rng, [25], ratio=0.28)
 
 
+@case("select_blocks", "2.3 exact products", "float64 it must be: in float32 0.3 · 50 is more than 15")
+def exact_product_in_float64(rng):
+    return scores_of(rng, [50], ratio=0.3)
+
+
+@case("select_blocks", "2.3 exact products", "the allowance is 1e-9, no more: 0.2002 · 25 is 5.005 and gives 6")
+def almost_an_exact_product(rng):
+    return scores_of(rng, [25], ratio=0.2002)
+
+
 @case("select_blocks", "2.3 count", "n is at least min_blocks")
 def at_least_min_blocks(rng):
     return scores_of(rng, [20], ratio=0.05, min_blocks=4)
@@ -245,6 +275,11 @@ def at_least_min_blocks(rng):
 @case("select_blocks", "2.3 count", "n is at most M: a short cache is attended whole")
 def no_more_than_there_are(rng):
     return scores_of(rng, [3], min_blocks=16)
+
+
+@case("select_blocks", "2.3 local blocks", "there may be fewer blocks than local_blocks asks for")
+def fewer_than_local_blocks(rng):
+    return scores_of(rng, [2], min_blocks=4, local_blocks=3)
 
 
 @case("select_blocks", "2.3 padding", "n follows each sequence's own length; -1 pads the shorter lists at the end")
@@ -261,6 +296,15 @@ def no_blocks(rng):
 def never_past_the_end(rng):
     inputs = scores_of(rng, [5, 9], capacity=12)
     inputs["scores"][0, :, 5:], inputs["scores"][1, :, 9:] = INF, NAN
+    return inputs
+
+
+@case(
+    "select_blocks", "2.3 order of scores", "scores are compared as they are: one may lead by the last bit of float32"
+)
+def scores_close_together(rng):
+    inputs = scores_of(rng, [24])
+    inputs["scores"] = (1 + inputs["scores"] * 2.0**-19).astype(np.float32)  # 2**-23 apart
     return inputs
 
 
@@ -299,19 +343,19 @@ def nan_scores(rng):
 # --------------------------------------------------------------------------------------------------------------
 
 
-def cache_of(rng, lengths, kv_heads=1, group=1, capacity=None, garbage=None):
-    shape = len(lengths), kv_heads, capacity or max(max(lengths), 1), D
+def cache_of(rng, lengths, kv_heads=1, group=1, capacity=None, garbage=None, head_dim=D):
+    shape = len(lengths), kv_heads, capacity or max(max(lengths), 1), head_dim
     keys, values = draw(rng, *shape), draw(rng, *shape)
     if garbage is not None:
         keys, values = past(keys, lengths, garbage), past(values, lengths, garbage)
-    query = draw(rng, len(lengths), kv_heads * group, D)
+    query = draw(rng, len(lengths), kv_heads * group, head_dim)
     return {"query": query, "keys": keys, "values": values, "lengths": lengths}
 
 
-def sparse_of(rng, lengths, indices, **more):
+def sparse_of(rng, lengths, indices, block_size=BLOCK, **more):
     inputs = cache_of(rng, lengths, **more)
     inputs["indices"] = np.array(indices, np.int32)
-    return {**inputs, "block_size": BLOCK}
+    return {**inputs, "block_size": block_size}
 
 
 def faint(inputs):
@@ -344,6 +388,11 @@ def some_blocks(rng):
     return sparse_of(rng, [40], [[[0, 2, 4]]])
 
 
+@case("sparse_attention", "2.4 eq. 2", "the scale is D**-0.5, be D 16 or 32, and block i begins at token i·b")
+def sparse_wider_heads(rng):
+    return sparse_of(rng, [80, 80], [[[0, 3, 4]], [[1, 2, 4]]], 16, group=4, head_dim=32)
+
+
 @case(
     "sparse_attention",
     "2.4 group order",
@@ -371,7 +420,13 @@ def any_order(rng):
 
 @case("sparse_attention", "2.4 past the end", "an index past the end contributes nothing")
 def index_past_the_end(rng):
-    return sparse_of(rng, [24, 9], [[[0, 2, 3, 9]], [[1, 2, 4, 100]]], group=2, capacity=40)
+    return sparse_of(rng, [24, 9, 24], [[[0, 2, 3, 9]], [[1, 2, 4, 100]], [[0, 2, 5, -1]]], group=2, capacity=40)
+
+
+@case("sparse_attention", "2.4 past the end", "however far past: an index times the block size may leave 32 bits")
+def index_far_past_the_end(rng):
+    indices = [[[0, 2, 2**28, -1]], [[1, 2**29, 2**30, -1]], [[2, 2**29 + 1, 2**31 - 1, -1]]]
+    return sparse_of(rng, [24, 9, 24], indices, group=2, capacity=40)
 
 
 @case("sparse_attention", "2.4 nothing visible", "no visible token gives zeros and a log-sum-exp of -inf, not NaN")
@@ -389,14 +444,14 @@ def sparse_garbage(rng):
     return inputs
 
 
-@case("sparse_attention", "2.4 true masks", "masking is true -inf: logits may lie below any finite sentinel")
-def sparse_logits_below_any_sentinel(rng):
-    return abyss(sparse_of(rng, [35], [[[0, 4, -1]]], group=2, capacity=40, garbage=3.0), -1)
-
-
 @case("sparse_attention", "2.4 large logits", "large logits do not overflow: the largest is subtracted first")
 def sparse_large_logits(rng):
     return abyss(sparse_of(rng, [35], [[[0, 4, -1]]], group=2, capacity=40), 1)
+
+
+@case("sparse_attention", "2.4 true masks", "masking is true -inf: logits may lie below any finite sentinel")
+def sparse_logits_below_any_sentinel(rng):
+    return abyss(sparse_of(rng, [35], [[[0, 4, -1]]], group=2, capacity=40, garbage=3.0), -1)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -406,7 +461,8 @@ def sparse_large_logits(rng):
 
 def dense_of(rng, lengths, n_queries, query_lengths=None, **more):
     inputs = cache_of(rng, lengths, **more)
-    inputs["query"] = draw(rng, *inputs["query"].shape[:2], n_queries, D)
+    batch, heads, head_dim = inputs["query"].shape
+    inputs["query"] = draw(rng, batch, heads, n_queries, head_dim)
     return {**inputs, "query_lengths": query_lengths}
 
 
@@ -427,6 +483,11 @@ def dense_log_sum_exp(rng):
 )
 def window(rng):
     return dense_of(rng, [13], 4)
+
+
+@case("dense_attention", "2.5 eq. 2", "the scale is D**-0.5, be D 16 or 32")
+def dense_wider_heads(rng):
+    return dense_of(rng, [29], 2, group=4, head_dim=32)
 
 
 @case("dense_attention", "2.5 group order", "query head h reads KV head h // G")
@@ -454,9 +515,33 @@ def negative_positions(rng):
     return dense_of(rng, [2, 0], 4, group=2, capacity=9, garbage=3.0)
 
 
+@case(
+    "dense_attention", "2.5 rows that mean nothing", "and so they do where query_lengths is more than there are tokens"
+)
+def windows_longer_than_the_cache(rng):
+    return dense_of(rng, [2, 0, 1, 9], 4, [3, 2, 4, 3], group=2, capacity=12, garbage=3.0)
+
+
+@case(
+    "dense_attention", "2.5 rows that mean nothing", "whatever the query holds in such rows, NaN and infinity included"
+)
+def queries_that_mean_nothing(rng):
+    inputs = dense_of(rng, [13, 9, 2], 4, [3, 1, 4], group=2, garbage=3.0)
+    inputs["query"][0, :, 3:], inputs["query"][1, :, 1:], inputs["query"][2, :, :2] = NAN, INF, NAN
+    return inputs
+
+
 @case("dense_attention", "law 5 inertness", "NaN and infinity past the length change nothing")
 def dense_garbage(rng):
-    return dense_of(rng, [13, 4], 4, group=2, capacity=20, garbage=NAN)
+    inputs = dense_of(rng, [13, 4, 9], 4, group=2, capacity=20, garbage=NAN)
+    for tensor, value in (("keys", INF), ("values", -INF)):
+        inputs[tensor][1, :, 4:12], inputs[tensor][2, :, 9:] = value, -value
+    return inputs
+
+
+@case("dense_attention", "2.5 large logits", "large logits do not overflow: the largest is subtracted first")
+def dense_large_logits(rng):
+    return abyss(dense_of(rng, [13], 4, group=2, capacity=20, garbage=3.0), 1)
 
 
 @case("dense_attention", "2.5 true masks", "masking is true -inf: logits may lie below any finite sentinel")
@@ -472,6 +557,7 @@ COMPARED = {
     "dense_log_sum_exp": ["lse"],
     "highest": ["set"],
 }
+WITHIN_THE_WINDOW = ("shorter_windows",)  # rows past it are the next case's matter
 SAME_INPUTS = {"sparse_log_sum_exp": "sparse_one_head", "dense_log_sum_exp": "dense_one_query", "ascending": "highest"}
 
 
@@ -482,18 +568,18 @@ SAME_INPUTS = {"sparse_log_sum_exp": "sparse_one_head", "dense_log_sum_exp": "de
 
 def score_allowance(query, bounds):
     """eps · (G + D + 2) · Σ_d mean_g |q_gd| · max(|lo_d|, |hi_d|): G + 1 roundings per channel, D + 1 per sum."""
-    batch, kv_heads = bounds.shape[:2]
+    batch, kv_heads, _, head_dim, _ = bounds.shape
     group = query.shape[1] // kv_heads
     size = np.abs(np.where(np.isfinite(bounds), bounds, 0)).max(axis=2)  # [B, Hkv, D, M]
-    pooled = np.abs(query).reshape(batch, kv_heads, group, D).mean(axis=2)[..., None]
-    return EPS * (group + D + 2) * (pooled * size).sum(axis=2)
+    pooled = np.abs(query).reshape(batch, kv_heads, group, head_dim).mean(axis=2)[..., None]
+    return EPS * (group + head_dim + 2) * (pooled * size).sum(axis=2)
 
 
 def attention_allowance(inputs, name):
     """Of out: eps · (2·(D + 4)·L + n + 4) · Σ p·|v|; of lse: eps · ((D + 4)·L + n + 4 + |lse|).
 
     L is the scale times the largest Σ_d |q_d·k_d| over the valid keys, n how many tokens there are; an exact logit has
-    no error, L = 0. Where out must be zero and lse infinite, nothing is allowed.
+    no error, L = 0. Where out must be zero and lse infinite, nothing is allowed; what is not compared, anything.
     """
     lengths, finite = inputs["lengths"], {}
     for tensor in ("query", "keys", "values"):
@@ -501,16 +587,21 @@ def attention_allowance(inputs, name):
     rest = {key: value for key, value in inputs.items() if key not in finite}
     operation = oracle.sparse_attention if "indices" in inputs else oracle.dense_attention
     positive, lse = operation(**{**finite, "values": np.abs(finite["values"])}, **rest, return_lse=True)
-    group = finite["query"].shape[1] // finite["keys"].shape[1]
+    group, head_dim = finite["query"].shape[1] // finite["keys"].shape[1], finite["query"].shape[-1]
     size = np.zeros(lse.shape)
     if "below_any_sentinel" not in name and "large_logits" not in name:
         for s, length in enumerate(lengths):
             for h in range(size.shape[1]):
                 terms = np.abs(finite["query"][s, h]) @ np.abs(finite["keys"][s, h // group, :length]).T
-                size[s, h] = terms.max(axis=-1, initial=0.0) * D**-0.5
+                size[s, h] = terms.max(axis=-1, initial=0.0) * head_dim**-0.5
     n = max(lengths) + 4
-    of_lse = EPS * ((D + 4) * size + n + np.abs(np.where(np.isfinite(lse), lse, 0)))
-    return EPS * (2 * (D + 4) * size + n)[..., None] * positive, np.where(np.isfinite(lse), of_lse, 0)
+    of_out = EPS * (2 * (head_dim + 4) * size + n)[..., None] * positive
+    of_lse = EPS * ((head_dim + 4) * size + n + np.abs(np.where(np.isfinite(lse), lse, 0)))
+    of_lse = np.where(np.isfinite(lse), of_lse, 0)
+    if name in WITHIN_THE_WINDOW:
+        is_past = np.arange(lse.shape[2]) >= np.array(inputs["query_lengths"])[:, None, None]
+        return np.where(is_past[..., None], INF, of_out), np.where(is_past, INF, of_lse)
+    return of_out, of_lse
 
 
 def results(operation, name, inputs):
@@ -526,97 +617,129 @@ def results(operation, name, inputs):
 
 
 # --------------------------------------------------------------------------------------------------------------
-# A whole model, decoding
+# Whole models, decoding
 # --------------------------------------------------------------------------------------------------------------
 
-MODEL = {
-    "vocab_size": 29,
-    "n_layer": 2,
-    "n_head": 6,
-    "n_kv_head": 2,
-    "head_dim": D,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "rope_theta": 100.0,
-    "norm_eps": 0.001,
-    "qkv_bias": True,
-    "qk_norm": True,
-    "tied_embeddings": False,
+MODELS = {
+    "two_layers": {
+        "vocab_size": 29,
+        "n_layer": 2,
+        "n_head": 6,
+        "n_kv_head": 2,
+        "head_dim": D,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "rope_theta": 100.0,
+        "norm_eps": 0.001,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "tied_embeddings": False,
+    },
+    "four_layers": {
+        "vocab_size": 31,
+        "n_layer": 4,
+        "n_head": 8,
+        "n_kv_head": 2,
+        "head_dim": D,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "rope_theta": 1000.0,
+        "norm_eps": 0.0001,
+        "qkv_bias": False,
+        "qk_norm": False,
+        "tied_embeddings": True,
+    },
 }
-PROMPT_LENGTH, NEW_TOKENS, SEED = 37, 26, 84
+SEEDS = {"two_layers": 352, "four_layers": 80}  # found by --search
+PROMPT_LENGTH, NEW_TOKENS = 21, 33
 MARGIN = 1e-3  # relative: every selection's gap, and every token's lead over the next
-SELECTION = {"block_size": BLOCK, "active_ratio": 0.25, "min_blocks": 2, "local_blocks": 1}
+SMALL = {"block_size": BLOCK, "active_ratio": 0.35, "min_blocks": 2, "local_blocks": 1}
+LOCAL = {"block_size": BLOCK, "active_ratio": 0.35, "min_blocks": 3, "local_blocks": 2}
+# Name: model, prompt tokens, selection, interval, schedule, law, what it says.
 TRACES = {
     "dense": (
-        1,
-        "fused",
-        "law 8 corners",
+        *("two_layers", PROMPT_LENGTH, SMALL, 1, "fused", "law 8 corners"),
         "interval 1, fused: dense decoding, which tells a wrong model from wrong decoding",
     ),
     "never": (
-        None,
-        "fused",
-        "4.2 sparse step",
+        *("two_layers", PROMPT_LENGTH, SMALL, None, "fused", "4.2 sparse step"),
         "sparse steps alone: append, select, attend; the cache is never rectified",
     ),
     "paper_4": (
-        4,
-        "paper",
-        "law 6 rectification is exact",
+        *("two_layers", PROMPT_LENGTH, SMALL, 4, "paper", "law 6 rectification is exact"),
         "every 4 sparse steps those 4 tokens are encoded again, and their logits discarded",
     ),
     "fused_4": (
-        4,
-        "fused",
-        "law 6 rectification is exact",
+        *("two_layers", PROMPT_LENGTH, SMALL, 4, "fused", "law 6 rectification is exact"),
         "3 sparse steps, then those 3 tokens and the pending one in one dense pass",
     ),
     "paper_8": (
-        8,
-        "paper",
-        "law 7 bounded drift",
+        *("two_layers", PROMPT_LENGTH, SMALL, 8, "paper", "law 7 bounded drift"),
         "between rectifications just the newest w tokens differ from the dense cache",
     ),
     "fused_8": (
-        8,
-        "fused",
-        "law 7 bounded drift",
+        *("two_layers", PROMPT_LENGTH, SMALL, 8, "fused", "law 7 bounded drift"),
         "between rectifications just the newest w tokens differ from the dense cache",
     ),
     "decode_only": (
-        1,
-        "paper",
-        "law 6 rectification is exact",
+        *("two_layers", PROMPT_LENGTH, SMALL, 1, "paper", "law 6 rectification is exact"),
         "interval 1, paper: every token is encoded again at once, its logits discarded",
+    ),
+    "dense_from_one": (
+        *("four_layers", 1, LOCAL, 1, "fused", "law 8 corners"),
+        "another model (no biases, no norms of heads, tied embeddings), from a prompt of one token",
+    ),
+    "fused_12_from_one": (
+        *("four_layers", 1, LOCAL, 12, "fused", "law 6 rectification is exact"),
+        "windows over several blocks, two newest blocks, and a prompt of one token",
+    ),
+    "paper_12_from_a_block": (
+        *("four_layers", BLOCK, LOCAL, 12, "paper", "law 6 rectification is exact"),
+        "windows over several blocks, two newest blocks, and a prompt of exactly one block",
+    ),
+    "fused_5_from_a_block_and_one": (
+        *("four_layers", BLOCK + 1, LOCAL, 5, "fused", "law 6 rectification is exact"),
+        "an interval that no multiple of blocks meets, and a prompt of one block and one token",
     ),
 }
 
 
-def weights_of(rng):
+def weights_of(rng, model):
     """Weights large enough that attention chooses and matters, by the names that docs/porting.md gives them."""
-    channels, inner = MODEL["hidden_size"], MODEL["intermediate_size"]
-    q_size, kv_size = MODEL["n_head"] * D, MODEL["n_kv_head"] * D
-    shapes = {"embed.weight": (MODEL["vocab_size"], channels)}
-    for i in range(MODEL["n_layer"]):
+    channels, inner = model["hidden_size"], model["intermediate_size"]
+    sizes = {"q": model["n_head"] * D, "k": model["n_kv_head"] * D, "v": model["n_kv_head"] * D}
+    shapes = {"embed.weight": (model["vocab_size"], channels)}
+    for i in range(model["n_layer"]):
         attn, mlp = f"layers.{i}.attn", f"layers.{i}.mlp"
         shapes[f"layers.{i}.attn_norm.weight"] = (channels,)
-        for name, size in (("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)):
-            shapes |= {f"{attn}.{name}.weight": (size, channels), f"{attn}.{name}.bias": (size,)}
-        shapes |= {f"{attn}.q_norm.weight": (D,), f"{attn}.k_norm.weight": (D,)}
-        shapes |= {f"{attn}.o_proj.weight": (channels, q_size), f"layers.{i}.mlp_norm.weight": (channels,)}
+        for name, size in sizes.items():
+            shapes[f"{attn}.{name}_proj.weight"] = (size, channels)
+            if model["qkv_bias"]:
+                shapes[f"{attn}.{name}_proj.bias"] = (size,)
+        if model["qk_norm"]:
+            shapes |= {f"{attn}.q_norm.weight": (D,), f"{attn}.k_norm.weight": (D,)}
+        shapes |= {f"{attn}.o_proj.weight": (channels, sizes["q"]), f"layers.{i}.mlp_norm.weight": (channels,)}
         shapes |= {f"{mlp}.gate_proj.weight": (inner, channels), f"{mlp}.up_proj.weight": (inner, channels)}
         shapes |= {f"{mlp}.down_proj.weight": (channels, inner)}
-    shapes |= {"norm.weight": (channels,), "output.weight": (MODEL["vocab_size"], channels)}
+    shapes["norm.weight"] = (channels,)
+    if not model["tied_embeddings"]:
+        shapes["output.weight"] = (model["vocab_size"], channels)
     weights = {}
     for name, shape in shapes.items():
         if name.endswith("norm.weight"):
-            weights[name] = 1 + draw(rng, *shape, scale=0.25)
+            weights[name] = 1 + coarse(rng, *shape, scale=0.25)
         elif name.endswith("bias"):
-            weights[name] = draw(rng, *shape, scale=0.5)
+            weights[name] = coarse(rng, *shape, scale=0.5)
         else:
             gain = 1.0 if name == "embed.weight" else 1.5 * shape[1] ** -0.5
-            weights[name] = draw(rng, *shape, scale=gain)
+            weights[name] = coarse(rng, *shape, scale=gain)
     return weights
+
+
+def setting(name):
+    """Configuration of one trace, without max_new_tokens."""
+    _, _, selection, interval, schedule, *_ = TRACES[name]
+    return selection | {"interval": interval, "schedule": schedule}
 
 
 def gaps(logits, selected, config):
@@ -632,9 +755,9 @@ def gaps(logits, selected, config):
                 yield (high - low) / max(abs(high), abs(low))
 
 
-def trace(weights, prompt, config):
+def trace(weights, model, prompt, config):
     """Everything that the oracle does, one dictionary after the prefill and one after every step."""
-    steps, before = [], oracle.Cache.empty(MODEL)
+    steps, before = [], oracle.Cache.empty(model)
 
     def watch(done, logits, selected):
         nonlocal before
@@ -654,35 +777,39 @@ def trace(weights, prompt, config):
         steps.append(step)
         before = oracle.Cache(list(done.cache.keys), list(done.cache.values))
 
-    oracle.generate(weights, MODEL, config, prompt, NEW_TOKENS, watch=watch)
+    oracle.generate(weights, model, config, prompt, NEW_TOKENS, watch=watch)
     return steps
 
 
-def search(first):
-    """The first seed from `first` on with which no step of any trace is a close call."""
-    for seed in range(first, 100_000):
-        rng = np.random.default_rng([VERSION, seed])
-        weights = weights_of(rng)
-        prompt = rng.integers(0, MODEL["vocab_size"], PROMPT_LENGTH).tolist()
-        print(f"seed {seed}", end="\r", file=sys.stderr, flush=True)
-        if all(is_clear(weights, prompt, interval, schedule) for interval, schedule, *_ in TRACES.values()):
+def drawn(name, seed):
+    """Weights and prompt of one model."""
+    rng, model = np.random.default_rng(seed), MODELS[name]
+    return weights_of(rng, model), rng.integers(0, model["vocab_size"], PROMPT_LENGTH).tolist()
+
+
+def search(name, first):
+    """The first seed from `first` on with which no step of any trace of one model is a close call."""
+    for seed in range(first, 1_000_000):
+        weights, prompt = drawn(name, seed)
+        print(f"{name}: seed {seed}", end="\r", file=sys.stderr, flush=True)
+        if all(is_clear(weights, prompt, case) for case in TRACES if TRACES[case][0] == name):
             return seed
     raise ValueError("no such seed")
 
 
-def is_clear(weights, prompt, interval, schedule):
+def is_clear(weights, prompt, name):
     """Whether no step of one trace is a close call; given up at the first that is."""
-    config = SELECTION | {"interval": interval, "schedule": schedule}
+    config, (model, length, *_) = setting(name), TRACES[name]
 
     def watch(done, logits, selected):
         if min(gaps(logits, selected, config)) <= MARGIN:
             raise CloseCall
 
     try:
-        done = oracle.generate(weights, MODEL, config, prompt, NEW_TOKENS, watch=watch)
+        done = oracle.generate(weights, MODELS[model], config, prompt[:length], NEW_TOKENS, watch=watch)
     except CloseCall:
         return False
-    return len(set(done.tokens)) > NEW_TOKENS // 3  # no loop of a few tokens
+    return len(set(done.tokens)) > NEW_TOKENS // 4  # no loop of a few tokens
 
 
 class CloseCall(Exception):
@@ -704,8 +831,9 @@ def operations():
     """Tensors and manifest entries of every case of the five operations."""
     tensors, entries = {}, []
     for operation, name, law, says, function in CASES:
-        inputs = function(np.random.default_rng([VERSION, *SAME_INPUTS.get(name, name).encode()]))
-        expected, allowed = results(operation, name, inputs)
+        inputs = function(np.random.default_rng([*SAME_INPUTS.get(name, name).encode()]))
+        with np.errstate(invalid="ignore"):  # NaN where a case asks for it
+            expected, allowed = results(operation, name, inputs)
         entry = {"operation": operation, "case": name, "law": law, "says": says}
         entry["arguments"] = {}  # those that are no tensors
         for key, value in inputs.items():
@@ -723,44 +851,43 @@ def operations():
 
 
 def traces():
-    """Weights, prompt, tensors and manifest entries of the decodings."""
-    rng = np.random.default_rng([VERSION, SEED])
-    weights = weights_of(rng)
-    prompt = rng.integers(0, MODEL["vocab_size"], PROMPT_LENGTH).tolist()
-    tensors, entries = {}, []
-    for name, (interval, schedule, law, says) in TRACES.items():
-        config = SELECTION | {"interval": interval, "schedule": schedule, "max_new_tokens": NEW_TOKENS}
-        steps = trace(weights, prompt, config)
+    """Weights, tensors and manifest entries of the decodings."""
+    weights, prompts, tensors, entries = {}, {}, {}, []
+    for name in MODELS:
+        of_model, prompts[name] = drawn(name, SEEDS[name])
+        weights |= {f"{name}/{key}": weight for key, weight in of_model.items()}
+    for name, (model, length, *_, law, says) in TRACES.items():
+        config, prompt = setting(name) | {"max_new_tokens": NEW_TOKENS}, prompts[model][:length]
+        of_model = {key.removeprefix(f"{model}/"): weight for key, weight in weights.items() if key.startswith(model)}
+        steps = trace(of_model, MODELS[model], prompt, config)
         margin = min(step["margin"] for step in steps)
         if margin <= MARGIN:
-            raise ValueError(f"trace {name}: margin {margin:.2g}; run with --search for a better seed")
-        entry = {"operation": "decode_trace", "case": name, "law": law, "says": says, "config": config}
-        entry["margin"] = float(f"{margin:.3g}")
+            raise ValueError(f"trace {name}: margin {margin:.2g}; run with --search {model} for a better seed")
+        entry = {"operation": "decode_trace", "case": name, "law": law, "says": says, "model": model}
+        entries.append(entry | {"prompt": prompt, "config": config, "margin": float(f"{margin:.3g}")})
         for key in ("token", "window", "start", "end"):
             tensors[f"{name}/{key}"] = stored([step[key] for step in steps])
         for key in ("keys", "values"):  # rows that a step wrote, one step after another, rows first
             rows = np.concatenate([step[key].transpose(2, 0, 1, 3) for step in steps])
             tensors[f"{name}/{key}"] = stored(rows)  # [rows, layer, Hkv, D]
         width = max((step["indices"].shape[2] for step in steps if step["indices"] is not None), default=0)
-        indices = np.full((len(steps), MODEL["n_layer"], MODEL["n_kv_head"], width), -1, np.int32)
+        indices = np.full((len(steps), MODELS[model]["n_layer"], MODELS[model]["n_kv_head"], width), -1, np.int32)
         for row, step in zip(indices, steps, strict=True):
             if step["indices"] is not None:
                 row[..., : step["indices"].shape[2]] = step["indices"]
         if width:
             tensors[f"{name}/indices"] = indices
-        entries.append(entry)
-    return weights, prompt, tensors, entries
+    return weights, tensors, entries
 
 
 def files():
     """Name -> bytes of everything under tests/vectors that this command writes."""
     cases, operation_entries = operations()
-    weights, prompt, decodings, trace_entries = traces()
+    weights, decodings, trace_entries = traces()
     manifest = {
         "version": VERSION,
         "specification": "docs/porting.md",
-        "model": MODEL,
-        "prompt": prompt,
+        "models": MODELS,
         "operations": operation_entries,
         "traces": trace_entries,
     }
@@ -776,17 +903,20 @@ def main():
     """Write or compare; exit status 1 if a file is not what this command would write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where files differ")
-    parser.add_argument("--search", type=int, metavar="FIRST", help="find a seed for the decodings, from FIRST on")
+    parser.add_argument("--search", choices=MODELS, help="find a seed for the decodings of one model, and print it")
+    parser.add_argument("--first", type=int, default=0, help="seed to search from; default 0")
     options = parser.parse_args()
     if options.search is not None:
-        print(search(options.search))
+        print(f"{options.search}: {search(options.search, options.first)}")
         return 0
-    different = [name for name, data in files().items() if not is_same(name, data)]
+    made = files()
+    different = [name for name, data in made.items() if not is_same(name, data)]
     if options.check:
-        print("\n".join(f"{FOLDER / name}: not what tests/make_vectors.py writes" for name in different))
+        for name in different:
+            print(f"{FOLDER / name}: not what tests/make_vectors.py writes")
         return 1 if different else 0
-    for name, data in files().items():
-        (FOLDER / name).write_bytes(data)
+    for name in different:
+        (FOLDER / name).write_bytes(made[name])
     print(f"{len(different)} files changed in {FOLDER}")
     return 0
 

@@ -129,7 +129,7 @@ def sparse_attention(query, keys, values, indices, lengths, block_size, return_l
     out, lse = np.zeros(query.shape), np.full((n_sequences, n_heads), -math.inf)
     for s in range(n_sequences):
         for h in range(n_heads):
-            blocks = [i for i in indices[s][h // group] if i >= 0]
+            blocks = [int(i) for i in indices[s][h // group] if i >= 0]
             tokens = [t for i in blocks for t in range(i * block_size, (i + 1) * block_size) if t < lengths[s]]
             out[s, h], lse[s, h] = attend(query[s, h], keys[s, h // group, tokens], values[s, h // group, tokens])
     return (out, lse) if return_lse else out

@@ -33,8 +33,7 @@ def _bounds(keys, length, block_size):
     blocks = -(-slots // block_size)
     keys = jnp.pad(keys, ((0, 0), (0, -slots % block_size), (0, 0))).reshape(heads, blocks, block_size, channels)
     valid = (jnp.arange(blocks * block_size) < length).reshape(blocks, block_size, 1)
-    low = jnp.where(valid, keys, jnp.inf).min(axis=2)
-    high = jnp.where(valid, keys, -jnp.inf).max(axis=2)
+    low, high = jnp.where(valid, keys, jnp.inf).min(axis=2), jnp.where(valid, keys, -jnp.inf).max(axis=2)
     return jnp.stack([low, high], axis=1).swapaxes(2, 3)
 
 
@@ -74,8 +73,7 @@ def _attend(query, keys, values, visible):
     total = weights.sum(axis=-1, keepdims=True)
     values = jnp.where(visible.any(axis=1)[..., None], values, 0)  # a weight of 0 does not silence NaN
     out = _einsum("hgqn,hnd->hgqd", weights / jnp.where(total > 0, total, 1), values)
-    lse = peak + jnp.log(total)
-    return out.reshape(heads * group, width, channels), lse.reshape(heads * group, width)
+    return out.reshape(heads * group, width, channels), (peak + jnp.log(total)).reshape(heads * group, width)
 
 
 def _sparse(query, keys, values, indices, length, block_size):
@@ -144,13 +142,16 @@ def _rms_norm(weights, name, x, eps):
     return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weights[f"{name}.weight"]
 
 
-def _rope(x, positions, capacity, theta):
-    """x [heads, n, D], positions [n], all below the capacity -> [heads, n, D]."""
-    half = x.shape[-1] // 2
-    # Constants from float64: float32 angles lose digits as positions grow.
-    angles = np.arange(capacity)[:, None] * float(theta) ** (-np.arange(half) / half)
-    cos, sin = (jnp.asarray(table, jnp.float32)[positions] for table in (np.cos(angles), np.sin(angles)))
-    first, second = x[..., :half], x[..., half:]
+def _turns(positions, capacity, channels, theta):
+    """cos and sin [n, D/2] for RoPE at positions [n], all below the capacity."""
+    powers = -2 * np.arange(channels // 2) / channels  # in float64: float32 angles lose digits as positions grow
+    angles = np.outer(np.arange(capacity), float(theta) ** powers)
+    return (jnp.asarray(table, jnp.float32)[positions] for table in (np.cos(angles), np.sin(angles)))
+
+
+def _rope(x, cos, sin):
+    """x [heads, n, D] -> [heads, n, D]."""
+    first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
@@ -175,7 +176,7 @@ def _forward(model, block_size, weights, cache, tokens, start, attend):
     width, notes = len(tokens), []
     linear = functools.partial(_linear, weights)
     norm = functools.partial(_rms_norm, weights, eps=model.norm_eps)
-    positions, capacity = start + jnp.arange(width), cache.keys.shape[2]
+    cos, sin = _turns(start + jnp.arange(width), cache.keys.shape[2], model.head_dim, model.rope_theta)
     x = weights["embed.weight"][tokens]
     for layer in range(model.n_layer):
         at = f"layers.{layer}."
@@ -184,7 +185,7 @@ def _forward(model, block_size, weights, cache, tokens, start, attend):
         q, k, v = (heads.reshape(width, -1, model.head_dim).swapaxes(0, 1) for heads in projected)
         if at + "attn.q_norm.weight" in weights:
             q, k = norm(at + "attn.q_norm", q), norm(at + "attn.k_norm", k)
-        q, k = (_rope(heads, positions, capacity, model.rope_theta) for heads in (q, k))
+        q, k = _rope(q, cos, sin), _rope(k, cos, sin)
         cache = _store(cache, layer, k, v, start, block_size)
         out, note = attend(q, *(array[layer] for array in cache))
         notes.append(note)
@@ -242,7 +243,7 @@ def decode_trace(weights, model_config, prompt, config):
                 _, cache = _dense_pass(model, selection, weights, cache, ids[end - window : end], end - window)
                 window = 0
         length, ids[end] = end, chosen
-        keys, values = (np.asarray(array)[:, :, :end].copy() for array in (cache.keys, cache.values))
-        indices = indices if indices is None else np.asarray(indices)
-        trace.append({"keys": keys, "values": values, "indices": indices, "token": int(chosen), "window": window})
+        keys, values, bounds = (np.array(array) for array in cache)  # copies: later steps write into these buffers
+        entry = {"keys": keys[:, :, :end], "values": values[:, :, :end], "bounds": bounds, "window": window}
+        trace.append(entry | {"indices": None if indices is None else np.asarray(indices), "token": int(chosen)})
     return trace

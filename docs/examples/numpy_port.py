@@ -76,7 +76,7 @@ def sparse_attention(query, keys, values, indices, lengths, block_size, *, retur
     out, lse = np.zeros(query.shape), np.zeros(query.shape[:2])
     for s, length in enumerate(lengths):
         for h in range(keys.shape[1]):
-            blocks = [i for i in indices[s, h] if i >= 0]
+            blocks = [int(i) for i in indices[s, h] if i >= 0]
             tokens = [t for i in blocks for t in range(i * block_size, min((i + 1) * block_size, length))]
             heads = slice(h * group, (h + 1) * group)
             out[s, heads], lse[s, heads] = attend(query[s, heads], keys[s, h, tokens], values[s, h, tokens])
@@ -199,8 +199,8 @@ def decode_trace(weights, model_config, prompt, config):
     logits, indices, trace = model.dense_pass(fed, 0), None, []
     while True:
         pending = int(np.argmax(logits))
-        cached = (x[:, :, : model.length].copy() for x in (model.keys, model.values))
-        trace.append(dict(zip(("keys", "values"), cached, strict=True)))
+        keys, values = (x[:, :, : model.length].copy() for x in (model.keys, model.values))
+        trace.append({"keys": keys, "values": values, "bounds": model.bounds.copy()})
         trace[-1] |= {"indices": indices, "token": pending, "window": model.window}
         if len(trace) == n_tokens:  # the last token is never fed
             return trace
