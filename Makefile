@@ -28,8 +28,8 @@ demo: install  ## dense, sparse and rectified sparse decoding of a real file, si
 	$(PYTHON) -m resa.fast demo $(ARGS)
 
 # A process of its own, because Triton decides between interpreting and compiling when it is imported.
-test: install  ## every test; where there is a GPU, those of the kernels a second time, compiled
-	$(PYTHON) -m pytest
+test: install  ## every test, on every core; where there is a GPU, those of the kernels a second time, compiled
+	$(PYTHON) -m pytest --numprocesses auto --dist worksteal
 	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(MAKE) test-gpu; fi
 
 test-gpu: install  ## the tests of the kernels, compiled
