@@ -39,10 +39,10 @@ def decode_trace(weights: Mapping, model_config: Mapping, prompt: Sequence[int],
     capacity = padded_capacity(len(prompt) + n_tokens, resa_config.block_size)
     generation, feed = open_generation(model, [prompt], capacity, resa_config, None)
     logits, cache = prefill(model, feed, generation.cache), generation.cache
-    choose = Sampler(
-        0.0, 1.0, None, [None], n_tokens + 1, logits.device
-    )  # one more than asked for: none ends the sequence
-    loop = DecodeLoop(model, cache, cache.bounds, n_tokens + 1, resa_config, choose, ())
+    longer = n_tokens + 1  # than asked for, so that no token ends the sequence
+    greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": None, "generators": [None]}
+    choose = Sampler(**greedy, max_new_tokens=longer, device=logits.device)
+    loop = DecodeLoop(model, cache, cache.bounds, longer, resa_config, choose, ())
     forecast, trace = Forecast(cache.lengths.tolist(), resa_config), []
     loop.append(logits, loop.active, cache.lengths, is_sparse=False)
     loop.selected = []

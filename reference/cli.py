@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
@@ -586,10 +587,26 @@ def _add_conformance(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
+@contextlib.contextmanager
+def _standard_output_for_errors() -> Iterator[None]:
+    """What is printed meanwhile goes to standard error, by compiled code and subprocesses too."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)  # what C code has printed and not yet written
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _run_conformance(options: argparse.Namespace) -> int:
     from .conformance import check_port, is_passed, load_port, load_vectors, report, show
 
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is the report's alone
+    with _standard_output_for_errors():
         port, vectors = load_port(options.module), load_vectors()
         rows = check_port(port, vectors, ops_only=options.ops_only)
     if options.json:

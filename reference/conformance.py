@@ -35,6 +35,7 @@ from .conformance_trace import DRIFT, IMPRECISE, Comparison, NoTrace, expected_s
 OPERATIONS = ("block_bounds", "score_blocks", "select_blocks", "sparse_attention", "dense_attention")
 PASS, FAIL, UNCHECKED = "pass", "FAIL", "not checked"
 TRACE = "4.6 the trace"
+_OWN = {__file__, importlib.__file__, "<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>"}
 STYLES = {PASS: "none", FAIL: "bold red", UNCHECKED: "yellow"}
 
 
@@ -45,8 +46,8 @@ class Row:
     operation: str
     case: str
     status: str
-    error: float | None = None  # the largest, as a share of what is allowed …
-    allowed: float | None = None  # … there; 0 where results must be equal
+    error: float | None = None  # absolute, of the element that is worst for what it is allowed
+    allowed: float | None = None  # of that element; 0 where results must be equal
     law: str = ""  # what the case asks for; of one that failed, what broke
     says: str = ""  # of one that failed, the law in words and what was found
 
@@ -93,9 +94,10 @@ def load_port(name: str) -> ModuleType:
 
 
 def _said(error: BaseException) -> str:
-    """An exception in one line, with where it was raised."""
+    """An exception in one line, with where it was raised: the last place that is no library's, nor this package's."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename not in _OWN]
+    place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
@@ -106,7 +108,7 @@ def check_port(port: ModuleType, vectors: Vectors, *, ops_only: bool = False) ->
         rows = [check_operation(port, entry, vectors.operations) for entry in vectors.manifest["operations"]]
         broken = {row.operation: row for row in reversed(rows) if row.status == FAIL}  # the first of each stays
         for entry in vectors.manifest["traces"]:
-            if ops_only or not hasattr(port, "decode_trace"):
+            if ops_only or not callable(getattr(port, "decode_trace", None)):
                 said = "" if ops_only else "no decode_trace"
                 rows.append(Row("decode_trace", entry["case"], UNCHECKED, says=said))
             else:
@@ -197,7 +199,7 @@ def _as_array(result: object) -> tuple[np.ndarray | None, str]:
     except Exception as error:  # ragged lists, tensors that need a gradient or lie elsewhere, …
         return None, f"can't be read as a NumPy array ({_said(error)})"
     if array.dtype.kind not in "if":
-        return None, f"got {array.dtype} {list(array.shape)}, neither integers nor floats"
+        return None, f"got {array.dtype} {list(array.shape)}, expected signed integers, or floats that NumPy has itself"
     return array, ""
 
 
@@ -214,23 +216,33 @@ def _compared(row: Row, actual: np.ndarray, expected: np.ndarray, allowed: np.nd
             actual, expected = np.sort(actual, axis=-1), np.sort(expected, axis=-1)
     if actual.shape != expected.shape:
         return replace(failed, says=f"{row.says} ({given} {list(expected.shape)})")
-    allowed = np.broadcast_to(np.float64(0) if allowed is None else allowed, expected.shape).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        is_right = (actual == expected) | ((actual != actual) & (expected != expected)) | np.isinf(allowed)
-        error = np.where(is_right, 0.0, np.abs(actual.astype(np.float64) - expected))
-    error = np.where(np.isnan(error), np.inf, error)
-    is_wrong = error > allowed
-    shares = np.where(is_wrong, np.inf, np.divide(error, allowed, out=np.zeros_like(error), where=allowed > 0))
-    worst = np.unravel_index(np.argmax(shares), error.shape)
+    allowed = np.broadcast_to(0.0 if allowed is None else allowed, expected.shape).astype(np.float64)
+    error = _errors(actual, expected, allowed)
+    worst = _worst(error, allowed)
     row = replace(row, error=float(error[worst]), allowed=float(allowed[worst]))
-    if not is_wrong.any():
+    n_wrong = int((error > allowed).sum())
+    if n_wrong == 0:
         return row
-    place = [int(i) for i in worst]
-    where = f"{name}{place} is {actual[worst]:.6g} instead of {expected[worst]:.6g}"
-    if error.max() < IMPRECISE * np.abs(expected, where=np.isfinite(expected), out=np.zeros(expected.shape)).max():
+    where = f"{name}{[int(i) for i in worst]} is {actual[worst]:.6g} instead of {expected[worst]:.6g}"
+    size = np.abs(expected[np.isfinite(expected)]).max(initial=0.0)
+    if error.max() < IMPRECISE * size:
         where += ", so close that arithmetic may be narrower than float32"
-    says = f"{row.says} ({int(is_wrong.sum())} of {error.size} differ: {where})"
-    return replace(row, status=FAIL, says=says)
+    return replace(row, status=FAIL, says=f"{row.says} ({n_wrong} of {error.size} differ: {where})")
+
+
+def _errors(actual: np.ndarray, expected: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Absolute errors; 0 where both are NaN or infinite alike, or anything is allowed, infinite where but one is."""
+    with np.errstate(invalid="ignore"):
+        is_right = (actual == expected) | (np.isnan(actual) & np.isnan(expected)) | np.isinf(allowed)
+        error = np.where(is_right, 0.0, np.abs(actual.astype(np.float64) - expected))
+    return np.where(np.isnan(error), np.inf, error)
+
+
+def _worst(error: np.ndarray, allowed: np.ndarray) -> tuple[int, ...]:
+    """Where the error is the largest share of what is allowed; where nothing is, the largest of those."""
+    share = np.divide(error, allowed, out=np.zeros_like(error), where=allowed > 0)
+    forbidden = np.where(allowed == 0, error, 0.0)
+    return np.unravel_index(np.argmax(forbidden if forbidden.any() else share), error.shape)
 
 
 def _as_selection(row: Row, actual: np.ndarray, expected: np.ndarray, entry: dict) -> Row:
@@ -272,7 +284,7 @@ def check_trace(port: ModuleType, entry: dict, vectors: Vectors, broken: Mapping
     arguments = deepcopy((vectors.manifest["models"][entry["model"]], entry["prompt"], config))
     failed = Row("decode_trace", case, FAIL)
     try:
-        found = read_trace(port.decode_trace(weights, *arguments))
+        found = read_trace(port.decode_trace(weights, *arguments), config["max_new_tokens"])
     except NoTrace as error:
         return replace(failed, law=TRACE, says=str(error))
     except (Exception, SystemExit) as error:  # whatever a foreign function raises

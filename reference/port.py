@@ -17,25 +17,31 @@ CONTEXT = 2**17  # tokens: whatever a port is asked for fits
 
 
 def as_numpy(operation: Callable, device: str = "cpu") -> Callable:
-    """The same operation for NumPy arrays; a configuration is a plain mapping there."""
+    """The same operation for NumPy arrays; a configuration is a plain mapping there.
 
-    def there(argument: object) -> object:
+    Errors: the operation's own, and ValueError for a configuration that is none.
+    """
+
+    def to_torch(argument: object) -> object:
         if isinstance(argument, np.ndarray):
             return torch.from_numpy(argument).to(device)
         return ReSAConfig(**argument) if isinstance(argument, Mapping) else argument
 
-    def here(result: Tensor | tuple[Tensor, ...]) -> np.ndarray | tuple[np.ndarray, ...]:
-        return tuple(map(here, result)) if isinstance(result, tuple) else result.cpu().numpy()
+    def to_numpy(result: Tensor | tuple[Tensor, ...]) -> np.ndarray | tuple[np.ndarray, ...]:
+        return tuple(map(to_numpy, result)) if isinstance(result, tuple) else result.cpu().numpy()
 
     def call(*arguments: object, **options: object) -> object:
-        options = {name: there(option) for name, option in options.items()}
-        return here(operation(*map(there, arguments), **options))
+        options = {name: to_torch(option) for name, option in options.items()}
+        return to_numpy(operation(*map(to_torch, arguments), **options))
 
     return call
 
 
 def build_model(weights: Mapping[str, np.ndarray], model_config: Mapping, *, device: str = "cpu") -> GPT:
-    """A model of these weights, by the names that docs/porting.md gives them."""
+    """A model of these weights, by the names and in the shapes that docs/porting.md gives them.
+
+    Errors: RuntimeError naming weights that are missing, too many or of another shape; ValueError for a configuration.
+    """
     with torch.device("meta"):
         model = GPT(GPTConfig(**model_config, context=CONTEXT))
     placed = {name: torch.from_numpy(weight).to(device) for name, weight in weights.items()}
@@ -46,7 +52,10 @@ def build_model(weights: Mapping[str, np.ndarray], model_config: Mapping, *, dev
 
 
 def entry(generation: Generation, token: int, indices: Sequence[Tensor]) -> dict[str, object]:
-    """What a trace holds after one step: the cache of its one sequence, what was selected, token and w."""
+    """What a trace holds after one step of the one sequence of `generation`, as docs/porting.md has it.
+
+    `indices` [1, Hkv, N] of every layer, or none after a dense pass.
+    """
     cache, length = generation.cache, int(generation.cache.lengths[0])
     keys, values = (x[:, 0, :, :length].cpu().numpy().copy() for x in (cache.keys, cache.values))
     step = {"keys": keys, "values": values, "bounds": cache.bounds[:, 0].cpu().numpy().copy()}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # What selection and the model need to know beyond the shapes of arrays: hashable, so that it can be static under jit.
-Selection = namedtuple("Selection", "block_size active_ratio min_blocks local_blocks", defaults=(16, 0.1, 16, 1))
+Selection = namedtuple("Selection", "block_size active_ratio min_blocks local_blocks")
 Model = namedtuple("Model", "n_layer n_kv_head head_dim rope_theta norm_eps")
 # keys, values [layer, Hkv, capacity, D], bounds [layer, Hkv, 2, D, M]; the capacity is that of M whole blocks.
 Cache = namedtuple("Cache", "keys values bounds")
@@ -23,8 +23,8 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, pre
 
 
 def _pick(kind, mapping):
-    """The fields of `kind` that `mapping` has, defaults for the others."""
-    return kind(**{name: mapping[name] for name in kind._fields if name in mapping})
+    """The fields of `kind`, out of a mapping that has more."""
+    return kind(*(mapping[name] for name in kind._fields))
 
 
 def _bounds(keys, length, block_size):
@@ -223,7 +223,7 @@ def _sparse_step(model, selection, weights, cache, token, start):
 def decode_trace(weights, model_config, prompt, config):
     """Greedy generation: the cache, selection, choice and w after the prefill and after every step (section 4.6)."""
     model, selection = _pick(Model, model_config), _pick(Selection, config)
-    interval, fused = config.get("interval", 32) or np.inf, config["schedule"] == "fused"
+    interval, fused = config["interval"] or np.inf, config["schedule"] == "fused"
     weights = {name: jnp.asarray(array) for name, array in weights.items()}
     ids = np.pad(np.asarray(prompt, np.int32), (0, config["max_new_tokens"]))  # what is cached, then what is pending
     capacity = len(ids) + -len(ids) % selection.block_size
@@ -233,7 +233,7 @@ def decode_trace(weights, model_config, prompt, config):
     trace, length, window = [], 0, 0
     for end in range(len(prompt), len(ids)):  # every step leaves that many tokens in the cache
         indices = None
-        if not trace or length < config.get("dense_below", 0) or (fused and window + 1 >= interval):
+        if not trace or (fused and window + 1 >= interval):
             chosen, cache = _dense_pass(model, selection, weights, cache, ids[length - window : end], length - window)
             window = 0
         else:

@@ -173,7 +173,7 @@ class Model:
             return dense_attention(query[None], *cache, [end])[0]
 
         logits = self.forward(tokens, start, attention)
-        self.length = end
+        self.length, self.window = end, 0
         return logits
 
     def sparse_step(self, token):
@@ -208,10 +208,8 @@ def decode_trace(weights, model_config, prompt, config):
         if config["schedule"] == "fused" and f is not None and model.window + 1 >= f:
             start = model.length - model.window
             logits, indices = model.dense_pass(fed[start:], start), None  # the window, and the pending token
-            model.window = 0
             continue
         logits, indices = model.sparse_step(pending)
         if config["schedule"] == "paper" and f is not None and model.window >= f:
             start = model.length - model.window
             model.dense_pass(fed[start:], start)  # its logits are discarded
-            model.window = 0
