@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from resa.reference.cache import KVCache
+from resa.reference.cache import KVCache, pad_tokens
 from resa.reference.checks import check_lengths, is_integer, require
 from resa.reference.config import ReSAConfig
 from resa.reference.generate import (
@@ -27,10 +27,9 @@ from resa.reference.generate import (
     check_request,
     needed_capacity,
     open_generation,
-    pad_tokens,
-    sequence_generators,
 )
 from resa.reference.model import GPT
+from resa.reference.sampling import sequence_generators
 
 from .attention import count_dense_units, enqueue_dense, enqueue_sparse
 from .blocks import MANY_SCORES, block_bounds, enqueue_append_and_scores, enqueue_scores, enqueue_selection
@@ -65,9 +64,9 @@ def generate(
 ) -> Generation:
     """Continue every prompt by up to `max_new_tokens` tokens; the reference's `generate`, argument for argument.
 
-    Two things differ. `on_token` is called once per interval, for all tokens chosen since. And `eight_bit_bounds` lets
-    selection read bounds rounded outward to 8 bits, half the bytes, which may select other blocks. Raises `ValueError`
-    naming the argument before any work starts, also for what the kernels do not support.
+    Three things differ. It does not speculate. `on_token` is called once per interval, for all tokens chosen since. And
+    `eight_bit_bounds` lets selection read bounds rounded outward to 8 bits, half the bytes, which may select other
+    blocks. Raises `ValueError` naming the argument before any work starts, also for what the kernels do not support.
     """
     config = ReSAConfig() if config is None else config
     check_request(model, prompts, max_new_tokens, config, stop_tokens, resume)

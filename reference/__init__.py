@@ -11,9 +11,10 @@ from .blocks import active_blocks, block_bounds, score_blocks, select_blocks
 from .cache import KVCache
 from .checkpoint import load_model, save_model
 from .config import GPTConfig, ReSAConfig, RopeScaling
-from .generate import Generation, decode_along, decode_step, generate, prefill, rectify, sample_token, sparse_step
+from .generate import Generation, decode_along, decode_step, generate, prefill, rectify, sparse_step
 from .model import GPT, REFERENCE_OPS, Operations
 from .pretrained import load_pretrained
+from .sampling import sample_token
 from .tokenizer import load_tokenizer
 
 __all__ = [

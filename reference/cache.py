@@ -193,3 +193,17 @@ def _check_memory(shape: tuple[int, ...], block_size: int, dtype: torch.dtype, d
         given = f"{batch} × {capacity:,} tokens, {needed / 1e9:.2f} GB"
         allowed = f"{batch} × {fits:,} tokens in the {free / 1e9:.2f} GB that {device} has free"
         raise torch.OutOfMemoryError(f"KV cache: got {given}; allowed: {allowed}")
+
+
+def pad_tokens(argument: str, tokens: Sequence[Sequence[int]], cache: KVCache) -> tuple[Tensor, Tensor]:
+    """Ragged token lists as one tensor [B, longest], padded with 0, and their lengths [B] int32."""
+    batch = len(cache.lengths)
+    for index, row in enumerate(tokens):
+        is_list = isinstance(row, Sequence) and all(is_integer(token, 0) for token in row)
+        require(is_list, f"{argument}[{index}]", repr(row)[:60], "a list of token ids")
+    require(len(tokens) == batch, argument, f"{len(tokens)} lists", f"{batch}, one per sequence of the cache")
+    longest = max(len(row) for row in tokens)
+    padded = [list(row) + [0] * (longest - len(row)) for row in tokens]
+    device = cache.lengths.device
+    lengths = torch.tensor([len(row) for row in tokens], dtype=torch.int32, device=device)
+    return torch.tensor(padded, dtype=torch.int64, device=device).view(batch, longest), lengths

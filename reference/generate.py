@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cache import KVCache
+from .cache import KVCache, pad_tokens
 from .checks import bind_shapes, check_lengths, is_integer, require
 from .config import ReSAConfig
 from .model import GPT
+from .sampling import Choice, sample_token, sequence_generators
+from .speculate import Speculation
 
 NO_TOKEN = -1
 PREFILL_CHUNK = 256  # tokens per dense pass: bounds the [G·Q, T] logits of one pass, and changes no result
@@ -158,6 +160,7 @@ def generate(
     stop_tokens: Collection[int] = (),
     on_token: Callable[[int, int, int], None] | None = None,
     resume: Generation | None = None,
+    speculate: bool = False,
 ) -> Generation:
     """Continue every prompt by up to `max_new_tokens` tokens; the batch may be ragged.
 
@@ -173,14 +176,23 @@ def generate(
     `resume` continues an earlier `Generation`, left untouched, with `prompts` as the next turn (an empty one just
     goes on): its open window is rectified, whatever the interval, and its pending token prefilled with the prompt.
 
+    With `speculate` what sparse steps choose is a draft that the rectification's dense pass confirms or corrects
+    (Appendix B): greedy output equals dense decoding's, sampled output is distributed as it, and `on_token` is called
+    after each pass. It needs an interval.
+
     Raises `ValueError` naming the argument before any work starts.
     """
     config = ReSAConfig() if config is None else config
     check_request(model, prompts, max_new_tokens, config, stop_tokens, resume)
+    require(not speculate or config.interval is not None, "config.interval", None, "an integer, to speculate")
     capacity = needed_capacity(model, prompts, max_new_tokens, resume)
     own = sequence_generators(len(prompts), temperature, top_p, top_k, generator)
     generation, feed = open_generation(model, prompts, capacity, config, resume)
     logits = prefill(model, feed, generation.cache)
+    if speculate:
+        choice = Choice(temperature, top_p, top_k)
+        Speculation(model, generation, config, choice, own, max_new_tokens, stop_tokens, on_token).run(logits)
+        return generation
     active = torch.full((len(prompts),), max_new_tokens > 0, device=logits.device)
     while active.any():
         for sequence in active.nonzero()[:, 0].tolist():
@@ -193,60 +205,6 @@ def generate(
         if active.any():
             logits = decode_step(model, generation, config, active)
     return generation
-
-
-def sample_token(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None, top_k: int | None = None
-) -> int:
-    """Choose a token from logits [V], by one uniform number where the temperature is above 0.
-
-    Top-k keeps the `top_k` likeliest tokens (ties: the lower id first). Top-p keeps the shortest prefix of those, by
-    falling probability, whose mass reaches `top_p` of theirs; the uniform number picks from that prefix by its
-    cumulative mass.
-    """
-    if temperature == 0:
-        return int(logits.argmax())  # the first of equals
-    ranked, ids = logits.sort(descending=True, stable=True)
-    # Less the largest, so that a division by the smallest temperature overflows to −∞ alone, never to ∞ − ∞.
-    probabilities = torch.softmax((ranked[:top_k].double() - ranked[0].double()) / temperature, dim=-1)
-    mass = probabilities.cumsum(dim=0)
-    # The tokens before which the mass has not been reached; less a little, for the rounding of the sums.
-    kept = max(int((mass - probabilities < top_p - 1e-12).sum()), 1)
-    device = "cpu" if generator is None else generator.device
-    uniform = torch.rand((), dtype=torch.float64, device=device, generator=generator).item()
-    chosen = int(torch.searchsorted(mass[:kept], uniform * mass[kept - 1], right=True))
-    return int(ids[min(chosen, kept - 1)])
-
-
-def sequence_generators(
-    batch: int,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-) -> list[torch.Generator | None]:
-    """One generator for each sequence, so that none draws from another's (law 9), after checking the sampling."""
-    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-    is_number = is_number and 0 <= temperature < float("inf")
-    require(is_number, "temperature", temperature, "a finite number ≥ 0")
-    is_share = isinstance(top_p, (int, float)) and not isinstance(top_p, bool) and 0 < top_p <= 1
-    require(is_share, "top_p", top_p, "0 < top_p ≤ 1")
-    require(top_k is None or is_integer(top_k, 1), "top_k", top_k, "an integer ≥ 1, or None for all tokens")
-    is_generator = generator is None or isinstance(generator, (torch.Generator, Sequence))
-    require(is_generator, "generator", generator, "a torch.Generator, one per prompt, or None")
-    if isinstance(generator, Sequence):
-        are_generators = all(isinstance(each, torch.Generator) for each in generator)
-        require(are_generators, "generator", repr(generator)[:60], "torch.Generators")
-        require(len(generator) == batch, "generator", f"{len(generator)} generators", f"one, or {batch}")
-        is_own = len({id(each) for each in generator}) == batch
-        require(is_own, "generator", "the same generator for two prompts", "one for each prompt, or one in all")
-        return list(generator)
-    if temperature == 0:
-        return [None] * batch
-    base = torch.default_generator if generator is None else generator
-    # Drawn one by one, so that the seed of prompt i does not depend on how many follow.
-    seeds = [torch.randint(2**63 - 1, (), generator=base, device=base.device).item() for _ in range(batch)]
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def check_request(
@@ -319,17 +277,3 @@ def open_generation(
 def _newest_tokens(generation: Generation, counts: Tensor) -> list[list[int]]:
     """The last counts[s] generated tokens of each sequence."""
     return [tokens[max(len(tokens) - n, 0) :] for tokens, n in zip(generation.tokens, counts.tolist(), strict=True)]
-
-
-def pad_tokens(argument: str, tokens: Sequence[Sequence[int]], cache: KVCache) -> tuple[Tensor, Tensor]:
-    """Ragged token lists as one tensor [B, longest], padded with 0, and their lengths [B] int32."""
-    batch = len(cache.lengths)
-    for index, row in enumerate(tokens):
-        is_list = isinstance(row, Sequence) and all(is_integer(token, 0) for token in row)
-        require(is_list, f"{argument}[{index}]", repr(row)[:60], "a list of token ids")
-    require(len(tokens) == batch, argument, f"{len(tokens)} lists", f"{batch}, one per sequence of the cache")
-    longest = max(len(row) for row in tokens)
-    padded = [list(row) + [0] * (longest - len(row)) for row in tokens]
-    device = cache.lengths.device
-    lengths = torch.tensor([len(row) for row in tokens], dtype=torch.int32, device=device)
-    return torch.tensor(padded, dtype=torch.int64, device=device).view(batch, longest), lengths

@@ -20,7 +20,8 @@ from strategies import DEVICE
 
 from resa import reference
 from resa.reference import Generation, ReSAConfig
-from resa.reference.generate import decode_step, sample_token
+from resa.reference.generate import decode_step
+from resa.reference.sampling import sample_token
 
 pytestmark = pytest.mark.fast
 fast = pytest.importorskip("resa.fast.generate", reason="triton comes for Linux only")

@@ -25,8 +25,9 @@ from torch import Tensor
 from ..cache import KVCache
 from ..checks import is_integer, require
 from ..config import ReSAConfig
-from ..generate import Generation, decode_along, generate, prefill, sample_token
+from ..generate import Generation, decode_along, generate, prefill
 from ..model import GPT, Operations
+from ..sampling import sample_token
 from .statistics import bootstrap
 
 
