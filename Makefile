@@ -10,10 +10,10 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: help install demo test test-gpu sanitize bench lint clean
+.PHONY: help install demo test test-gpu sanitize bench evidence-small lint clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 install: $(INSTALLED)  ## make .venv with everything; does nothing when it is up to date
 	@$(PYTHON) -c "import resa.reference" 2>/dev/null \
@@ -45,6 +45,9 @@ sanitize: install  ## every kernel under compute-sanitizer: memory errors, then 
 
 bench: install  ## time the kernels on this GPU, and dense attention beside them
 	$(PYTHON) -m resa.fast.bench $(ARGS)
+
+evidence-small: install  ## what docs/evidence.md says, measured again: minutes on two CPU cores, resumable
+	$(PYTHON) -m resa.reference evidence --size small $(ARGS)
 
 lint: install  ## style and import rules
 	$(PYTHON) -m ruff check .

@@ -8,11 +8,12 @@ is 1 if any table is not what its file says.
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/training.md", "docs/performance.md", "docs/kernels.md")
+PAGES = ("README.md", "docs/training.md", "docs/evidence.md", "docs/performance.md", "docs/kernels.md")
 CROSSOVER = "fast/crossover.json"
 
 
@@ -27,9 +28,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def interval(values: list[float]) -> str:
+def interval(values: list[float], digits: int = 4) -> str:
     """An interval of confidence in brackets."""
-    return f"[{values[0]:.4f}, {values[1]:.4f}]"
+    return f"[{values[0]:.{digits}f}, {values[1]:.{digits}f}]"
 
 
 def fidelity() -> str:
@@ -310,7 +311,118 @@ def beside_attention() -> str:
     return markdown(["part", *(f"{name}, batch {batch}" for name, batch in columns)], lines) + "\n\n" + note
 
 
+def evidence(part: str) -> dict:
+    """The result of one part of the evidence."""
+    return load(f"docs/results/evidence/{part}.json")
+
+
+def within(row: dict, name: str, digits: int = 3) -> str:
+    """A mean and its 95 % interval."""
+    return f"{row[name]:.{digits}f} {interval(row[f'{name}_95'], digits)}"
+
+
+def measured(result: dict) -> str:
+    """The command and the machine of a part."""
+    words = shlex.split(result["command"])
+    command = " ".join(words[: words.index("--device")] if "--device" in words else words)
+    return f"`{command}`; {result['device']}, {result['seconds']:.0f} s."
+
+
+def evidence_drift() -> str:
+    """Top-3 accuracy, KL and drift along the text."""
+    result = evidence("drift")
+    curves = result["by_position"]
+    starts = curves["dense"]["from"]
+    lines = []
+    for name, parts in curves.items():
+        for what, key in (
+            ("top-3 accuracy", "accuracy"),
+            ("KL from dense", "kl"),
+            ("drift of the cache", "mean_drift"),
+        ):
+            if key in parts:
+                cells = [
+                    f"{value:.3f} {interval(ends, 3)}"
+                    for value, ends in zip(parts[key], parts[f"{key}_95"], strict=True)
+                ]
+                lines.append([name, what, *cells])
+    head = ["decoding", "what", *(f"from token {start:,}" for start in starts)]
+    return markdown(head, lines) + f"\n\n{result['documents']} documents; means [95 %]. {measured(result)}"
+
+
+def evidence_split() -> str:
+    """The loss of every variant, as step error and drift."""
+    result = evidence("sweep")
+    titles = {"suffix": "suffix, never rectified", "interval": "interval", "active_ratio": "active ratio",
+              "block_size": "block size", "dense_layers": "dense layers", "schedule": "schedule"}  # fmt: skip
+    lines = []
+    for factor, rows in result["factors"].items():
+        for row in rows:
+            value = row["suffix"] if factor == "suffix" else row[factor]
+            cells = [within(row, name) for name in ("accuracy", "kl", "kl_step_error", "kl_drift")]
+            share = recovered(row["kl_recovered"], row["kl_recovered_95"])
+            lines.append([titles[factor], "never" if value is None else str(value), *cells, share])
+    base = result["base"]["config"]
+    head = ["factor", "value", "top-3 accuracy", "KL from dense", "of it step error", "of it drift", "drift recovered"]
+    note = (
+        f"{result['documents']} documents of {result['document_tokens']:,} tokens, the last {result['scored']} "
+        f"predictions of each; dense top-3 accuracy {within(result, 'dense_accuracy')}. Where nothing else is said: "
+        f"interval {base['interval']}, active ratio {base['active_ratio']}, block size {base['block_size']}, schedule "
+        f"`{base['schedule']}`, a suffix of {result['base']['suffix']}. Means [95 %]."
+    )
+    return markdown(head, lines) + f"\n\n{note} {measured(result)}"
+
+
+def recovered(share: float | None, ends: list[float | None] | None) -> str:
+    """A share of the drift; none where there is so little drift that it could be anything of it."""
+    return "–" if share is None or None in ends else f"{share:.0%} [{ends[0]:.0%}, {ends[1]:.0%}]"
+
+
+def evidence_speculation() -> str:
+    """What a dense pass yields, and how much of the output is dense decoding's."""
+    result = evidence("speculation")
+    lines = []
+    for name, row in result["variants"].items():
+        names = ("drafted", "accepted", "tokens_per_pass", "same_tokens", "same_before_first", "read")
+        lines.append([name, *(within(row, each, 2) if each in row else "–" for each in names)])
+    head = [
+        "decoding",
+        "drafts per pass",
+        "accepted",
+        "tokens per pass",
+        "tokens that are dense's",
+        "before the first other",
+        "reads",
+    ]
+    note = f"{result['documents']} documents, {result['tokens_each']} tokens each, greedy."
+    note += " Reads: KV bytes per token, dense decoding being 1 (eq. 6)."
+    return markdown(head, lines) + f"\n\n{note} {measured(result)}"
+
+
+def evidence_selection() -> str:
+    """Attention mass left out, by way of scoring."""
+    result = evidence("selection")
+    lines = []
+    for name, row in (*result["mass_left_out"].items(), ("certified bound of pooled", result["certified_bound"])):
+        layers = row["layers"]
+        lines.append(
+            [name, within(row, "mean"), f"{min(layers):.3f}", f"{max(layers):.3f}", str(1 + layers.index(max(layers)))]
+        )
+    head = ["blocks by", "mass left out", "best layer", "worst layer", "which"]
+    config = result["config"]
+    note = (
+        f"{result['documents']} documents, {result['tokens_each']} tokens each; active ratio {config['active_ratio']}, "
+        f"block size {config['block_size']}; means [95 %]; {result['certified_bound']['violations']} violations of the "
+        f"bound."
+    )
+    return markdown(head, lines) + f"\n\n{note} {measured(result)}"
+
+
 TABLES = {
+    "evidence_drift": evidence_drift,
+    "evidence_split": evidence_split,
+    "evidence_speculation": evidence_speculation,
+    "evidence_selection": evidence_selection,
     "fidelity": fidelity,
     "language": language,
     "curve": curve,

@@ -218,7 +218,12 @@ def sparse_pass(model: GPT, tokens: Tensor, cache: KVCache, bounds: Bounds, step
     """
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = query[:, :, 0].contiguous(), key.contiguous(), value.contiguous()
+        key, value = key.contiguous(), value.contiguous()
+        if layer < step.config.dense_layers:
+            keys, values = cache.keys[layer], cache.values[layer]
+            enqueue_write(keys, values, bounds[layer], key, value, step.start, step.end, cache.block_size)
+            return enqueue_dense(query.contiguous(), keys, values, step.visible, step.mask, step.arrivals)[0]
+        query = query[:, :, 0].contiguous()
         out = attend_sparsely(step, query, key, value, cache.keys[layer], cache.values[layer], bounds[layer])
         return out[:, :, None]
 

@@ -1,6 +1,7 @@
 """Rectified sparse attention in pure PyTorch: the reference that ports and the Triton path are checked against.
 
-Read it in the order in which data flows: `config → cache → blocks → attention → model → generate`.
+Read it in the order in which data flows:
+`config → cache → blocks → attention → model → sampling → speculate → generate`.
 """
 
 if __name__ != "resa.reference":

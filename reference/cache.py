@@ -1,4 +1,4 @@
-"""The KV cache: keys, values, their block bounds, and one length per sequence.
+"""The KV cache: keys, values, their block bounds, and one length per sequence; and the state of decoding around it.
 
 The cache keeps one promise: `bounds` always equal what `block_bounds` gives for the keys up to `lengths`,
 rebuilt from scratch (law 2). Every method that changes keys refreshes the bounds of just the blocks it touched.
@@ -19,6 +19,7 @@ from .checks import FLOATS, INTEGERS, bind_shapes, check_dtypes, check_lengths, 
 from .config import GPTConfig
 
 BlockBounds = Callable[[Tensor, Tensor, int], Tensor]
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,16 @@ def _check_memory(shape: tuple[int, ...], block_size: int, dtype: torch.dtype, d
         given = f"{batch} × {capacity:,} tokens, {needed / 1e9:.2f} GB"
         allowed = f"{batch} × {fits:,} tokens in the {free / 1e9:.2f} GB that {device} has free"
         raise torch.OutOfMemoryError(f"KV cache: got {given}; allowed: {allowed}")
+
+
+@dataclass
+class Generation:
+    """What decoding has produced and everything needed to go on from it."""
+
+    tokens: list[list[int]]  # per sequence, the generated tokens alone; the last one is the pending one
+    cache: KVCache
+    window: Tensor  # [B] int64: w, newest cached tokens written by sparse steps since the last rectification
+    pending: Tensor  # [B] int64: the token to feed next, −1 before any was generated
 
 
 def pad_tokens(argument: str, tokens: Sequence[Sequence[int]], cache: KVCache) -> tuple[Tensor, Tensor]:

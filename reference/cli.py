@@ -18,10 +18,11 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,7 @@ from rich.console import Console
 from .checkpoint import load_model, shipped_checkpoint
 from .checks import checked_device, require
 from .config import SCHEDULES, GPTConfig, ReSAConfig
+from .evals.evidence import SIZES
 from .files import write_atomically
 from .generate import Generation, generate
 from .model import GPT, REFERENCE_OPS, Operations
@@ -95,6 +97,7 @@ def build_parser(
     _add_train(commands)
     _add_tokenizer(commands)
     _add_eval(commands)
+    _add_evidence(commands)
     _add_conformance(commands)
     for add in more:
         add(commands)
@@ -176,6 +179,8 @@ def _add_sparsity(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--active-ratio", type=float, default=default.active_ratio, help="share of blocks attended")
     group.add_argument("--min-blocks", type=int, default=default.min_blocks, help="fewest blocks attended")
     group.add_argument("--local-blocks", type=int, default=default.local_blocks, help="newest blocks always attended")
+    text = "first layers that attend to everything"
+    group.add_argument("--dense-layers", type=int, default=default.dense_layers, help=text)
 
 
 def _seed(text: str) -> int:
@@ -194,7 +199,7 @@ def _dense_below(text: str) -> int | None:
 
 
 def _sparsity(options: argparse.Namespace, **more: object) -> ReSAConfig:
-    shared = ("block_size", "active_ratio", "min_blocks", "local_blocks")
+    shared = ("block_size", "active_ratio", "min_blocks", "local_blocks", "dense_layers")
     return ReSAConfig(**{name: getattr(options, name) for name in shared}, **more)
 
 
@@ -521,20 +526,37 @@ def _run_tokenizer(options: argparse.Namespace) -> None:
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     text = "Measure a checkpoint. `language`: held-out code against xz, use of context, lookups; `fidelity`: how close"
-    text += " sparse and rectified decoding stay to dense decoding along held-out code."
+    text += " sparse and rectified decoding stay to dense decoding along held-out code; `sweep`: what the interval, the"
+    text += (
+        " active ratio, the block size and the length of the sparse suffix do to accuracy; `speculation`: what a dense"
+    )
+    text += (
+        " pass yields if it only confirms; `selection`: the attention mass that is left out, layer by layer; `tasks`:"
+    )
+    text += " questions whose answers can be checked by running them."
     parser = add_command(commands, "eval", _run_eval, text)
-    parser.add_argument("question", choices=("language", "fidelity"), help="what to measure")
+    questions = ("language", "fidelity", "sweep", "speculation", "selection", "tasks")
+    parser.add_argument("question", choices=questions, help="what to measure")
     parser.add_argument("--out", type=Path, help="write the JSON result to this file too")
     parser.add_argument("--json", action="store_true", help="accepted for uniformity: the result is printed as JSON")
-    parser.add_argument("--documents", type=int, default=16, help="fidelity: how many held-out documents")
-    parser.add_argument("--prompt-tokens", type=int, default=4096, help="fidelity: tokens before the first step")
-    parser.add_argument("--tokens", type=int, default=512, help="fidelity: tokens decoded per document")
-    parser.add_argument("--intervals", type=int, nargs="+", default=[8, 32, 128], help="fidelity: of rectification")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="paper", help="fidelity: when the dense pass comes")
+    parser.add_argument("--documents", type=int, default=16, help="how many held-out documents (not language)")
+    parser.add_argument("--prompt-tokens", type=int, default=4096, help="tokens before the first step (not language)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens decoded per document (not language)")
+    parser.add_argument("--no-grid", action="store_true", help="sweep: one factor at a time alone")
+    parser.add_argument(
+        "--intervals", type=int, nargs="+", default=[8, 32, 128], help="fidelity, speculation: of rectification"
+    )
+    parser.add_argument(
+        "--schedule", choices=SCHEDULES, default="paper", help="when the dense pass comes (not language)"
+    )
     parser.add_argument("--probes", type=int, default=64, help="language: lookups per distance")
     parser.add_argument(
         "--distances", type=int, nargs="+", default=[256, 1024, 4096, 7680], help="language: tokens to look back"
     )
+    families = ["single_needle", "multi_key", "multi_query", "variable_tracking"]
+    parser.add_argument("--families", nargs="+", default=families, help="tasks: kinds of questions")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tasks: tokens of an example")
+    parser.add_argument("--examples", type=int, default=32, help="tasks: questions per kind and length")
     parser.add_argument("--batch", type=int, default=8, help="sequences decoded at a time")
     _add_sparsity(parser)
     _add_corpus(parser, packages=False)
@@ -543,8 +565,12 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 def _run_eval(options: argparse.Namespace) -> None:
     from .corpus import held_out_library, local_corpus
+    from .evals.answers import measure_answers
     from .evals.fidelity import measure_fidelity
     from .evals.language import measure_language
+    from .evals.selection import measure_selection
+    from .evals.speculation import measure_speculation
+    from .evals.sweep import Setting, measure_sweep
 
     config = _sparsity(options, schedule=options.schedule)
     if options.out is not None:
@@ -560,15 +586,58 @@ def _run_eval(options: argparse.Namespace) -> None:
     if options.question == "language":
         amounts = {"distances": options.distances, "n_probes": options.probes, "batch": options.batch}
         result = measure_language(model, held_out, tokenizer, config, **amounts)
+    elif options.question == "tasks":
+        code = [document.text for document in held_out]
+        kinds = options.families, options.lengths, options.examples
+        result = measure_answers(model, tokenizer, *kinds, config, code=code, batch=options.batch)
     else:
         length = options.prompt_tokens + options.tokens
         require(length <= model.config.context, "--prompt-tokens + --tokens", length, f"≤ {model.config.context}")
         encoded = [tokenizer.encode_ordinary(document.text) for document in held_out]
         long = [tokens[:length] for tokens in encoded if len(tokens) >= length][: options.documents]
         require(len(long) > 0, "--prompt-tokens", options.prompt_tokens, "less than the longest held-out document")
-        result = measure_fidelity(model, long, options.tokens, config, options.intervals, batch=options.batch)
+        if options.question == "fidelity":
+            result = measure_fidelity(model, long, options.tokens, config, options.intervals, batch=options.batch)
+        elif options.question == "sweep":  # of the tokens of a document the last one is predicted only
+            base = Setting(replace(config, interval=32), options.tokens - 1)
+            result = measure_sweep(model, long, base, grid=not options.no_grid, batch=options.batch)
+        elif options.question == "speculation":
+            prompts = [tokens[: options.prompt_tokens] for tokens in long]
+            amounts = {"intervals": options.intervals, "batch": options.batch}
+            result = measure_speculation(model, prompts, options.tokens, config, **amounts)
+        else:
+            result = measure_selection(model, long, options.tokens, config, batch=options.batch)
     seconds = round(time.perf_counter() - started, 1)
     _report({"question": options.question, **result, **_provenance(options), "seconds": seconds}, options.out)
+
+
+# ---- evidence --------------------------------------------------------------------------------------------------------
+
+
+def _add_evidence(commands: argparse._SubParsersAction) -> None:
+    text = (
+        "Measure what docs/evidence.md says, part by part. What is done already is left alone, so that an interrupted"
+        " run goes on where it stopped."
+    )
+    parser = add_command(commands, "evidence", _run_evidence, text)
+    parser.add_argument("--size", choices=SIZES, default="small", help="small: minutes on two CPU cores")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/evidence"), help="folder for the JSON files")
+    _add_model(parser)
+
+
+def _run_evidence(options: argparse.Namespace) -> None:
+    from .evals.evidence import run_parts
+
+    _load(options)  # refused before the first part
+    options.out.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(options.model.read_bytes()).hexdigest()
+    more = ["--device", options.device]
+    if options.model != shipped_checkpoint():
+        more += ["--model", str(options.model)]
+    try:
+        run_parts(SIZES[options.size], options.out, more, digest)
+    except subprocess.CalledProcessError as error:
+        raise ValueError(f"a part failed, see above: {shlex.join(error.cmd)}") from None
 
 
 # ---- conformance -----------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ class ReSAConfig:
     interval: int | None = 32  # f, tokens re-encoded per rectification; None: never
     schedule: str = "fused"  # "fused": the dense pass also decodes the pending token; "paper": Algorithm 1
     dense_below: int = 0  # tokens: a sequence whose cache is shorter decodes densely
+    dense_layers: int = 0  # the first so many layers attend to everything, in sparse steps too (paper, Table 1)
 
     def __post_init__(self) -> None:
         require(is_integer(self.block_size, 1), "block_size", self.block_size, "an integer ≥ 1")
@@ -110,4 +111,5 @@ class ReSAConfig:
         is_interval = self.interval is None or is_integer(self.interval, 1)
         require(is_interval, "interval", self.interval, "an integer ≥ 1, or None for never")
         require(self.schedule in SCHEDULES, "schedule", repr(self.schedule), " or ".join(map(repr, SCHEDULES)))
-        require(is_integer(self.dense_below, 0), "dense_below", self.dense_below, "an integer ≥ 0")
+        for name in ("dense_below", "dense_layers"):
+            require(is_integer(getattr(self, name), 0), name, getattr(self, name), "an integer ≥ 0")

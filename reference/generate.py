@@ -9,30 +9,18 @@ model again and overwrites their keys and values, so that the error of a sparse 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .cache import KVCache, pad_tokens
+from .cache import NO_TOKEN, Generation, KVCache, pad_tokens
 from .checks import bind_shapes, check_lengths, is_integer, require
 from .config import ReSAConfig
 from .model import GPT
 from .sampling import Choice, sample_token, sequence_generators
 from .speculate import Speculation
 
-NO_TOKEN = -1
 PREFILL_CHUNK = 256  # tokens per dense pass: bounds the [G·Q, T] logits of one pass, and changes no result
-
-
-@dataclass
-class Generation:
-    """What decoding has produced and everything needed to go on from it."""
-
-    tokens: list[list[int]]  # per sequence, the generated tokens alone; the last one is the pending one
-    cache: KVCache
-    window: Tensor  # [B] int64: w, newest cached tokens written by sparse steps since the last rectification
-    pending: Tensor  # [B] int64: the token to feed next, −1 before any was generated
 
 
 @torch.no_grad()

@@ -216,7 +216,8 @@ class GPT(nn.Module):
     def sparse_pass(self, tokens: Tensor, cache: KVCache, active: Tensor, config: ReSAConfig) -> Tensor:
         """Feed one token per active sequence: append, select blocks, attend to those alone (eq. 2–5).
 
-        tokens [B], active [B] bool → final hidden states [B, C]; rows of inactive sequences mean nothing.
+        tokens [B], active [B] bool → final hidden states [B, C]; rows of inactive sequences mean nothing. The first
+        `config.dense_layers` layers attend to everything.
         """
         self._check_pass(tokens, "B", cache, active=active)
         require(config.block_size == cache.block_size, "config.block_size", config.block_size, f"{cache.block_size}")
@@ -225,6 +226,10 @@ class GPT(nn.Module):
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache.write(layer, key, value, window)
+            if layer < config.dense_layers:
+                counts = window.end - window.start
+                keys, values = cache.keys[layer], cache.values[layer]
+                return self.ops.dense_attention(query, keys, values, window.end, query_lengths=counts)
             step_query = query[:, :, 0]  # [B, Hq, D]
             scores = self.ops.score_blocks(step_query, cache.bounds[layer], window.end, b)
             indices = self.ops.select_blocks(scores, window.end, config)

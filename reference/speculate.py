@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .cache import pad_tokens
+from .cache import Generation, pad_tokens
 from .config import ReSAConfig
 from .model import GPT
 from .sampling import Choice, draw
-
-if TYPE_CHECKING:
-    from .generate import Generation
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from resa.reference import ReSAConfig, cli, generate, load_model, save_model
 from resa.reference import corpus as corpus_module
 from resa.reference import train as train_module
 from resa.reference.corpus import STANDARD_LIBRARY, Corpus, Document
+from resa.reference.evals import sweep
 from resa.reference.tokenizer import load_tokenizer
 from resa.reference.train import Trainer
 
@@ -652,6 +653,46 @@ def test_eval_fidelity_reads_what_it_is_given(resa, path, library, tmp_path):
     command = ["eval", "fidelity", "--model", path, "--documents", 1, "--prompt-tokens", 20, "--tokens", 2]
     assert resa(*command, "--intervals", 2, "--packages", "--folder", tmp_path)[0] == 0
     assert library == [(True, [str(tmp_path)])]
+
+
+def test_eval_sweep(resa, path, library, monkeypatch):
+    monkeypatch.setattr(sweep, "LENGTHS", (1, 8))
+    monkeypatch.setattr(sweep, "RATIOS", (0.3, 1.0))
+    monkeypatch.setattr(sweep, "BLOCK_SIZES", (4, 8))
+    monkeypatch.setattr(sweep, "DENSE_LAYERS", (0, 1))
+    command = ["eval", "sweep", "--model", path, "--documents", 2, "--prompt-tokens", 30, "--tokens", 34, *SPARSE]
+    status, out, err = resa(*command, "--no-grid")
+    assert status == 0
+    assert "Traceback" not in err
+    result = json.loads(out)
+    assert (result["question"], result["documents"], result["document_tokens"]) == ("sweep", 2, 64)
+    assert set(result["factors"]) == {"suffix", "interval", "active_ratio", "block_size", "dense_layers", "schedule"}
+    assert result["base"]["suffix"] == 33  # the last token is predicted only
+    dense = [row["accuracy_lost"] for row in result["factors"]["active_ratio"] if row["active_ratio"] == 1.0]
+    assert dense == [0.0]
+    assert "suffix: got 5" in resa(*command, "--tokens", 6)[2]
+
+
+@pytest.mark.parametrize(("question", "parts"), [("speculation", ["variants"]), ("selection", ["mass_left_out"])])
+def test_eval_speculation_and_selection(resa, path, library, question, parts):
+    command = ["eval", question, "--model", path, "--documents", 2, "--prompt-tokens", 30, "--tokens", 6, *SPARSE]
+    status, out, err = resa(*command, "--intervals", 3)
+    assert status == 0
+    assert "Traceback" not in err
+    result = json.loads(out)
+    assert (result["question"], result["documents"], result["tokens_each"]) == (question, 2, 6)
+    assert all(len(result[part]) >= 2 for part in parts)
+
+
+def test_eval_tasks(resa, long_path, library):
+    command = ["eval", "tasks", "--model", long_path, "--families", "multi_key", "--lengths", 256, 300]
+    status, out, err = resa(*command, "--examples", 2, *SPARSE)
+    assert status == 0
+    assert "Traceback" not in err
+    result = json.loads(out)
+    assert [(row["family"], row["length"]) for row in result["rows"]] == [("multi_key", 256), ("multi_key", 300)]
+    assert_refused(resa(*command, "--families", "riddles"), "eval", r"families: got \['riddles'\]")
+    assert_refused(resa(*command, "--examples", 0), "eval", "n_examples: got 0")
 
 
 def test_eval_language(resa, long_path, library):

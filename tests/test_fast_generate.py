@@ -77,20 +77,24 @@ class Run:
     interval: int | None
     schedule: str = "fused"
     dense_below: int = 0
+    dense_layers: int = 0
 
     @property
     def config(self):
         fields = {"interval": self.interval, "schedule": self.schedule, "dense_below": self.dense_below}
+        fields["dense_layers"] = self.dense_layers
         return ReSAConfig(block_size=8, min_blocks=2, active_ratio=0.25, **fields)
 
     def __str__(self):
-        return f"{self.interval}-{self.schedule}-below{self.dense_below}-{'x'.join(map(str, self.lengths))}"
+        dense = f"below{self.dense_below}-layers{self.dense_layers}"
+        return f"{self.interval}-{self.schedule}-{dense}-{'x'.join(map(str, self.lengths))}"
 
 
 INTERPRETED_RUNS = [
     Run(replace(TINY, seed=20), (19, 5, 30), 40, 4, dense_below=33),  # windows 0, 2 and 3 at the end
     Run(replace(SMALL, seed=22, qk_norm=True, group=5), (26, 40), 18, 4, "paper", dense_below=29),
     Run(replace(SMALL, seed=24, qkv_bias=True), (30, 1), 20, None),
+    Run(replace(TINY, seed=26, layers=3), (19, 5), 15, 4, dense_layers=1),
 ]
 VARIANTS = [
     {},

@@ -24,7 +24,7 @@ from small_models import (
 )
 from tolerances import assert_same_bits
 
-from resa.reference import ReSAConfig, generate, sample_token
+from resa.reference import REFERENCE_OPS, ReSAConfig, generate, sample_token
 
 SHAPE = Shape(seed=11)
 PROMPTS = SHAPE.prompts((19, 1, 8))
@@ -125,6 +125,37 @@ def test_the_default_configuration_is_the_specifications():
     assert by_default.tokens == by_name.tokens
     assert by_default.cache.block_size == 16
     assert by_default.window.tolist() == [39 % 32] * 3
+
+
+@pytest.mark.parametrize("schedule", ["fused", "paper"])
+@pytest.mark.parametrize("dense_layers", [0, 1, 2, 3, 7])
+def test_the_first_layers_may_attend_to_everything(schedule, dense_layers):
+    """As if every block were selected there; with all layers so, sparse decoding is dense decoding."""
+    shape, n_layer, calls = replace(SHAPE, layers=3), 3, []
+    config = replace(SPARSE, schedule=schedule, dense_layers=dense_layers)
+
+    def select_blocks(scores, lengths, resa):
+        layer = len(calls) % n_layer
+        calls.append(layer)
+        return REFERENCE_OPS.select_blocks(
+            scores, lengths, replace(resa, active_ratio=1.0 if layer < dense_layers else 0.1)
+        )
+
+    model = shape.model()
+    watched = model.with_ops(replace(REFERENCE_OPS, select_blocks=select_blocks))
+    expected = generate(watched, PROMPTS, 14, replace(config, dense_layers=0))
+    done = generate(model, PROMPTS, 14, config)
+    assert done.tokens == expected.tokens
+    length = int(done.cache.lengths.min())
+    torch.testing.assert_close(
+        done.cache.keys[..., :length, :], expected.cache.keys[..., :length, :], rtol=0, atol=EXACT
+    )
+    assert_bounds_rebuilt(done.cache)
+    dense = generate(model, PROMPTS, 14, replace(config, interval=1, schedule="fused", dense_layers=0)).tokens
+    if dense_layers >= n_layer:
+        assert done.tokens == dense
+    elif dense_layers == 0:
+        assert done.tokens != dense, "nothing was left out: the test would see nothing"
 
 
 # --------------------------------------------------------------------------------------------------------------

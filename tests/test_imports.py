@@ -1,4 +1,5 @@
-"""Who may import whom: `config → cache → blocks → attention → model → generate`, each only from its left.
+"""Who may import whom, each only from its left:
+`config → cache → blocks → attention → model → sampling → speculate → generate`.
 
 `fast/` keeps the same order and may import from `reference/` besides, never the reverse.
 
@@ -19,7 +20,7 @@ FILES = sorted(FOLDER.rglob("*.py"))
 FAST = Path(fast.__file__).parent
 FAST_FILES = sorted(FAST.rglob("*.py"))
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-ARROW = ["checks", "config", "cache", "blocks", "attention", "model", "generate"]
+ARROW = ["checks", "config", "cache", "blocks", "attention", "model", "sampling", "speculate", "generate"]
 FAST_ARROW = [
     "checks", "launch", "bounds8", "cache", "blocks", "attention", "elementwise", "bookkeeping", "model", "generate",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ predictions and its cache can be compared with the dense ones position by positi
 
 - *KL*: Kullback-Leibler divergence of the next-token distributions, KL(dense ‖ other), in nats;
 - *agreement*: how often both find the same token most likely;
+- *top-3 accuracy*: how often the token that truly follows is among the three found most likely (paper, Fig. 1);
 - *drift* of token j: max over layers and KV heads of ‖k_j − k*_j‖ / ‖k*_j‖, and the same for v, with k*, v* from
   one dense pass over the same tokens.
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from ..cache import KVCache
 from ..checks import is_integer, require
 from ..config import ReSAConfig
-from ..generate import Generation, decode_along, generate, prefill
+from ..generate import NO_TOKEN, Generation, decode_along, generate, prefill
 from ..model import GPT, Operations
 from ..sampling import sample_token
 from .statistics import bootstrap
@@ -40,7 +41,7 @@ def decoding_variants(config: ReSAConfig, intervals: Sequence[int]) -> dict[str,
 
 
 def read_ratio(config: ReSAConfig) -> float:
-    """KV bytes read per token relative to dense decoding, by the cost model (eq. 6; both 16-bit bounds read).
+    """KV bytes that a layer reads per token relative to dense decoding, by the cost model (eq. 6; both bounds read).
 
     >>> round(read_ratio(ReSAConfig(schedule="paper")), 3), round(read_ratio(ReSAConfig(interval=None)), 4)
     (0.194, 0.1625)
@@ -97,6 +98,7 @@ class Teacher:
     cache: KVCache  # of one dense pass over prompt and continuation
     temperature: float  # with which it chose, and its seed
     seed: int
+    following: Tensor  # [B, N] the token after each of the continuation, −1 where none is known
 
     @property
     def bytes_per_token(self) -> float:
@@ -106,6 +108,30 @@ class Teacher:
         before = self.opening.cache.lengths.double().mean().item() + 1
         return per_cached_token * (before + (len(self.tokens[0]) + 1) / 2)
 
+    @property
+    def hits(self) -> Tensor:
+        """[B, N] bool: whether the token that follows is among dense decoding's three likeliest."""
+        return top_hits(self.log_probs, self.following)
+
+    def last(self, n_tokens: int) -> Teacher:
+        """The same, of the last `n_tokens` tokens alone: what came before them is the prompt."""
+        require(is_integer(n_tokens, 1), "n_tokens", n_tokens, f"an integer 1 … {len(self.tokens[0])}")
+        rows = [last + row for last, row in zip(self.last_tokens, self.tokens, strict=True)]
+        cache = self.cache.resized(self.cache.capacity)
+        cache.truncate(cache.lengths - n_tokens - 1)
+        window = torch.zeros_like(cache.lengths, dtype=torch.int64)
+        opening = Generation([[] for _ in rows], cache, window, torch.full_like(window, NO_TOKEN))
+        kept = {"tokens": [row[-n_tokens:] for row in rows], "last_tokens": [row[-n_tokens - 1 :][:1] for row in rows]}
+        kept |= {"log_probs": self.log_probs[:, -n_tokens:], "following": self.following[:, -n_tokens:]}
+        return replace(self, opening=opening, **kept)
+
+    def with_blocks(self, block_size: int) -> Teacher:
+        """The same, its caches cut into blocks of another size."""
+        opening, cache = (
+            replace(each, block_size=block_size).resized(each.capacity) for each in (self.opening.cache, self.cache)
+        )
+        return replace(self, opening=replace(self.opening, cache=opening), cache=cache)
+
 
 @dataclass
 class Comparison:
@@ -113,6 +139,7 @@ class Comparison:
 
     kl: Tensor  # [B, N] nats, after each token of the continuation
     agreement: Tensor  # [B, N] bool
+    hits: Tensor  # [B, N] bool, whether the token that follows is among the three likeliest; False where none is known
     mean_drift: Tensor  # [B, N] mean over the continuation's tokens cached so far, after each step
     largest_drift: float  # of any token at any step
     drift_after_rectification: float | None  # largest over all rectifications, None if there was none
@@ -128,11 +155,15 @@ def teach(
     config: ReSAConfig,
     *,
     continuations: Sequence[Sequence[int]] | None = None,
+    following: Sequence[int] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     on_token: Callable[[int, int, int], None] | None = None,
 ) -> Teacher:
-    """Continue every prompt densely by `n_tokens`, or take the `continuations` given, and keep the predictions."""
+    """Continue every prompt densely by `n_tokens`, or take the `continuations` given, and keep the predictions.
+
+    `following` are the tokens that come after the continuations, one each, where they are known.
+    """
     opening = generate(model, [list(prompt[:-1]) for prompt in prompts], 0, config)
     last_tokens = [list(prompt[-1:]) for prompt in prompts]
     if continuations is None:
@@ -152,7 +183,15 @@ def teach(
     counts = torch.full_like(cache.lengths, n_tokens + 1)
     hidden = model.dense_pass(fed.to(cache.keys.device), cache, cache.lengths, counts)
     log_probs = model.output(hidden[:, 1:]).log_softmax(dim=-1)
-    return Teacher(opening, last_tokens, [list(row) for row in continuations], log_probs, cache, temperature, seed)
+    tokens = [list(row) for row in continuations]
+    after = torch.full((len(prompts), 1), NO_TOKEN) if following is None else torch.tensor(following)[:, None]
+    next_tokens = torch.cat((fed[:, 2:], after), dim=1).to(log_probs.device)
+    return Teacher(opening, last_tokens, tokens, log_probs, cache, temperature, seed, next_tokens)
+
+
+def top_hits(scores: Tensor, wanted: Tensor, n: int = 3) -> Tensor:
+    """Whether the token wanted is among the n of highest score: scores [B, N, V], wanted [B, N] → [B, N] bool."""
+    return (scores.topk(min(n, scores.shape[-1]), dim=-1).indices == wanted[..., None]).any(dim=-1)
 
 
 class OwnChoice:
@@ -198,7 +237,7 @@ def follow(
     for step, (logits, state) in enumerate(decode_along(model, cache, fed, config)):
         if own_choice:
             own.logits = logits[-1]
-        record.add_predictions(step, logits[:batch], teacher.log_probs[:, step])
+        record.add_predictions(step, logits[:batch], teacher.log_probs[:, step], teacher.following[:, step])
         record.add_drift(step, state, window, teacher.cache)
         window = int(state.window[0])
         if on_step is not None:
@@ -206,6 +245,7 @@ def follow(
     return Comparison(
         record.kl,
         record.agreement,
+        record.hits,
         record.mean_drift,
         record.largest_drift,
         record.after_rectification,
@@ -230,6 +270,7 @@ class _Record:
 
     kl: Tensor  # [B, N]
     agreement: Tensor  # [B, N]
+    hits: Tensor  # [B, N]
     drift: Tensor  # [B, N] as of now
     mean_drift: Tensor  # [B, N]
     largest_drift: float = 0.0
@@ -238,10 +279,11 @@ class _Record:
     @classmethod
     def start(cls, batch: int, n_tokens: int) -> _Record:
         zeros = torch.zeros(batch, n_tokens)
-        return cls(zeros.clone(), zeros.bool(), zeros.clone(), zeros)
+        return cls(zeros.clone(), zeros.bool(), zeros.bool(), zeros.clone(), zeros)
 
-    def add_predictions(self, step: int, logits: Tensor, wanted: Tensor) -> None:
+    def add_predictions(self, step: int, logits: Tensor, wanted: Tensor, following: Tensor) -> None:
         given = logits.log_softmax(dim=-1)
+        self.hits[:, step] = top_hits(given[:, None], following[:, None])[:, 0]
         self.kl[:, step] = (wanted.exp() * (wanted - given)).sum(dim=-1)
         self.agreement[:, step] = given.argmax(dim=-1) == wanted.argmax(dim=-1)
 
@@ -279,6 +321,7 @@ def measure_fidelity(
     require(shortest > n_tokens + 1, "documents", f"{shortest} tokens", f"documents of more than {n_tokens + 1} tokens")
     variants = decoding_variants(config, intervals)
     found: dict[str, list[Comparison]] = {name: [] for name in variants}
+    dense_hits: list[Tensor] = []
     starts = range(0, len(documents), batch)
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("Fidelity", total=len(starts) * len(variants))
@@ -286,11 +329,13 @@ def measure_fidelity(
             some = documents[start : start + batch]
             prompts, continuations = [d[:-n_tokens] for d in some], [d[-n_tokens:] for d in some]
             teacher = teach(model, prompts, n_tokens, config, continuations=continuations)
+            dense_hits.append(teacher.hits.cpu())
             for name, variant in variants.items():
                 found[name].append(follow(model, teacher, variant))
                 bar.advance(task)
     rows = summarise_fidelity(found)
-    return {"documents": len(documents), "tokens_each": n_tokens, "config": asdict(config), "variants": rows}
+    about = {"documents": len(documents), "tokens_each": n_tokens, "config": asdict(config)}
+    return {**about, "variants": rows, "by_position": by_position(found, torch.cat(dense_hits))}
 
 
 def summarise_fidelity(found: Mapping[str, Sequence[Comparison]]) -> dict[str, dict[str, object]]:
@@ -314,3 +359,29 @@ def summarise_fidelity(found: Mapping[str, Sequence[Comparison]]) -> dict[str, d
             "drift_after_rectification": max(after, default=None),
         }
     return rows
+
+
+def by_position(
+    found: Mapping[str, Sequence[Comparison]], dense_hits: Tensor, *, width: int = 64
+) -> dict[str, dict[str, object]]:
+    """How top-3 accuracy, KL and drift go on as more is decoded (paper, Fig. 1): means over `width` tokens each.
+
+    dense_hits [documents, N]. The last token's successor is not known and left out of the accuracy.
+    """
+    curves = {
+        name: {part: torch.cat([getattr(each, part) for each in several]) for part in ("hits", "kl", "mean_drift")}
+        for name, several in found.items()
+    }
+    curves["dense"] = {"hits": dense_hits}
+    n_tokens = dense_hits.shape[1]
+    starts = list(range(0, n_tokens - 1, width))
+    result: dict[str, dict[str, object]] = {}
+    for name, parts in curves.items():
+        rows: dict[str, object] = {"from": starts}
+        for part, values in parts.items():
+            end = n_tokens - 1 if part == "hits" else n_tokens
+            means = [values[:, start : min(start + width, end)].double().mean(dim=1).numpy() for start in starts]
+            label = "accuracy" if part == "hits" else part
+            rows |= {label: [each.mean() for each in means], f"{label}_95": [bootstrap(each) for each in means]}
+        result[name] = rows
+    return result

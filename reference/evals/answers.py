@@ -1,0 +1,130 @@
+"""How many tasks are answered exactly, by dense, sparse and rectified decoding (paper, Tables 1 and 2).
+
+Answers are generated greedily, token by token, and count only if every token is right; of long answers the last line,
+which answers the question, is counted by itself as well. The prompt's last token is fed by a decoding step, so that
+sparse decoding does the looking up itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+import tiktoken
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from ..checks import is_integer, require
+from ..config import ReSAConfig
+from ..generate import Generation, decode_step, generate
+from ..model import GPT
+from .statistics import bootstrap
+from .tasks import FAMILIES, Example
+
+
+def ways_to_decode(config: ReSAConfig) -> dict[str, ReSAConfig]:
+    """What is compared: both ends, rectification between them, and the paper's other remedy, dense first layers."""
+    return {
+        "dense": replace(config, interval=1, schedule="fused"),
+        "sparse": replace(config, interval=None),
+        "sparse, 2 dense layers": replace(config, interval=None, dense_layers=2),
+        "ReSA": config,
+        "decode-only": replace(config, interval=1, schedule="paper"),
+    }
+
+
+@torch.no_grad()
+def continued(
+    model: GPT, opening: Generation, last: Sequence[int], n_tokens: int, config: ReSAConfig
+) -> list[list[int]]:
+    """Greedy continuations by n_tokens, of which the first is predicted by a decoding step that feeds `last` [B]."""
+    cache = opening.cache.resized(opening.cache.capacity + n_tokens)
+    pending = torch.tensor(last, device=cache.lengths.device)
+    state = Generation([[token] for token in last], cache, torch.zeros_like(pending), pending)
+    active = torch.ones_like(pending, dtype=torch.bool)
+    for _ in range(n_tokens):
+        state.pending = decode_step(model, state, config, active).argmax(dim=-1)
+        for tokens, token in zip(state.tokens, state.pending.tolist(), strict=True):
+            tokens.append(token)
+    return [tokens[1:] for tokens in state.tokens]
+
+
+def marks(tokens: Sequence[int], example: Example) -> tuple[bool, bool]:
+    """Whether the whole answer is right, and whether its last line is, in its place."""
+    given = list(tokens[: len(example.answer)])
+    return given == example.answer, given[-example.checked :] == example.answer[-example.checked :]
+
+
+def answered(
+    model: GPT, examples: Sequence[Example], configs: Mapping[str, ReSAConfig]
+) -> dict[str, list[tuple[bool, bool]]]:
+    """The marks of every example under every configuration; prompts are read once."""
+    first = next(iter(configs.values()))
+    opening = generate(model, [example.prompt[:-1] for example in examples], 0, first)
+    last = [example.prompt[-1] for example in examples]
+    longest = max(len(example.answer) for example in examples)
+    found = {}
+    for name, config in configs.items():
+        texts = continued(model, opening, last, longest, config)
+        found[name] = [marks(*pair) for pair in zip(texts, examples, strict=True)]
+    return found
+
+
+def measure_answers(
+    model: GPT,
+    tokenizer: tiktoken.Encoding,
+    families: Sequence[str],
+    lengths: Sequence[int],
+    n_examples: int,
+    config: ReSAConfig,
+    *,
+    code: Sequence[str] = (),
+    batch: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, object]:
+    """Shares of right answers per family, length and way to decode, with 95 % intervals over examples; JSON-ready.
+
+    Raises `ValueError` before any work starts.
+    """
+    known = ", ".join(FAMILIES)
+    require(len(families) > 0 and set(families) <= set(FAMILIES), "families", list(families), f"some of {known}")
+    for name, number in (("n_examples", n_examples), ("batch", batch)):
+        require(is_integer(number, 1), name, number, "an integer ≥ 1")
+    require(len(lengths) > 0, "lengths", "none", "at least one")
+    context = model.config.context
+    require(max(lengths) <= context, "lengths", max(lengths), f"≤ {context}, the model's context")
+    configs = ways_to_decode(config)
+    drawn = {
+        (family, length): [
+            FAMILIES[family](tokenizer, np.random.default_rng((seed, length, index)), length, code)
+            for index in range(n_examples)
+        ]
+        for family in families
+        for length in lengths
+    }
+    rows = []
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("Tasks", total=len(drawn) * n_examples)
+        for (family, length), examples in drawn.items():
+            found: dict[str, list[tuple[bool, bool]]] = {name: [] for name in configs}
+            for start in range(0, n_examples, batch):
+                some = examples[start : start + batch]
+                for name, own in answered(model, some, configs).items():
+                    found[name].extend(own)
+                bar.advance(task, len(some))
+            rows.append({"family": family, "length": length, **{name: shares(own) for name, own in found.items()}})
+    return {"examples": n_examples, "config": asdict(config), "rows": rows}
+
+
+def shares(found: Sequence[tuple[bool, bool]]) -> dict[str, object]:
+    """Of whole answers, and of last lines."""
+    whole, last = np.array(found, dtype=np.float64).T
+    return {
+        "right": whole.mean(),
+        "right_95": bootstrap(whole),
+        "last_line": last.mean(),
+        "last_line_95": bootstrap(last),
+    }

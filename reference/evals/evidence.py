@@ -1,0 +1,74 @@
+"""The evidence of docs/evidence.md, part by part: every part is a command `resa eval …` and the file that it writes.
+
+A part whose file was written by the same command for the same checkpoint is done and left alone, so a run that was
+interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+DOCUMENTS = "--documents 8 --batch 8 --prompt-tokens 1024 --min-blocks 2"
+SMALL = {  # minutes on two CPU cores
+    "drift": f"fidelity {DOCUMENTS} --tokens 257 --intervals 32 128",
+    "sweep": f"sweep {DOCUMENTS} --tokens 129 --no-grid",
+    "speculation": f"speculation {DOCUMENTS} --tokens 96 --intervals 8 32",
+    "selection": f"selection {DOCUMENTS} --tokens 16",
+}
+SIZES = {"small": SMALL}
+
+
+def is_done(path: Path, words: Sequence[str], digest: str) -> bool:
+    """Whether the file holds the result of `resa eval` with these words, for the checkpoint of that SHA-256."""
+    try:
+        result = json.loads(path.read_text())
+        command, checkpoint = shlex.split(str(result["command"])), result["checkpoint_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    # The same but for where it reads and writes.
+    return without(command, ("--out", "--model", "--device")) == ["resa", "eval", *words] and checkpoint == digest
+
+
+def without(words: Sequence[str], options: Sequence[str]) -> list[str]:
+    """A command's words less some options and their values."""
+    return [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & set(options)]
+
+
+def run_parts(
+    parts: Mapping[str, str],
+    out: Path,
+    more: Sequence[str],
+    digest: str,
+    *,
+    run: Callable[[Sequence[str]], None] | None = None,
+) -> list[str]:
+    """Run every part that is not done, each in a process of its own; returns the names of those that were run.
+
+    parts: name → words after `resa eval`; `more` words for all of them, as `--model FILE`. Raises
+    `subprocess.CalledProcessError` where one fails; what was written stays.
+    """
+    run = run or _run
+    console = Console(stderr=True)
+    files = {name: out / f"{name}.json" for name in parts}
+    todo = {name: words for name, words in parts.items() if not is_done(files[name], shlex.split(words), digest)}
+    for i, (name, words) in enumerate(todo.items()):
+        console.print(f"part {i + 1} of {len(todo)}: {name} (resa eval {words})", highlight=False)
+        run(["eval", *shlex.split(words), *more, "--out", str(files[name])])
+    if not todo:
+        console.print(f"all {len(parts)} parts are done, in {out}", highlight=False)
+    return list(todo)
+
+
+def _run(words: Sequence[str]) -> None:
+    # Single tokens are too little work for two threads: they wait for one another, far longer on a busy machine.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    command = [sys.executable, "-m", "resa.reference", *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)

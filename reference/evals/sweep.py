@@ -1,0 +1,184 @@
+"""What rectification, sparsity and the length of the sparse suffix do to accuracy (paper, Fig. 4, 5 and 9).
+
+Held-out text is read densely up to a suffix of x tokens, which is decoded sparsely, led along its true tokens; what
+counts are the predictions of its last 32. Everywhere the loss against dense decoding is split in two: *step error*,
+which decode-only has as well, its cache being exact, and *drift*, the rest, which rectification is there to remove.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from ..checks import is_integer, require
+from ..config import ReSAConfig
+from ..model import GPT
+from .fidelity import Comparison, Teacher, follow, teach
+from .statistics import bootstrap, bootstrap_ratio
+
+SCORED = 32  # predictions at the end of every document
+LENGTHS = (1, 8, 16, 32, 64, 128, 256)  # of the suffix, and of intervals
+RATIOS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+BLOCK_SIZES = (8, 16, 32, 64)
+DENSE_LAYERS = (0, 1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of decoding a suffix of `suffix` tokens."""
+
+    config: ReSAConfig
+    suffix: int
+
+    @property
+    def decode_only(self) -> Setting:
+        """The same with a cache that is always exact."""
+        return replace(self, config=replace(self.config, interval=1, schedule="paper"))
+
+
+def settings(base: Setting, *, grid: bool = True) -> dict[str, list[Setting]]:
+    """What is compared, by factor: one factor at a time around `base`; with `grid`, interval × ratio as well."""
+    config, most = base.config, base.suffix
+    intervals = [f for f in LENGTHS if f <= most] + [None]
+    sparse = replace(config, interval=None)
+    by_factor = {
+        "suffix": [Setting(sparse, x) for x in LENGTHS if x <= most],
+        "interval": [replace(base, config=replace(config, interval=f)) for f in intervals],
+        "active_ratio": [replace(base, config=replace(config, active_ratio=p)) for p in RATIOS],
+        "block_size": [replace(base, config=replace(config, block_size=b)) for b in BLOCK_SIZES],
+        "dense_layers": [replace(base, config=replace(config, dense_layers=n)) for n in DENSE_LAYERS],
+        "schedule": [replace(base, config=replace(config, schedule=s)) for s in ("fused", "paper")],
+    }
+    if grid:
+        pairs = [replace(config, interval=f, active_ratio=p) for f in intervals for p in RATIOS]
+        by_factor["grid"] = [replace(base, config=pair) for pair in pairs]
+    return by_factor
+
+
+def decoded(by_factor: Mapping[str, Sequence[Setting]]) -> list[Setting]:
+    """All that has to be decoded, each once: the settings, their decode-only corners and their never rectified ones."""
+    wanted: dict[Setting, None] = {}
+    for setting in (setting for several in by_factor.values() for setting in several):
+        never = replace(setting, config=replace(setting.config, interval=None))
+        wanted |= dict.fromkeys((setting, setting.decode_only, never))
+    return list(wanted)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one setting, per document: mean KL from dense in nats and top-3 accuracy over the scored predictions."""
+
+    kl: np.ndarray  # [documents]
+    accuracy: np.ndarray  # [documents]
+
+
+def measure_sweep(
+    model: GPT,
+    documents: Sequence[Sequence[int]],
+    base: Setting,
+    *,
+    grid: bool = True,
+    batch: int = 8,
+    progress: bool = True,
+) -> dict[str, object]:
+    """Every setting over all documents, which have one length: factor → rows, JSON-ready.
+
+    Raises `ValueError` before any work starts.
+    """
+    require(is_integer(batch, 1), "batch", batch, "an integer ≥ 1")
+    lengths = sorted({len(document) for document in documents})
+    require(len(lengths) == 1, "documents", f"of {lengths} tokens", "documents of one length")
+    most = lengths[0] - 2
+    require(SCORED <= base.suffix <= most, "suffix", base.suffix, f"{SCORED} … {most} tokens of the documents")
+    by_factor = settings(base, grid=grid)
+    todo = decoded(by_factor)
+    found: dict[Setting, list[Scores]] = {setting: [] for setting in todo}
+    dense: list[np.ndarray] = []
+    starts = range(0, len(documents), batch)
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("Sweep", total=len(starts) * sum(setting.suffix for setting in todo))
+        for start in starts:
+            teacher = suffix_teacher(model, documents[start : start + batch], base)
+            dense.append(teacher.hits[:, -SCORED:].double().mean(dim=1).cpu().numpy())
+            for setting, scores in decode_all(model, teacher, todo):
+                found[setting].append(scores)
+                bar.advance(task, setting.suffix)
+    joined = {setting: join(several) for setting, several in found.items()}
+    accuracy = np.concatenate(dense)
+    return {
+        "documents": len(documents),
+        "document_tokens": lengths[0],
+        "scored": SCORED,
+        "base": asdict(base),
+        "dense_accuracy": accuracy.mean(),
+        "dense_accuracy_95": bootstrap(accuracy),
+        "factors": {
+            factor: [summarise(setting, joined, accuracy) for setting in several]
+            for factor, several in by_factor.items()
+        },
+    }
+
+
+def suffix_teacher(model: GPT, documents: Sequence[Sequence[int]], base: Setting) -> Teacher:
+    """Dense predictions along the suffix of every document, but for its last token, which is only predicted."""
+    cut = -base.suffix - 1
+    prompts, continuations = [d[:cut] for d in documents], [d[cut:-1] for d in documents]
+    following = [d[-1] for d in documents]
+    return teach(model, prompts, base.suffix, base.config, continuations=continuations, following=following)
+
+
+@torch.no_grad()
+def decode_all(model: GPT, teacher: Teacher, todo: Sequence[Setting]) -> Iterator[tuple[Setting, Scores]]:
+    """Decode along the teacher's tokens under every setting."""
+    dense_hits = teacher.hits[:, -SCORED:].cpu()
+    for setting in todo:
+        shorter = teacher.last(setting.suffix).with_blocks(setting.config.block_size)
+        yield setting, scores_of(follow(model, shorter, setting.config), dense_hits)
+
+
+def scores_of(comparison: Comparison, dense_hits: torch.Tensor) -> Scores:
+    """Over the last predictions; those before a suffix that is shorter were dense, and lose nothing."""
+    kl, hits = comparison.kl[:, -SCORED:].double(), comparison.hits[:, -SCORED:]
+    dense_before = dense_hits[:, : SCORED - hits.shape[1]]
+    accuracy = torch.cat((dense_before, hits), dim=1).double().mean(dim=1)
+    return Scores((kl.sum(dim=1) / SCORED).numpy(), accuracy.numpy())
+
+
+def join(several: Sequence[Scores]) -> Scores:
+    """The documents of all batches."""
+    return Scores(*(np.concatenate([getattr(each, name) for each in several]) for name in ("kl", "accuracy")))
+
+
+def summarise(setting: Setting, found: Mapping[Setting, Scores], dense: np.ndarray) -> dict[str, object]:
+    """One row: means over documents with 95 % intervals, the loss split in step error and drift.
+
+    `recovered` is the share of the drift of never rectifying that this setting does not have; None where the setting
+    never rectifies, or where there is no drift to recover.
+    """
+    never = found[replace(setting, config=replace(setting.config, interval=None))]
+    exact, own = found[setting.decode_only], found[setting]
+    row: dict[str, object] = {**asdict(setting.config), "suffix": setting.suffix}
+    parts = {
+        "accuracy": own.accuracy,
+        "accuracy_lost": dense - own.accuracy,
+        "accuracy_step_error": dense - exact.accuracy,
+        "accuracy_drift": exact.accuracy - own.accuracy,
+        "kl": own.kl,
+        "kl_step_error": exact.kl,
+        "kl_drift": own.kl - exact.kl,
+    }
+    for name, values in parts.items():
+        row |= {name: values.mean(), f"{name}_95": bootstrap(values)}
+    for name, total, left in (
+        ("accuracy", exact.accuracy - never.accuracy, exact.accuracy - own.accuracy),
+        ("kl", never.kl - exact.kl, own.kl - exact.kl),
+    ):
+        is_told = setting.config.interval is not None and total.mean() > 0
+        row[f"{name}_recovered"] = 1 - left.mean() / total.mean() if is_told else None
+        row[f"{name}_recovered_95"] = bootstrap_ratio(total - left, total) if is_told else None
+    return row

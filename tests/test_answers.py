@@ -1,0 +1,104 @@
+"""Marks for answers: given by hand, and by plain generation; decoding that is dense answers as dense decoding does."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_models import Shape
+
+from resa.reference import ReSAConfig, generate, load_tokenizer
+from resa.reference.evals.answers import answered, continued, marks, measure_answers, shares, ways_to_decode
+from resa.reference.evals.tasks import Example
+
+CONFIG = ReSAConfig(block_size=2, min_blocks=2, interval=3)
+
+
+class CodeShape(Shape):
+    """A small model over the shipped tokenizer's vocabulary."""
+
+    vocab = 4096
+
+
+SHAPE = Shape(seed=11)
+
+
+def example(prompt, answer, checked):
+    return Example(list(prompt), list(answer), checked, "")
+
+
+def test_marks_by_hand():
+    """All of it, and the last line in its place, whatever comes after."""
+    long = example([1], [5, 6, 7, 8], 2)
+    assert marks([5, 6, 7, 8, 9], long) == (True, True)
+    assert marks([5, 0, 7, 8, 9], long) == (False, True)
+    assert marks([5, 6, 7, 0, 8], long) == (False, False)
+    assert marks([6, 7, 8, 5], long) == (False, False)
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse", "ReSA", "decode-only"])
+def test_continuations_are_those_of_generation(name):
+    """But for the first step, which is sparse where the configuration is; at interval 1, fused, all are equal."""
+    model, config = SHAPE.model(), ways_to_decode(CONFIG)[name]
+    prompts = SHAPE.prompts((19, 4, 11))
+    opening = generate(model, [p[:-1] for p in prompts], 0, config)
+    found = continued(model, opening, [p[-1] for p in prompts], 12, config)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        if name == "dense":
+            assert tokens == generate(model, [prompt], 12, config).tokens[0]
+        alone = continued(model, generate(model, [prompt[:-1]], 0, config), [prompt[-1]], 12, config)
+        assert alone == [tokens]
+    if name == "sparse":
+        assert found != continued(model, opening, [p[-1] for p in prompts], 12, ways_to_decode(CONFIG)["dense"])
+
+
+def test_answers_are_marked_by_what_each_way_says():
+    """Examples whose answers are what dense decoding says: dense is right, and so is every way that reads all."""
+    model = SHAPE.model()
+    prompts = SHAPE.prompts((19, 7, 12, 23))
+    dense = generate(model, prompts, 9, replace(CONFIG, interval=1, schedule="fused")).tokens
+    examples = [example(p, t[:n], 2) for p, t, n in zip(prompts, dense, (9, 5, 9, 7), strict=True)]
+    found = answered(model, examples, ways_to_decode(CONFIG))
+    assert found["dense"] == [(True, True)] * 4
+    assert (False, False) in found["sparse"], "sparse decoding says the same: nothing to see"
+    whole = answered(model, examples, ways_to_decode(replace(CONFIG, active_ratio=1.0)))
+    assert {mark for own in whole.values() for mark in own} == {(True, True)}
+
+
+def test_a_family_is_measured_over_all_its_examples():
+    model, tokenizer = CodeShape(seed=3, context=512).model(), load_tokenizer()
+    config = ReSAConfig(8, 0.1, 2, interval=4)
+    result = measure_answers(model, tokenizer, ["single_needle", "tracing"], [256], 3, config, batch=2, progress=False)
+    json.dumps(result, allow_nan=False)
+    assert [(row["family"], row["length"]) for row in result["rows"]] == [("single_needle", 256), ("tracing", 256)]
+    assert set(result["rows"][0]) == {"family", "length", *ways_to_decode(config)}
+    assert all(row[name]["right"] == 0 for row in result["rows"] for name in ways_to_decode(config)), (
+        "nobody trained it"
+    )
+
+
+def test_shares_by_hand():
+    row = shares([(True, True), (False, True), (False, False), (True, True)])
+    assert (row["right"], row["last_line"]) == (0.5, 0.75)
+    assert row["right_95"][0] < 0.5 < row["right_95"][1]
+    assert np.isfinite(row["last_line_95"]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"families": ["single_needle", "none"]},
+            r"families: got \['single_needle', 'none'\]; allowed: some of single_needle",
+        ),
+        ({"families": []}, "families: got"),
+        ({"lengths": []}, "lengths: got none"),
+        ({"lengths": [97]}, "lengths: got 97; allowed: ≤ 96"),
+        ({"n_examples": 0}, "n_examples: got 0"),
+        ({"batch": 0}, "batch: got 0"),
+    ],
+)
+def test_bad_input_is_named(changes, message):
+    given = {"families": ["single_needle"], "lengths": [90], "n_examples": 1, "config": CONFIG, "progress": False}
+    with pytest.raises(ValueError, match=message):
+        measure_answers(SHAPE.model(), load_tokenizer(), **{**given, **changes})

@@ -1,0 +1,157 @@
+"""What selection misses, measured a second time by plain loops; and the certified bound, which nothing exceeds."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import Shape
+
+from resa.reference import ReSAConfig, block_bounds, score_blocks, select_blocks
+from resa.reference.evals import selection
+from resa.reference.evals.selection import Step, certified_bound, in_eight_bits, is_selected, measure_selection
+
+SHAPE = Shape(seed=7)
+CONFIG = ReSAConfig(block_size=4, active_ratio=0.2, min_blocks=2)
+WAYS = ["pooled", "per head", "8 bits", "mean key", "newest", "best"]
+
+
+def drawn(seed, batch=2, kv_heads=2, group=3, tokens=37, size=8, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    query = scale * torch.randn(batch, kv_heads * group, size, generator=generator, dtype=torch.float64)
+    keys = torch.randn(batch, kv_heads, tokens, size, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(1, tokens + 1, (batch,), generator=generator, dtype=torch.int32)
+    return Step(query, keys, lengths, 4)
+
+
+def mass_by_loops(step):
+    """Softmax of every head, summed over the tokens of every block: [B, Hkv, G, M]."""
+    batch, kv_heads, tokens, size = step.keys.shape
+    group = step.query.shape[1] // kv_heads
+    mass = torch.zeros(batch, kv_heads, group, -(-tokens // 4), dtype=torch.float64)
+    for s, length in enumerate(step.lengths.tolist()):
+        for h in range(step.query.shape[1]):
+            logits = step.keys[s, h // group, :length] @ step.query[s, h] * size**-0.5
+            for token, share in enumerate(logits.softmax(dim=0).tolist()):
+                mass[s, h // group, h % group, token // 4] += share
+    return mass
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_mass_is_a_softmax_by_blocks(seed):
+    step = drawn(seed)
+    mass = (step.by_block(step.logits) - step.logits.logsumexp(dim=-1, keepdim=True)).exp()
+    torch.testing.assert_close(mass, mass_by_loops(step))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 3))
+def test_ways_are_what_they_are_called(seed, head):
+    step = drawn(seed)
+    mass = mass_by_loops(step)
+    found = selection.scores_by_name(step, mass)
+    assert list(found) == WAYS
+    bounds = block_bounds(step.keys, step.lengths, 4)
+    torch.testing.assert_close(found["pooled"], score_blocks(step.query, bounds, step.lengths, 4))
+    torch.testing.assert_close(found["best"], mass.mean(dim=2))
+    for s, length in enumerate(step.lengths.tolist()):
+        for i in range(-(-length // 4)):
+            block = step.keys[s, :, 4 * i : min(4 * i + 4, length)]  # [Hkv, tokens, D]
+            for h in range(2):
+                heads = step.query[s, 3 * h : 3 * h + 3]
+                upper = max(float(torch.maximum(q * block[h].amin(0), q * block[h].amax(0)).sum()) for q in heads)
+                assert found["per head"][s, h, i] == pytest.approx(upper * 8**-0.5)
+                assert found["mean key"][s, h, i] == pytest.approx(float(heads.mean(0) @ block[h].mean(0)))
+        newest = found["newest"][s, 0]
+        assert (newest.diff() > 0).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 1.0))
+def test_selected_blocks_are_those_of_the_operation(seed, ratio):
+    config = ReSAConfig(4, ratio, 2)
+    scores = torch.randn(3, 2, 10, generator=torch.Generator().manual_seed(seed))
+    lengths = torch.tensor([40, 0, 17], dtype=torch.int32)
+    indices = select_blocks(scores, lengths, config)
+    chosen = is_selected(scores, lengths, config)
+    for s in range(3):
+        for h in range(2):
+            assert chosen[s, h].nonzero()[:, 0].tolist() == [i for i in indices[s, h].tolist() if i >= 0]
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.1, 1.0, 8.0]))
+def test_nothing_exceeds_the_certified_bound(seed, scale):
+    """And where one block holds all that matters, the bound is small: it says something."""
+    step = drawn(seed, scale=scale)
+    mass = mass_by_loops(step)
+    scores = selection.scores_by_name(step, mass)["pooled"]
+    chosen = is_selected(scores, step.lengths, CONFIG)
+    left = mass.masked_fill(chosen[:, :, None], 0.0).sum(dim=-1)
+    bound = certified_bound(step, chosen)
+    assert (left <= bound + 1e-9).all()
+    is_whole = chosen.sum(dim=-1) == ((step.lengths + 3) // 4)[:, None]  # [B, Hkv]
+    assert (bound[is_whole] == 0).all()
+    assert (bound[~is_whole] > 0).all()
+
+
+def test_the_bound_of_clustered_keys_is_small():
+    step = drawn(1, batch=1, kv_heads=1, group=1, tokens=40, scale=1.0)
+    keys = 0.01 * step.keys
+    keys[0, 0, 8:12] += 6 * step.query[0, 0]  # one block that the query asks for
+    step = Step(step.query, keys, torch.tensor([40], dtype=torch.int32), 4)
+    scores = selection.scores_by_name(step, mass_by_loops(step))["pooled"]
+    assert certified_bound(step, is_selected(scores, step.lengths, CONFIG)).item() < 0.05
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(-20, 20))
+def test_eight_bits_round_outward_and_not_far(seed, exponent):
+    """By at most an eighth of the bound, or of the least normal number there; equal where the number is one of them."""
+    bounds = block_bounds(2.0**exponent * drawn(seed).keys.float(), torch.tensor([37, 9]), 4)
+    rounded = in_eight_bits(bounds)
+    finite = bounds.isfinite()
+    assert torch.equal(rounded[~finite], bounds[~finite])
+    assert (rounded[:, :, 0] <= bounds[:, :, 0]).all()
+    assert (rounded[:, :, 1] >= bounds[:, :, 1]).all()
+    largest = torch.where(finite, bounds, 0).abs().amax(dim=(2, 4), keepdim=True)
+    moved = torch.where(finite, rounded - bounds, 0).abs()
+    assert (moved <= torch.maximum(torch.where(finite, bounds, 0).abs() / 8, largest * 2.0**-15)).all()
+    assert torch.equal(in_eight_bits(rounded), rounded), "what is such a number already stays"
+
+
+def test_the_measurement_is_a_mean_over_layers_heads_and_steps():
+    model, documents = SHAPE.model(), [SHAPE.tokens(length, stream) for stream, length in enumerate((50, 61, 70))]
+    result = measure_selection(model, documents, 6, CONFIG, batch=2, progress=False)
+    json.dumps(result, allow_nan=False)
+    assert list(result["mass_left_out"]) == WAYS
+    assert result["certified_bound"]["violations"] == 0
+    values, bound = selection.watched(model, documents, 6, CONFIG)
+    for name, row in result["mass_left_out"].items():
+        each = values[name].double()
+        assert each.shape == (3, 6, 2, 6)
+        assert row["mean"] == pytest.approx(float(each.mean()), rel=1e-6)
+        assert row["layers"] == pytest.approx([float(each[:, :, layer].mean()) for layer in range(2)], rel=1e-6)
+        assert 0 < row["mean"] < 1
+    assert result["certified_bound"]["mean"] == pytest.approx(float(bound.double().mean()), rel=1e-6)
+    means = {name: row["mean"] for name, row in result["mass_left_out"].items()}
+    assert means["best"] == min(means.values())
+    assert means["newest"] == max(means.values())
+
+
+def test_at_ratio_1_nothing_is_left_out():
+    model, documents = SHAPE.model(), [SHAPE.tokens(50, 0)]
+    result = measure_selection(model, documents, 3, ReSAConfig(4, 1.0, 2), progress=False)
+    assert all(row["mean"] == 0.0 for row in result["mass_left_out"].values())
+    assert result["certified_bound"]["mean"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_tokens": 0}, "n_tokens: got 0"),
+        ({"batch": 0}, "batch: got 0"),
+        ({"n_tokens": 50}, "documents: got 50 tokens"),
+    ],
+)
+def test_bad_input_is_named(changes, message):
+    given_arguments = {"documents": [SHAPE.tokens(50, 0)], "n_tokens": 3, "config": CONFIG, "progress": False}
+    with pytest.raises(ValueError, match=message):
+        measure_selection(SHAPE.model(), **{**given_arguments, **changes})
