@@ -33,7 +33,7 @@ from .checkpoint import load_model, shipped_checkpoint
 from .checks import checked_device, require
 from .config import SCHEDULES, GPTConfig, ReSAConfig
 from .evals.evidence import SIZES
-from .files import write_atomically
+from .files import source_digest, write_atomically
 from .generate import Generation, generate
 from .model import GPT, REFERENCE_OPS, Operations
 from .tokenizer import END_OF_TEXT, load_tokenizer, shipped_ranks
@@ -237,6 +237,7 @@ def _provenance(options: argparse.Namespace) -> dict[str, str]:
     return {
         "command": shlex.join(["resa", *sys.argv[1:]]),
         "checkpoint_sha256": hashlib.sha256(options.model.read_bytes()).hexdigest(),
+        "source_sha256": source_digest(),
         "device": torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -621,7 +622,7 @@ def _add_evidence(commands: argparse._SubParsersAction) -> None:
     )
     parser = add_command(commands, "evidence", _run_evidence, text)
     parser.add_argument("--size", choices=SIZES, default="small", help="small: minutes on two CPU cores")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/evidence"), help="folder for the JSON files")
+    parser.add_argument("--out", type=Path, default=Path("out/evidence"), help="folder for the JSON files")
     _add_model(parser)
 
 
@@ -630,12 +631,13 @@ def _run_evidence(options: argparse.Namespace) -> None:
 
     _load(options)  # refused before the first part
     options.out.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(options.model.read_bytes()).hexdigest()
+    digests = {"checkpoint_sha256": hashlib.sha256(options.model.read_bytes()).hexdigest()}
+    digests["source_sha256"] = source_digest()
     more = ["--device", options.device]
     if options.model != shipped_checkpoint():
         more += ["--model", str(options.model)]
     try:
-        run_parts(SIZES[options.size], options.out, more, digest)
+        run_parts(SIZES[options.size], options.out, more, digests)
     except subprocess.CalledProcessError as error:
         raise ValueError(f"a part failed, see above: {shlex.join(error.cmd)}") from None
 

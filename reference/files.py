@@ -1,5 +1,6 @@
-"""Writing a file so that no reader ever sees half of it; used by everything here that saves."""
+"""Writing a file so that no reader ever sees half of it, and a name for the source that computed what is in it."""
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -29,3 +30,12 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def source_digest() -> str:
+    """SHA-256 of this package's source: a result with the same one was computed by the same code."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder).as_posix()).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

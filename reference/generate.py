@@ -166,7 +166,8 @@ def generate(
 
     With `speculate` what sparse steps choose is a draft that the rectification's dense pass confirms or corrects
     (Appendix B): greedy output equals dense decoding's, sampled output is distributed as it, and `on_token` is called
-    after each pass. It needs an interval.
+    after each pass. It needs an interval. A draft costs a uniform number, its acceptance another, and a rejection a
+    third, drafts that are thrown away included.
 
     Raises `ValueError` naming the argument before any work starts.
     """

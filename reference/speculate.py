@@ -35,7 +35,7 @@ def confirm(
     logits [n, V], row i predicting in place of drafts[i], and one row more where the last draft was fed as well: then
     a pass that confirms all of them chooses one token beyond. A draft is accepted with probability min(1, p/q), p its
     dense and q its sparse probability; else a token is drawn from max(p − q, 0), normalised. So tokens are distributed
-    as by p; at temperature 0, both being one or zero, they are the dense choice.
+    as by p; at temperature 0, both being one or zero, they are the dense choice, and no number is drawn.
     """
     kept: list[int] = []
     for draft, row in zip(drafts, logits, strict=False):
@@ -133,7 +133,7 @@ class Speculation:
         return [self.generation.tokens[sequence][-1], *drafts][: None if is_last_fed else -1]
 
     def keep(self, sequence: int, tokens: Sequence[int], position: int | None = None) -> bool:
-        """Tokens that are certain from now on; whether the sequence goes on after them."""
+        """Tokens that are certain from now on, the first at `position` (None: next to be fed); whether it goes on."""
         state = self.generation
         position = int(state.cache.lengths[sequence]) if position is None else position
         for i, token in enumerate(tokens):

@@ -3,11 +3,11 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from small_models import Shape
 
 from resa.reference import ReSAConfig, generate, load_tokenizer
+from resa.reference.evals import answers
 from resa.reference.evals.answers import answered, continued, marks, measure_answers, shares, ways_to_decode
 from resa.reference.evals.tasks import Example
 
@@ -72,16 +72,39 @@ def test_a_family_is_measured_over_all_its_examples():
     json.dumps(result, allow_nan=False)
     assert [(row["family"], row["length"]) for row in result["rows"]] == [("single_needle", 256), ("tracing", 256)]
     assert set(result["rows"][0]) == {"family", "length", *ways_to_decode(config)}
-    assert all(row[name]["right"] == 0 for row in result["rows"] for name in ways_to_decode(config)), (
-        "nobody trained it"
-    )
+    found = [row[name]["right"] for row in result["rows"] for name in ways_to_decode(config)]
+    assert set(found) == {0}, "nobody trained it"
+
+
+def test_shares_are_of_all_examples_by_each_way(monkeypatch):
+    """A family whose answers are dense decoding's own, three of them in batches of two; once the second is wrong."""
+    model, dense = SHAPE.model(), ways_to_decode(CONFIG)["dense"]
+    for spoilt in (None, 1):
+        seen = []
+
+        def family(tokenizer, rng, length, code, spoilt=spoilt, seen=seen):
+            prompt = SHAPE.tokens(19, len(seen))
+            answer = generate(model, [prompt], 9, dense).tokens[0]
+            seen.append(prompt)
+            if len(seen) - 1 == spoilt:
+                answer = [(answer[0] + 1) % 23, *answer[1:]]
+            return example(prompt, answer, 2)
+
+        monkeypatch.setattr(answers, "FAMILIES", {"own": family})
+        result = measure_answers(model, None, ["own"], [30], 3, CONFIG, batch=2, progress=False)
+        (row,) = result["rows"]
+        assert row["dense"]["right"] == (1 if spoilt is None else 2 / 3)
+        assert row["dense"]["last_line"] == 1
+        assert row["sparse"]["right"] < row["dense"]["right"]
 
 
 def test_shares_by_hand():
     row = shares([(True, True), (False, True), (False, False), (True, True)])
     assert (row["right"], row["last_line"]) == (0.5, 0.75)
-    assert row["right_95"][0] < 0.5 < row["right_95"][1]
-    assert np.isfinite(row["last_line_95"]).all()
+    assert row["right_95"] == pytest.approx([0.150, 0.850], abs=1e-3)  # Wilson's, of 2 in 4
+    certain = shares([(True, False)] * 8)
+    assert certain["right_95"] == pytest.approx([0.676, 1.0], abs=1e-3)
+    assert certain["last_line_95"] == pytest.approx([0.0, 0.324], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +119,7 @@ def test_shares_by_hand():
         ({"lengths": [97]}, "lengths: got 97; allowed: ≤ 96"),
         ({"n_examples": 0}, "n_examples: got 0"),
         ({"batch": 0}, "batch: got 0"),
+        ({"config": replace(CONFIG, interval=None)}, "config.interval: got None"),
     ],
 )
 def test_bad_input_is_named(changes, message):

@@ -9,6 +9,7 @@ import pytest
 from resa.reference.cli import build_parser
 from resa.reference.evals.evidence import SIZES, is_done, run_parts, without
 
+DIGESTS = {"checkpoint_sha256": "abc", "source_sha256": "def"}
 PARTS = {"first": "fidelity --tokens 9", "second": "sweep --no-grid"}
 
 
@@ -25,7 +26,7 @@ def written(ran, digest="abc", fails_at=None):
         if len(ran) == fails_at:
             raise subprocess.CalledProcessError(1, words)
         path = words[words.index("--out") + 1]
-        result = {"command": shlex.join(["resa", *words]), "checkpoint_sha256": digest}
+        result = {"command": shlex.join(["resa", *words]), **DIGESTS, "checkpoint_sha256": digest}
         with open(path, "w") as file:
             json.dump(result, file)
 
@@ -34,10 +35,10 @@ def written(ran, digest="abc", fails_at=None):
 
 def test_every_part_is_run_once(out, capsys):
     ran = []
-    assert run_parts(PARTS, out, ["--device", "cpu"], "abc", run=written(ran)) == ["first", "second"]
+    assert run_parts(PARTS, out, ["--device", "cpu"], DIGESTS, run=written(ran)) == ["first", "second"]
     assert ran[0] == ["eval", "fidelity", "--tokens", "9", "--device", "cpu", "--out", str(out / "first.json")]
     assert "part 2 of 2: second (resa eval sweep --no-grid)" in capsys.readouterr().err
-    assert run_parts(PARTS, out, ["--device", "cuda"], "abc", run=written(ran)) == []
+    assert run_parts(PARTS, out, ["--device", "cuda"], DIGESTS, run=written(ran)) == []
     assert len(ran) == 2
     assert "all 2 parts are done" in capsys.readouterr().err
 
@@ -45,24 +46,25 @@ def test_every_part_is_run_once(out, capsys):
 def test_an_interrupted_run_goes_on(out):
     ran = []
     with pytest.raises(subprocess.CalledProcessError):
-        run_parts(PARTS, out, [], "abc", run=written(ran, fails_at=2))
-    assert run_parts(PARTS, out, [], "abc", run=written(ran)) == ["second"]
+        run_parts(PARTS, out, [], DIGESTS, run=written(ran, fails_at=2))
+    assert run_parts(PARTS, out, [], DIGESTS, run=written(ran)) == ["second"]
 
 
 def test_another_command_or_checkpoint_is_another_result(out):
-    run_parts(PARTS, out, [], "abc", run=written([]))
+    run_parts(PARTS, out, [], DIGESTS, run=written([]))
     path = out / "first.json"
-    assert is_done(path, ["fidelity", "--tokens", "9"], "abc")
-    assert not is_done(path, ["fidelity", "--tokens", "9"], "abd")
-    assert not is_done(path, ["fidelity", "--tokens", "8"], "abc")
-    assert run_parts(PARTS | {"first": "fidelity --tokens 8"}, out, [], "abc", run=written([])) == ["first"]
+    assert is_done(path, ["fidelity", "--tokens", "9"], DIGESTS)
+    for name in DIGESTS:
+        assert not is_done(path, ["fidelity", "--tokens", "9"], DIGESTS | {name: "abd"})
+    assert not is_done(path, ["fidelity", "--tokens", "8"], DIGESTS)
+    assert run_parts(PARTS | {"first": "fidelity --tokens 8"}, out, [], DIGESTS, run=written([])) == ["first"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"command": 3, "checkpoint_sha256": "abc"}'])
 def test_files_that_hold_no_result_are_not_done(out, content):
     (out / "first.json").write_text(content)
-    assert not is_done(out / "first.json", [], "abc")
-    assert not is_done(out / "missing.json", [], "abc")
+    assert not is_done(out / "first.json", [], DIGESTS)
+    assert not is_done(out / "missing.json", [], DIGESTS)
 
 
 def test_options_and_their_values_are_left_out():

@@ -32,9 +32,10 @@ def test_passes_by_hand():
 
 
 def test_agreement_by_hand():
-    assert agreement([1, 2, 3, 4], [1, 2, 7, 4]) == {"same_tokens": 0.75, "same_before_first": 0.5}
-    assert agreement([1, 2], [1, 2]) == {"same_tokens": 1.0, "same_before_first": 1.0}
-    assert agreement([3, 2], [1, 2]) == {"same_tokens": 0.5, "same_before_first": 0.0}
+    """Tokens up to the first other."""
+    assert agreement([1, 2, 3, 4], [1, 2, 7, 4]) == {"same_tokens": 2.0}
+    assert agreement([1, 2], [1, 2]) == {"same_tokens": 2.0}
+    assert agreement([3, 2], [1, 2]) == {"same_tokens": 0.0}
 
 
 @pytest.mark.parametrize("schedule", ["fused", "paper"])
@@ -48,17 +49,17 @@ def test_speculation_agrees_and_rectification_need_not(schedule):
     dense = [generate(model, [d], 15, replace(config, interval=1, schedule="fused")).tokens[0] for d in DOCUMENTS]
     for f in (4, 2):
         own = rows[f"speculation f={f}"]
-        assert (own["same_tokens"], own["same_before_first"]) == (1.0, 1.0)
+        assert own["same_tokens"] == 15
         most = f - 1 if schedule == "fused" else f
         assert 0 <= own["accepted"] <= own["drafted"] <= most
         # A pass yields what it accepts and one token more, but for "paper" where all was accepted, and at the end.
         assert own["accepted"] - 1e-9 <= own["tokens_per_pass"] <= own["accepted"] + 1 + 1e-9
         tokens = [generate(model, [d], 15, replace(config, interval=f)).tokens[0] for d in DOCUMENTS]
-        shares = np.array([np.mean(np.equal(a, b)) for a, b in zip(tokens, dense, strict=True)])
-        assert rows[f"ReSA f={f}"]["same_tokens"] == pytest.approx(shares.mean())
-        assert rows[f"ReSA f={f}"]["same_tokens_95"] == pytest.approx(bootstrap(shares))
+        same = np.array([[*np.not_equal(a, b), True].index(True) for a, b in zip(tokens, dense, strict=True)])
+        assert rows[f"ReSA f={f}"]["same_tokens"] == pytest.approx(same.mean())
+        assert rows[f"ReSA f={f}"]["same_tokens_95"] == pytest.approx(bootstrap(same))
         assert rows[f"ReSA f={f}"]["read"] == pytest.approx(read_ratio(replace(config, interval=f)))
-    assert rows["ReSA f=4"]["same_tokens"] < 1, "sparse steps chose nothing else: the test would see nothing"
+    assert rows["ReSA f=4"]["same_tokens"] < 15, "sparse steps chose nothing else: the test would see nothing"
     assert rows["speculation f=4"]["acceptance"] < 1
 
 
@@ -67,6 +68,8 @@ def test_speculation_agrees_and_rectification_need_not(schedule):
     [
         ({"n_tokens": 1}, "n_tokens: got 1"),
         ({"batch": 0}, "batch: got 0"),
+        ({"intervals": ()}, "intervals: got none"),
+        ({"config": replace(CONFIG, dense_layers=1)}, "config.dense_layers: got 1; allowed: 0"),
         ({"documents": [[1]]}, "documents: got 1 tokens"),
         ({"documents": [[1] * 90]}, "documents: got 90 tokens; allowed: ≤ 82"),
     ],

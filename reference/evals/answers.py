@@ -20,7 +20,7 @@ from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..generate import Generation, decode_step, generate
 from ..model import GPT
-from .statistics import bootstrap
+from .statistics import wilson
 from .tasks import FAMILIES, Example
 
 
@@ -94,6 +94,7 @@ def measure_answers(
     for name, number in (("n_examples", n_examples), ("batch", batch)):
         require(is_integer(number, 1), name, number, "an integer ≥ 1")
     require(len(lengths) > 0, "lengths", "none", "at least one")
+    require(config.interval is not None, "config.interval", None, "an integer: it is compared with never")
     context = model.config.context
     require(max(lengths) <= context, "lengths", max(lengths), f"≤ {context}, the model's context")
     configs = ways_to_decode(config)
@@ -120,11 +121,6 @@ def measure_answers(
 
 
 def shares(found: Sequence[tuple[bool, bool]]) -> dict[str, object]:
-    """Of whole answers, and of last lines."""
-    whole, last = np.array(found, dtype=np.float64).T
-    return {
-        "right": whole.mean(),
-        "right_95": bootstrap(whole),
-        "last_line": last.mean(),
-        "last_line_95": bootstrap(last),
-    }
+    """Of whole answers, and of last lines, with their intervals."""
+    n, (whole, last) = len(found), (sum(each) for each in zip(*found, strict=True))
+    return {"right": whole / n, "right_95": wilson(whole, n), "last_line": last / n, "last_line_95": wilson(last, n)}

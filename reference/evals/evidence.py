@@ -1,7 +1,7 @@
 """The evidence of docs/evidence.md, part by part: every part is a command `resa eval …` and the file that it writes.
 
-A part whose file was written by the same command for the same checkpoint is done and left alone, so a run that was
-interrupted goes on where it stopped.
+A part whose file was written by the same command, for the same checkpoint, by the same source is done and left alone,
+so a run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ SMALL = {  # minutes on two CPU cores
 SIZES = {"small": SMALL}
 
 
-def is_done(path: Path, words: Sequence[str], digest: str) -> bool:
-    """Whether the file holds the result of `resa eval` with these words, for the checkpoint of that SHA-256."""
+def is_done(path: Path, words: Sequence[str], digests: Mapping[str, str]) -> bool:
+    """Whether the file holds the result of `resa eval` with these words, and with these SHA-256 by name."""
     try:
         result = json.loads(path.read_text())
-        command, checkpoint = shlex.split(str(result["command"])), result["checkpoint_sha256"]
+        command, found = shlex.split(str(result["command"])), {name: result[name] for name in digests}
     except (OSError, ValueError, KeyError, TypeError):
         return False
     # The same but for where it reads and writes.
-    return without(command, ("--out", "--model", "--device")) == ["resa", "eval", *words] and checkpoint == digest
+    return without(command, ("--out", "--model", "--device")) == ["resa", "eval", *words] and found == digests
 
 
 def without(words: Sequence[str], options: Sequence[str]) -> list[str]:
@@ -46,19 +46,19 @@ def run_parts(
     parts: Mapping[str, str],
     out: Path,
     more: Sequence[str],
-    digest: str,
+    digests: Mapping[str, str],
     *,
     run: Callable[[Sequence[str]], None] | None = None,
 ) -> list[str]:
     """Run every part that is not done, each in a process of its own; returns the names of those that were run.
 
-    parts: name → words after `resa eval`; `more` words for all of them, as `--model FILE`. Raises
-    `subprocess.CalledProcessError` where one fails; what was written stays.
+    parts: name → words after `resa eval`; `more` words for all of them, as `--model FILE`; `digests` as in the files.
+    Raises `subprocess.CalledProcessError` where one fails; what was written stays.
     """
     run = run or _run
     console = Console(stderr=True)
     files = {name: out / f"{name}.json" for name in parts}
-    todo = {name: words for name, words in parts.items() if not is_done(files[name], shlex.split(words), digest)}
+    todo = {name: words for name, words in parts.items() if not is_done(files[name], shlex.split(words), digests)}
     for i, (name, words) in enumerate(todo.items()):
         console.print(f"part {i + 1} of {len(todo)}: {name} (resa eval {words})", highlight=False)
         run(["eval", *shlex.split(words), *more, "--out", str(files[name])])

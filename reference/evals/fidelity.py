@@ -366,7 +366,8 @@ def by_position(
 ) -> dict[str, dict[str, object]]:
     """How top-3 accuracy, KL and drift go on as more is decoded (paper, Fig. 1): means over `width` tokens each.
 
-    dense_hits [documents, N]. The last token's successor is not known and left out of the accuracy.
+    dense_hits [documents, N]. The last token's successor is not known, so the last token is left out. Drift is that of
+    all tokens decoded so far, so it shrinks where most of them are exact.
     """
     curves = {
         name: {part: torch.cat([getattr(each, part) for each in several]) for part in ("hits", "kl", "mean_drift")}
@@ -379,8 +380,8 @@ def by_position(
     for name, parts in curves.items():
         rows: dict[str, object] = {"from": starts}
         for part, values in parts.items():
-            end = n_tokens - 1 if part == "hits" else n_tokens
-            means = [values[:, start : min(start + width, end)].double().mean(dim=1).numpy() for start in starts]
+            known = values[:, : n_tokens - 1]
+            means = [known[:, start : start + width].double().mean(dim=1).numpy() for start in starts]
             label = "accuracy" if part == "hits" else part
             rows |= {label: [each.mean() for each in means], f"{label}_95": [bootstrap(each) for each in means]}
         result[name] = rows

@@ -63,10 +63,9 @@ def speculated(
 
 
 def agreement(tokens: Sequence[int], dense: Sequence[int]) -> dict[str, float]:
-    """How far a continuation is dense decoding's: the share of equal tokens, and of those before the first other."""
+    """How many tokens of a continuation are dense decoding's, up to the first other: what follows can't be compared."""
     equal = [token == other for token, other in zip(tokens, dense, strict=True)]
-    first = equal.index(False) if False in equal else len(equal)
-    return {"same_tokens": sum(equal) / len(equal), "same_before_first": first / len(equal)}
+    return {"same_tokens": float(equal.index(False) if False in equal else len(equal))}
 
 
 def measure_speculation(
@@ -89,6 +88,9 @@ def measure_speculation(
     require(shortest > 1, "documents", f"{shortest} tokens", "documents of two tokens or more")
     room = model.config.context - n_tokens + 1
     require(max(map(len, documents)) <= room, "documents", f"{max(map(len, documents))} tokens", f"≤ {room}")
+    require(len(intervals) > 0, "intervals", "none", "at least one")
+    for name in ("dense_below", "dense_layers"):  # the cost model knows neither
+        require(getattr(config, name) == 0, f"config.{name}", getattr(config, name), "0")
     configs = {f: replace(config, interval=f) for f in intervals}
     found: dict[str, list[dict[str, float]]] = {}
     starts = range(0, len(documents), batch)

@@ -6,7 +6,10 @@ import numpy as np
 
 
 def bootstrap(values: np.ndarray, *, samples: int = 2000, seed: int = 0) -> list[float]:
-    """95 % interval of the mean, documents drawn with replacement."""
+    """95 % interval of the mean, documents drawn with replacement.
+
+    Of few documents it is too narrow: of eight it holds the mean in 84 to 88 % of the cases.
+    """
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(samples, len(values)))].mean(axis=1)
     return np.quantile(means, (0.025, 0.975)).tolist()
@@ -15,13 +18,23 @@ def bootstrap(values: np.ndarray, *, samples: int = 2000, seed: int = 0) -> list
 def bootstrap_ratio(
     values: np.ndarray, totals: np.ndarray, *, samples: int = 2000, seed: int = 0
 ) -> list[float | None]:
-    """95 % interval of mean(values) / mean(totals), pairs drawn with replacement; None for an end without bound.
+    """95 % interval of mean(values) / mean(totals), pairs drawn with replacement.
 
-    Where the mean of the totals is not positive in more than 2.5 % of the samples, the ratio can be anything.
+    Where the mean of the totals is not positive in any one of the samples the ratio can be anything: [None, None].
     """
     drawn = np.random.default_rng(seed).integers(len(values), size=(samples, len(values)))
     value, total = values[drawn].mean(axis=1), totals[drawn].mean(axis=1)
-    if (total <= 0).mean() > 0.025:
+    if (total <= 0).any():
         return [None, None]
-    ratio = value[total > 0] / total[total > 0]
-    return np.quantile(ratio, (0.025, 0.975)).tolist()
+    return np.quantile(value / total, (0.025, 0.975)).tolist()
+
+
+def wilson(right: int, n: int) -> list[float]:
+    """95 % interval of a share of which `right` of n were seen (Wilson's score interval).
+
+    >>> [round(end, 3) for end in wilson(8, 8)]
+    [0.676, 1.0]
+    """
+    z = 1.959964
+    middle, width = (right + z**2 / 2) / (n + z**2), z / (n + z**2) * (right * (n - right) / n + z**2 / 4) ** 0.5
+    return [max(0.0, middle - width), min(1.0, middle + width)]
