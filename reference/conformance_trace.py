@@ -275,11 +275,11 @@ def _wrong_selection(at: Comparison, layer: int) -> Wrong:
     found, wanted = at.found, at.wanted
     ours, theirs = _sets(found.indices[layer]), _sets(wanted.indices[layer])
     says = f"layer {layer} selects {ours} instead of {theirs}, its cache being right"
+    blocks = -(-wanted.keys.shape[2] // at.config["block_size"])
     if [len(row) for row in ours] != [len(row) for row in theirs]:
-        blocks = -(-wanted.keys.shape[2] // at.config["block_size"])
         return Wrong("2.3 count", f"{says}: n of the {blocks} blocks at T + 1 tokens", ("select_blocks",))
-    newest = {row[-at.config["local_blocks"] :][0] for row in theirs}
-    if any(not set(range(min(newest), row[-1] + 1)) <= set(row) for row in ours):
+    newest = range(max(0, blocks - at.config["local_blocks"]), blocks)
+    if not all(set(newest) <= set(row) for row in ours):
         return Wrong("2.3 local blocks", f"{says}: the newest are in, whatever they score", ("select_blocks",))
     if found.bounds is None or _stale_blocks(found, layer, at.config["block_size"]):
         return Wrong("law 2 online = rebuilt", f"{says}: {_REBUILT}", ("block_bounds", "score_blocks", "select_blocks"))

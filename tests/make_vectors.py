@@ -777,8 +777,7 @@ def trace(weights, model, prompt, config):
         nonlocal before
         keys, values = np.stack(done.cache.keys), np.stack(done.cache.values)  # [layer, Hkv, T, D]
         is_rectified = steps and done.w == 0
-        rewritten = config["interval"] if config["schedule"] == "paper" else steps[-1]["window"] + 1 if steps else 0
-        start = keys.shape[2] - rewritten if is_rectified else before
+        start = keys.shape[2] - steps[-1]["window"] - 1 if is_rectified else before  # the window, and this step's token
         step = {"token": int(np.argmax(logits)), "window": done.w, "start": start, "end": keys.shape[2]}
         step |= {
             "keys": keys[:, :, start:],

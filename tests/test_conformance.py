@@ -460,6 +460,11 @@ MISTAKES = {
         'max(config["min_blocks"] + config["local_blocks"] - 1, share)',
         "2.3 count",
     ),
+    "no newest block in decoding": (
+        "chosen.append(select_blocks(scores, lengths, self.config))",
+        "chosen.append(np.argsort(-scores)[..., : select_blocks(scores, lengths, self.config).shape[2]])",
+        "2.3 local blocks",
+    ),
     "one newest block in decoding": (
         "select_blocks(scores, lengths, self.config)",
         "select_blocks(scores, lengths, {**self.config, 'local_blocks': 1})",
