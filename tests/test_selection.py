@@ -121,6 +121,18 @@ def test_eight_bits_round_outward_and_not_far(seed, exponent):
     assert torch.equal(in_eight_bits(rounded), rounded), "what is such a number already stays"
 
 
+def test_eight_bits_are_the_next_number_outward():
+    """The least of all e4m3 numbers that is no less, and the other way round, looked up in the list of them."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].unique()
+    x = torch.cat([448 * torch.randn(5000, generator=torch.Generator().manual_seed(2)).clamp(-1, 1), numbers])
+    x[0] = 448  # so that the scale is 1
+    bounds = x.expand(1, 1, 2, 1, len(x)).contiguous()
+    lo, hi = in_eight_bits(bounds)[0, 0, :, 0]
+    assert torch.equal(hi, numbers[torch.searchsorted(numbers, x)])
+    assert torch.equal(lo, numbers[torch.searchsorted(numbers, x, right=True) - 1])
+
+
 def test_the_measurement_is_a_mean_over_layers_heads_and_steps():
     model, documents = SHAPE.model(), [SHAPE.tokens(length, stream) for stream, length in enumerate((50, 61, 70))]
     result = measure_selection(model, documents, 6, CONFIG, batch=2, progress=False)
