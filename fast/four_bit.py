@@ -1,8 +1,8 @@
 """Weights in 4 bits, for the same model: whole numbers −8 … 7 with one scale per 128 neighbours of a row.
 
 What a weight is rounded to is decided here, in the open; the products are those of the library `humming`
-(`pip install 'resa[four-bit]'`), which compiles them for the GPU on first use and stays limited by memory from one row
-to the 256 of a rectification. Where there is no GPU the rounded weights are multiplied as they are.
+(`pip install 'resa[four-bit]'`), which compiles them for the GPU on first use and is fast for the few rows of
+a step and for the 256 of a rectification alike. Where there is no GPU the rounded weights are multiplied as they are.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from resa.reference.cache import KVCache
 from resa.reference.checks import free_memory, require
 from resa.reference.config import GPTConfig, ReSAConfig
 from resa.reference.model import GPT
+from resa.reference.sampling import Choice
 
 from ..blocks import block_bounds
 from ..bounds8 import compress_bounds
@@ -89,12 +90,8 @@ def new_cache(model: FusedGPT, config: ReSAConfig, batch: int, context: int, *, 
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
+class Sampling(Choice):
+    """How tokens are chosen, for a whole batch on the device."""
 
     def sampler(self, model: FusedGPT, batch: int, tokens: int) -> Sampler:
         """For so many tokens of so many sequences."""

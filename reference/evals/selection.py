@@ -28,7 +28,7 @@ from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..generate import decode_along, generate
 from ..model import GPT
-from .statistics import bootstrap
+from .statistics import bootstrap, with_intervals
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,7 @@ def averages(values: Tensor) -> dict[str, object]:
     by_document = values.mean(dim=(1, 2, 3)).numpy()
     layers = values.mean(dim=(1, 3)).numpy()  # [documents, layer]
     return {
-        "mean": by_document.mean(),
-        "mean_95": bootstrap(by_document),
+        **with_intervals({"mean": by_document}),
         "layers": layers.mean(axis=0).tolist(),
         "layers_95": [bootstrap(np.ascontiguousarray(layer)) for layer in layers.T],
     }

@@ -20,7 +20,7 @@ from ..model import GPT
 from ..sampling import Choice
 from ..speculate import Speculation
 from .fidelity import read_ratio
-from .statistics import bootstrap
+from .statistics import with_intervals
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,8 @@ def measure_speculation(
                 rows = [{"read": read_ratio(each)} | agreement(*pair) for pair in zip(tokens, dense, strict=True)]
                 found.setdefault(f"ReSA f={f}", []).extend(rows)
                 bar.advance(task)
-    rows = {name: summarise(several) for name, several in found.items()}
+    rows = {
+        name: with_intervals({each: np.array([row[each] for row in several]) for each in several[0]})
+        for name, several in found.items()
+    }
     return {"documents": len(documents), "tokens_each": n_tokens, "config": asdict(config), "variants": rows}
-
-
-def summarise(several: Sequence[dict[str, float]]) -> dict[str, object]:
-    """Means over documents, with their intervals."""
-    row: dict[str, object] = {}
-    for name in several[0]:
-        values = np.array([each[name] for each in several])
-        row |= {name: values.mean(), f"{name}_95": bootstrap(values)}
-    return row

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 
@@ -13,6 +15,14 @@ def bootstrap(values: np.ndarray, *, samples: int = 2000, seed: int = 0) -> list
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(samples, len(values)))].mean(axis=1)
     return np.quantile(means, (0.025, 0.975)).tolist()
+
+
+def with_intervals(parts: Mapping[str, np.ndarray]) -> dict[str, object]:
+    """The mean of every part over documents, and as `…_95` its interval."""
+    row: dict[str, object] = {}
+    for name, values in parts.items():
+        row |= {name: values.mean(), f"{name}_95": bootstrap(values)}
+    return row
 
 
 def bootstrap_ratio(

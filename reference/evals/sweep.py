@@ -19,7 +19,7 @@ from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..model import GPT
 from .fidelity import Comparison, Teacher, follow, teach
-from .statistics import bootstrap, bootstrap_ratio
+from .statistics import bootstrap_ratio, with_intervals
 
 SCORED = 32  # predictions at the end of every document
 LENGTHS = (1, 8, 16, 32, 64, 128, 256)  # of the suffix, and of intervals
@@ -115,8 +115,7 @@ def measure_sweep(
         "document_tokens": lengths[0],
         "scored": SCORED,
         "base": asdict(base),
-        "dense_accuracy": accuracy.mean(),
-        "dense_accuracy_95": bootstrap(accuracy),
+        **with_intervals({"dense_accuracy": accuracy}),
         "factors": {
             factor: [summarise(setting, joined, accuracy) for setting in several]
             for factor, several in by_factor.items()
@@ -172,8 +171,7 @@ def summarise(setting: Setting, found: Mapping[Setting, Scores], dense: np.ndarr
         "kl_step_error": exact.kl,
         "kl_drift": own.kl - exact.kl,
     }
-    for name, values in parts.items():
-        row |= {name: values.mean(), f"{name}_95": bootstrap(values)}
+    row |= with_intervals(parts)
     for name, total, left in (
         ("accuracy", exact.accuracy - never.accuracy, exact.accuracy - own.accuracy),
         ("kl", never.kl - exact.kl, own.kl - exact.kl),
