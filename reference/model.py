@@ -178,7 +178,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V] of dense causal attention over `tokens` [B, T] alone; no cache. Used for training."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self.output(self.transform(tokens, positions, _causal_attention))
+        return self.output(self.transform(tokens, positions, causal_attention))
 
     def with_ops(self, ops: Operations) -> GPT:
         """This very model, its weights shared, decoding with other operations."""
@@ -265,6 +265,6 @@ class GPT(nn.Module):
             require(low >= 0 and high < vocabulary, "tokens", f"{low} … {high}", f"0 … {vocabulary - 1}")
 
 
-def _causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of every token over itself and those before it, through torch's own fused kernel."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)

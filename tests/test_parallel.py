@@ -1,0 +1,82 @@
+"""Decoding at once gives what decoding step by step gives: every schedule, interval and corner."""
+
+import pytest
+import torch
+from small_models import Shape
+
+from resa.reference import ReSAConfig, prefill
+from resa.reference.generate import decode_along
+from resa.reference.parallel import decode_at_once, exact_until
+
+B, T, PROMPT = 2, 150, 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Shape(layers=3, group=2, qk_norm=True, context=256).model()
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(model.config.vocab_size, (B, T), generator=generator)
+
+
+def step_by_step(model, tokens, config, prompt_tokens):
+    cache = model.new_cache(len(tokens), tokens.shape[1], config.block_size)
+    prefill(model, tokens[:, :prompt_tokens].tolist(), cache)
+    steps = decode_along(model, cache, tokens[:, prompt_tokens:].tolist(), config)
+    return torch.stack([logits.clone() for logits, _ in steps], dim=1)
+
+
+@pytest.mark.parametrize("schedule", ["paper", "fused"])
+@pytest.mark.parametrize("interval", [1, 4, 8, 16, 32, None])
+@pytest.mark.parametrize("more", [{}, {"local_blocks": 2}, {"dense_layers": 1}, {"active_ratio": 0.5}])
+def test_it_equals_the_loop(model, tokens, schedule, interval, more):
+    if schedule == "fused" and interval is None:
+        pytest.skip("never rectified is the same under both")
+    config = ReSAConfig(**{"block_size": 8, "active_ratio": 0.2, "min_blocks": 2, **more}, interval=interval)
+    config = ReSAConfig(**{**config.__dict__, "schedule": schedule})
+    with torch.no_grad():
+        dense, decoded = (model.output(hidden) for hidden in decode_at_once(model, tokens, config, PROMPT))
+        expected = step_by_step(model, tokens, config, PROMPT)
+        torch.testing.assert_close(decoded[:, PROMPT:], expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(dense, model(tokens), rtol=0, atol=1e-9)
+    if (schedule, interval) != ("fused", 1):  # which is dense
+        assert (decoded - dense)[:, PROMPT:].abs().max() > 1e-3  # something was left out
+    torch.testing.assert_close(decoded[:, :PROMPT], dense[:, :PROMPT], rtol=0, atol=1e-9)
+
+
+def test_all_blocks_are_dense(model, tokens):
+    config = ReSAConfig(block_size=8, active_ratio=1, interval=None)
+    with torch.no_grad():
+        dense, decoded = decode_at_once(model, tokens, config, PROMPT)
+    torch.testing.assert_close(decoded, dense, rtol=0, atol=1e-9)
+
+
+def test_gradients_reach_both_streams(model, tokens):
+    """The exact stream's keys learn to be found by the decoded one's queries."""
+    config = ReSAConfig(block_size=8, active_ratio=0.2, min_blocks=2, interval=8)
+    key = model.layers[0].attn.k_proj.weight
+    _, decoded = decode_at_once(model, tokens, config, PROMPT)
+    (gradient,) = torch.autograd.grad(decoded[:, -1].sum(), key)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+def test_what_is_exact():
+    assert exact_until(10, 4, ReSAConfig(interval=2)).tolist() == [4, 4, 4, 4, 4, 4, 6, 6, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("config", "prompt_tokens", "named"),
+    [
+        (ReSAConfig(block_size=8, interval=12), 32, "config.interval"),
+        (ReSAConfig(block_size=8, dense_below=9), 32, "config.dense_below"),
+        (ReSAConfig(block_size=8), 33, "prompt_tokens"),
+        (ReSAConfig(block_size=8), 0, "prompt_tokens"),
+        (ReSAConfig(block_size=8), 160, "prompt_tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(model, tokens, config, prompt_tokens, named):
+    with pytest.raises(ValueError, match=named):
+        decode_at_once(model, tokens, config, prompt_tokens)
