@@ -440,6 +440,11 @@ FIELD_HELP = {
     "lookup_fraction": "share of rows that are lookups rather than code",
     "lookup_rows": "distinct lookup documents",
     "lookup_far": "share of lookups with a uniform rather than log-uniform distance",
+    "program_fraction": "share of rows that are programs whose values must be carried",
+    "program_rows": "distinct programs",
+    "checked_weight": "of asserted digits' own mean loss, added to that of all tokens",
+    "sparse_share": "share of steps, the last ones, that decode sparsely beside the dense pass and learn from both",
+    "sparse_interval": "tokens between rectifications in those steps; 0: never",
     "seed": "of weights and batches",
     "checkpoint_seconds": "between checkpoints",
     "log_every": "steps per line of the log",
@@ -534,19 +539,26 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     text += (
         " pass yields if it only confirms; `selection`: the attention mass that is left out, layer by layer; `tasks`:"
     )
-    text += " questions whose answers can be checked by running them."
+    text += " questions whose answers can be checked by running them; `carried`: values that must be carried through"
+    text += " what is decoded, for every interval and ratio."
     parser = add_command(commands, "eval", _run_eval, text)
-    questions = ("language", "fidelity", "sweep", "speculation", "selection", "tasks")
+    questions = ("language", "fidelity", "sweep", "speculation", "selection", "tasks", "carried")
     parser.add_argument("question", choices=questions, help="what to measure")
     parser.add_argument("--out", type=Path, help="write the JSON result to this file too")
     parser.add_argument("--json", action="store_true", help="accepted for uniformity: the result is printed as JSON")
-    parser.add_argument("--documents", type=int, default=16, help="how many held-out documents (not language)")
+    parser.add_argument("--documents", type=int, default=16, help="how many held-out documents, or programs")
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="tokens before the first step (not language)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens decoded per document (not language)")
     parser.add_argument("--no-grid", action="store_true", help="sweep: one factor at a time alone")
     parser.add_argument(
-        "--intervals", type=int, nargs="+", default=[8, 32, 128], help="fidelity, speculation: of rectification"
+        "--intervals",
+        type=int,
+        nargs="+",
+        default=[8, 32, 128],
+        help="fidelity, speculation, carried: between rectifications",
     )
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="carried: active ratios")
+    parser.add_argument("--seed", type=int, default=0, help="carried: of the programs")
     parser.add_argument(
         "--schedule", choices=SCHEDULES, default="paper", help="when the dense pass comes (not language)"
     )
@@ -567,6 +579,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 def _run_eval(options: argparse.Namespace) -> None:
     from .corpus import held_out_library, local_corpus
     from .evals.answers import measure_answers
+    from .evals.carried import measure_carried
     from .evals.fidelity import measure_fidelity
     from .evals.language import measure_language
     from .evals.selection import measure_selection
@@ -591,6 +604,11 @@ def _run_eval(options: argparse.Namespace) -> None:
         code = [document.text for document in held_out]
         kinds = options.families, options.lengths, options.examples
         result = measure_answers(model, tokenizer, *kinds, config, code=code, batch=options.batch)
+    elif options.question == "carried":
+        length = options.prompt_tokens + options.tokens
+        amounts = {"intervals": options.intervals, "ratios": options.ratios, "prompt_tokens": options.prompt_tokens}
+        amounts |= {"batch": options.batch, "seed": options.seed}
+        result = measure_carried(model, tokenizer, options.documents, length, config, **amounts)
     else:
         length = options.prompt_tokens + options.tokens
         require(length <= model.config.context, "--prompt-tokens + --tokens", length, f"≤ {model.config.context}")

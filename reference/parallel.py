@@ -84,7 +84,8 @@ def selected_tokens(query: Tensor, exact_key: Tensor, key: Tensor, exact: Tensor
     (batch, n_heads, n_tokens, _), b = key.shape, config.block_size
     lengths = torch.full((batch,), n_tokens, dtype=torch.int32, device=key.device)
     pooled = query.unflatten(1, (n_heads, -1)).mean(dim=2)  # [B, Hkv, T, D]
-    scores = [whole_scores(pooled, block_bounds(each, lengths, b)) for each in (exact_key, key)]
+    with torch.autocast(key.device.type, enabled=False):  # half-precision products would tie what differs
+        scores = [whole_scores(pooled, block_bounds(each, lengths, b)) for each in (exact_key, key)]
     ends = (torch.arange(scores[0].shape[-1], device=key.device) + 1) * b
     joined = torch.where(ends <= exact[:, None], *scores)  # [B, Hkv, T, M]
     # Every step as a sequence of its own, as long as its cache is then.

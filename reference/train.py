@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .checkpoint import load_model, read_header, read_tensors, save_model, save_tensors
 from .checks import checked_device, is_integer, require
-from .config import GPTConfig
+from .config import GPTConfig, ReSAConfig
 from .corpus import (
     STANDARD_LIBRARY,
     Document,
@@ -48,6 +48,8 @@ from .corpus import (
 )
 from .files import write_atomically
 from .model import GPT
+from .parallel import decode_at_once
+from .programs import is_checked, program_rows
 from .tokenizer import VOCAB_SIZE, load_tokenizer, make_tokenizer, save_ranks, shipped_ranks, train_tokenizer
 
 TRAINING_FORMAT = "resa training state"
@@ -55,6 +57,7 @@ FINAL_LEARNING_RATE = 0.1  # as a share of the peak
 HELD_OUT_ROWS = 16
 PROBES_PER_DISTANCE = 8
 CURVE_POINTS = 200  # of the loss, in the record
+SPARSE_RATIOS, SPARSE_LEAST = (0.05, 0.1, 0.2), (2, 4, 8)  # of blocks, in steps that decode
 PLAIN_REPORT_SECONDS = 30.0  # between lines where there is no terminal to draw a bar on
 
 # The model that the package ships: 5.7 million parameters. Deep, with wide heads and small groups, because such a
@@ -90,15 +93,21 @@ class TrainConfig:
     lookup_fraction: float = 0.2  # share of rows that are lookup documents rather than source code
     lookup_rows: int = 4096  # distinct lookup documents
     lookup_far: float = 0.0  # share of lookups whose distance is uniform rather than log-uniform
+    program_fraction: float = 0.0  # share of rows that are programs, see programs.py; a short row is one's beginning
+    program_rows: int = 4096  # distinct programs
+    checked_weight: float = 0.0  # of the mean loss over asserted digits, added to that over all tokens
+    # The last steps may decode every row sparsely beside the dense pass, and learn from both; see parallel.py.
+    sparse_share: float = 0.0  # those steps' share
+    sparse_interval: int = 32  # tokens between rectifications in such a step; 0: never
     seed: int = 0
     checkpoint_seconds: float = 60.0
     log_every: int = 20  # steps
     eval_every: int = 500  # steps
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "context", "lookup_rows", "log_every", "eval_every"):
+        for name in ("steps", "batch_tokens", "context", "lookup_rows", "program_rows", "log_every", "eval_every"):
             require(is_integer(getattr(self, name), 1), name, getattr(self, name), "an integer ≥ 1")
-        for name in ("warmup_steps", "seed"):
+        for name in ("warmup_steps", "sparse_interval", "seed"):
             require(is_integer(getattr(self, name), 0), name, getattr(self, name), "an integer ≥ 0")
         cut = self.short_context
         fits = is_integer(cut, 1) and (cut >= self.context or self.context % cut == 0)
@@ -108,9 +117,9 @@ class TrainConfig:
         require(divides, "batch_tokens", self.batch_tokens, f"a multiple of context = {self.context}")
         for name in ("learning_rate", "grad_clip"):
             _require_number(name, getattr(self, name), lambda value: value > 0, "a finite number > 0")
-        for name in ("weight_decay", "checkpoint_seconds"):
+        for name in ("weight_decay", "checked_weight", "checkpoint_seconds"):
             _require_number(name, getattr(self, name), lambda value: value >= 0, "a finite number ≥ 0")
-        for name in ("lookup_fraction", "lookup_far"):
+        for name in ("lookup_fraction", "lookup_far", "program_fraction", "sparse_share"):
             _require_number(name, getattr(self, name), lambda value: 0 <= value <= 1, "a number in 0 … 1")
         require(len(self.betas) == 2, "betas", self.betas, "two numbers")
         for beta in self.betas:
@@ -120,6 +129,10 @@ class TrainConfig:
         """Tokens per row of step 0, 1, …"""
         is_short = step < round(self.short_share * self.steps)
         return min(self.short_context, self.context) if is_short else self.context
+
+    def decodes(self, step: int) -> bool:
+        """Whether step 0, 1, … decodes its rows sparsely as well."""
+        return step >= self.steps - round(self.sparse_share * self.steps)
 
     def decisive(self) -> dict[str, object]:
         """The fields that decide the result, that is, all but the last three."""
@@ -155,6 +168,9 @@ class Probe:
     answer: list[int]
 
 
+NO_ROWS = np.zeros((0, 0), dtype=np.uint16)
+
+
 @dataclass(frozen=True)
 class TrainData:
     """All that training reads."""
@@ -162,6 +178,9 @@ class TrainData:
     tokens: np.ndarray  # [n] uint16, the stream of source code
     held_out: np.ndarray  # [HELD_OUT_ROWS, context + 1] uint16, never trained on
     lookups: np.ndarray  # [lookup_rows, context + 1] uint16
+    programs: np.ndarray = field(
+        default_factory=lambda: np.zeros((0, 0), dtype=np.uint16)
+    )  # [program_rows, context + 1]
     probes: list[Probe] = field(default_factory=list)
     statistics: dict[str, int] = field(default_factory=dict)
 
@@ -169,7 +188,7 @@ class TrainData:
     def digest(self) -> str:
         """Names the arrays' content: a run may only be resumed on the same data."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.held_out, self.lookups):
+        for array in (self.tokens, self.held_out, self.lookups, *([self.programs] if len(self.programs) else [])):
             digest.update(str(array.shape).encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -196,9 +215,18 @@ def prepare_data(
     make_lookups = partial(lookup_documents, tokenizer, config.seed, rows, row, code, config.lookup_far, progress)
     settings = f"{config.seed} {rows} {row} {config.lookup_far}".encode()
     lookups = cached_array(cache, "lookups", [ranks, settings, *texts], make_lookups)
+    programs = np.zeros((0, 0), dtype=np.uint16)
+    if config.program_fraction > 0:
+        write = partial(program_rows, tokenizer, config.seed, config.program_rows, row, progress)
+        programs = cached_array(
+            cache, "programs", [ranks, f"{config.seed} {config.program_rows} {row}".encode()], write
+        )
     statistics = {**corpus.statistics, "train_tokens": len(tokens), "lookup_tokens": lookups.size}
     held_out = held_out_rows(corpus.held_out, tokenizer, row)
-    return TrainData(tokens, held_out, lookups, make_probes(tokenizer, config.context), statistics)
+    if len(programs):
+        statistics["program_tokens"] = programs.size
+    probes = make_probes(tokenizer, config.context)
+    return TrainData(tokens, held_out, lookups, programs, probes, statistics)
 
 
 def held_out_rows(documents: Sequence[Document], tokenizer: tiktoken.Encoding, row: int) -> np.ndarray:
@@ -230,9 +258,16 @@ def make_batch(config: TrainConfig, data: TrainData, step: int) -> np.ndarray:
     starts = rng.integers(len(data.tokens) - length, size=rows)
     chosen = rng.integers(max(1, len(data.lookups)), size=rows)
     begins = rng.integers(config.context - length, size=rows, endpoint=True)  # within a lookup document
+    is_program = np.zeros(rows, dtype=bool)
+    if config.program_fraction > 0:
+        is_program = rng.random(rows) < config.program_fraction
+        programs = rng.integers(len(data.programs), size=rows)
     batch = np.empty((rows, length + 1), dtype=np.int64)
     for index in range(rows):
         source, start = data.tokens, starts[index]
+        if is_program[index]:
+            batch[index] = data.programs[programs[index], : length + 1]
+            continue
         if is_lookup[index]:
             source, start = data.lookups[chosen[index]], begins[index]
         batch[index] = source[start : start + length + 1]
@@ -258,11 +293,47 @@ def prefetch(make: Callable[[int], np.ndarray], steps: range, device: torch.devi
 # ---- The run -------------------------------------------------------------------------------------------------------
 
 
-def loss_of(model: GPT, rows: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of predicting each token of `rows` [R, context + 1] from those before it."""
-    logits = model(rows[:, :-1])  # [R, context, V]
+def loss_of(model: GPT, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy, in nats, of predicting each token of `rows` [R, context + 1] from those before it.
+
+    weights [R, context] of the tokens predicted replace the mean by their sum.
+    """
+    return prediction_loss(model(rows[:, :-1]), rows, weights)
+
+
+def prediction_loss(logits: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
+    """The same of logits [R, context, V]."""
+    wanted = rows[:, 1:].flatten()
     # In float32; compiled, the conversion happens inside the softmax and no float32 logits are ever stored.
-    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+    flat = logits.flatten(0, 1).float()
+    if weights is None:
+        return F.cross_entropy(flat, wanted)
+    return F.cross_entropy(flat, wanted, reduction="none") @ weights.flatten()
+
+
+def decoded_loss_of(model: GPT, rows: Tensor, weights: Tensor | None, config: ReSAConfig, prompt_tokens: int) -> Tensor:
+    """The mean of the losses of dense attention and of decoding with `config`."""
+    streams = decode_at_once(model, rows[:, :-1], config, prompt_tokens)
+    dense, decoded = (prediction_loss(model.output(hidden), rows, weights) for hidden in streams)
+    return (dense + decoded) / 2
+
+
+def decoding_of(config: TrainConfig, step: int) -> tuple[ReSAConfig, int]:
+    """How step `step` decodes, and the tokens prefilled: ratio and least number of blocks vary from step to step."""
+    rng = np.random.default_rng((config.seed, step, 1))
+    ratio, least = float(rng.choice(SPARSE_RATIOS)), int(rng.choice(SPARSE_LEAST))
+    decoding = ReSAConfig(
+        active_ratio=ratio, min_blocks=least, interval=config.sparse_interval or None, schedule="paper"
+    )
+    return decoding, decoding.block_size * int(rng.integers(1, 16, endpoint=True))
+
+
+def token_weights(rows: Tensor, checked_weight: float) -> Tensor | None:
+    """Weights [R, context] of the tokens predicted that add the mean over asserted digits to the mean over all."""
+    if checked_weight == 0:
+        return None
+    checked = is_checked(load_tokenizer(), rows)[:, 1:].float()
+    return 1 / checked.numel() + checked_weight * checked / checked.sum().clamp(min=1)
 
 
 class Trainer:
@@ -296,8 +367,12 @@ class Trainer:
         """One optimizer step on `rows` [R, context + 1]; the loss stays on the device, so nothing waits for it."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
+        weights = token_weights(rows, self.config.checked_weight)
         with self.precision():
-            loss = self.loss_of(self.model, rows)
+            if self.config.decodes(self.step):
+                loss = decoded_loss_of(self.model, rows, weights, *decoding_of(self.config, self.step))
+            else:
+                loss = self.loss_of(self.model, rows, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
@@ -427,9 +502,12 @@ def train(
 
 
 def initial_weights(path: str | os.PathLike, model_config: GPTConfig) -> dict[str, Tensor]:
-    """The weights of a finished model; ValueError naming the first field in which its shape is another."""
+    """The weights of a finished model; ValueError naming the first field in which its shape is another.
+
+    The context may be another: no weight depends on it.
+    """
     model = load_model(path)
-    for name, value in asdict(model_config).items():
+    for name, value in asdict(replace(model_config, context=model.config.context)).items():
         stored = getattr(model.config, name)
         require(value == stored, name, value, f"{stored}, as in {path}")
     return model.state_dict()
@@ -440,11 +518,13 @@ def check_run(model_config: GPTConfig, config: TrainConfig, data: TrainData) -> 
     row = config.context + 1
     require(config.context <= model_config.context, "context", config.context, f"≤ {model_config.context}, the model's")
     require(data.tokens.ndim == 1 and len(data.tokens) >= row, "data.tokens", data.tokens.shape, f"[≥ {row}]")
-    for name, needed in (("held_out", True), ("lookups", config.lookup_fraction > 0)):
+    needs = {"held_out": True, "lookups": config.lookup_fraction > 0, "programs": config.program_fraction > 0}
+    for name, needed in needs.items():
         array = getattr(data, name)
-        fits = array.ndim == 2 and array.shape[1] == row and (len(array) > 0 or not needed)
+        is_unused = name == "programs" and array.size == 0
+        fits = (is_unused or (array.ndim == 2 and array.shape[1] == row)) and (len(array) > 0 or not needed)
         require(fits, f"data.{name}", array.shape, f"[rows, {row}]")
-    for name in ("tokens", "held_out", "lookups"):
+    for name in ("tokens", *needs):
         array = getattr(data, name)
         largest = int(array.max()) if array.size else 0
         fits = array.dtype == np.uint16 and largest < model_config.vocab_size

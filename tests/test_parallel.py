@@ -60,7 +60,8 @@ def test_gradients_reach_both_streams(model, tokens):
     key = model.layers[0].attn.k_proj.weight
     _, decoded = decode_at_once(model, tokens, config, PROMPT)
     (gradient,) = torch.autograd.grad(decoded[:, -1].sum(), key)
-    assert gradient.isfinite().all() and gradient.abs().max() > 0
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
 
 
 def test_what_is_exact():

@@ -59,7 +59,7 @@ def data(seed=0, vocab=23):
     down = ((-start) % vocab).astype(np.uint16)
     lookups = np.stack([down[row : row + 17] for row in range(8)])
     held_out = np.stack([up[row : row + 17] for row in range(4)])
-    return TrainData(up, held_out, lookups, [Probe(4, [1, 2, 3, 4], [5, 6])], {"train_files": 1})
+    return TrainData(up, held_out, lookups, probes=[Probe(4, [1, 2, 3, 4], [5, 6])], statistics={"train_files": 1})
 
 
 def trained(out, config=CONFIG, model=MODEL, stream=None, **options):
@@ -164,7 +164,7 @@ def test_gradients_are_clipped(tmp_path):
 def test_evaluation_counts_right_answers(tmp_path):
     probes = [Probe(64, [1, 2], [3, 4]), Probe(64, [1, 2], [3, 5]), Probe(128, [7], [8]), Probe(128, [7], [7])]
     stream = data()
-    stream = TrainData(stream.tokens, stream.held_out, stream.lookups, probes)
+    stream = TrainData(stream.tokens, stream.held_out, stream.lookups, probes=probes)
     trainer = Trainer(MODEL, CONFIG, stream, tmp_path, CPU)
     trainer.model = lambda tokens: 50.0 * torch.nn.functional.one_hot((tokens + 1) % 23, 23)  # counts upwards
     assert trainer.evaluate() == {"held_out_loss": 0.0, "lookup_accuracy": {"64": 0.5, "128": 0.5}}

@@ -1,0 +1,157 @@
+"""How many asserted values a model gets right that it has to carry through what it decodes (paper, Fig. 9, Table 1).
+
+Programs of `programs.py` are decoded along their true text, so that all ways of decoding are asked the same, and every
+asserted digit is checked. Lines that assign do not say the value; what the model found stands in keys and values alone.
+The loss against dense decoding is split as everywhere: decode-only makes the step error, what else is lost is drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import tiktoken
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from ..checks import is_integer, require
+from ..config import ReSAConfig
+from ..model import GPT
+from ..parallel import decode_at_once
+from ..programs import Program, alias_program
+from .statistics import bootstrap_ratio, with_intervals
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Of every check of some programs, in their order."""
+
+    right: np.ndarray  # [checks] bool
+    dense_right: np.ndarray  # [checks] bool, by dense decoding
+
+
+@dataclass(frozen=True)
+class Checks:
+    """All checks of all programs that were decoded rather than prefilled, as arrays [checks]."""
+
+    program: np.ndarray  # its index
+    at: np.ndarray  # position
+    depth: np.ndarray
+    age: np.ndarray  # tokens since the value could be known
+
+    @classmethod
+    def of(cls, programs: Sequence[Program], prompt_tokens: int) -> Checks:
+        rows = [
+            (index, check.at, check.depth, check.at - check.assigned)
+            for index, program in enumerate(programs)
+            for check in program.checks
+            if check.at > prompt_tokens  # the token before it is decoded
+        ]
+        return cls(*np.array(rows, dtype=np.int64).reshape(-1, 4).T)
+
+    def per_program(self, values: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
+        """Mean of `values` over each program's checks, of those `chosen`: [programs], those with none left out."""
+        chosen = np.ones(len(self.at), dtype=bool) if chosen is None else chosen
+        own = self.program[chosen]
+        n = np.bincount(own)
+        return (np.bincount(own, weights=values[chosen]) / np.maximum(n, 1))[n > 0]
+
+
+@torch.no_grad()
+def marked(
+    model: GPT, programs: Sequence[Program], checks: Checks, config: ReSAConfig, prompt_tokens: int, batch: int
+) -> Marks:
+    """Decode along the programs and mark every check; the likeliest token counts."""
+    device = model.embed.weight.device
+    right, dense_right = [], []
+    for start in range(0, len(programs), batch):
+        some = programs[start : start + batch]
+        tokens = torch.tensor([program.tokens for program in some], device=device)
+        own = (checks.program >= start) & (checks.program < start + batch)
+        row = torch.from_numpy(checks.program[own] - start).to(device)
+        at = torch.from_numpy(checks.at[own]).to(device)
+        dense, decoded = decode_at_once(model, tokens[:, :-1], config, prompt_tokens)
+        for found, hidden in ((dense_right, dense), (right, decoded)):
+            found.append((model.output(hidden[row, at - 1]).argmax(dim=-1) == tokens[row, at]).cpu().numpy())
+    return Marks(np.concatenate(right), np.concatenate(dense_right))
+
+
+def measure_carried(
+    model: GPT,
+    tokenizer: tiktoken.Encoding,
+    n_programs: int,
+    length: int,
+    config: ReSAConfig,
+    *,
+    intervals: Sequence[int | None],
+    ratios: Sequence[float],
+    prompt_tokens: int = 256,
+    batch: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, object]:
+    """Shares of right values for every interval and ratio, with 95 % intervals over programs; JSON-ready.
+
+    Raises `ValueError` before any work starts.
+    """
+    for name, number in (("n_programs", n_programs), ("batch", batch)):
+        require(is_integer(number, 1), name, number, "an integer ≥ 1")
+    require(is_integer(seed, 0), "seed", seed, "an integer ≥ 0")
+    context = model.config.context
+    fits = is_integer(length, prompt_tokens + 1) and length <= context + 1
+    require(fits, "length", length, f"{prompt_tokens + 1} … {context + 1}")
+    programs = [
+        alias_program(tokenizer, np.random.default_rng((seed, length, index)), length) for index in range(n_programs)
+    ]
+    checks = Checks.of(programs, prompt_tokens)
+    decode_only = replace(config, interval=1, schedule="paper")
+    ways = {"never": replace(config, interval=None)} | {f: replace(config, interval=f) for f in intervals if f}
+    rows = []
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("Carried values", total=len(ratios) * (len(ways) + 1))
+
+        def marks_of(way: ReSAConfig, ratio: float) -> Marks:
+            found = marked(model, programs, checks, replace(way, active_ratio=ratio), prompt_tokens, batch)
+            bar.advance(task)
+            return found
+
+        for ratio in ratios:
+            exact = marks_of(decode_only, ratio)
+            never = marks_of(ways["never"], ratio)
+            rows.append(summarise(checks, "decode-only", ratio, exact, exact, never))
+            for interval, way in ways.items():
+                own = never if interval == "never" else marks_of(way, ratio)
+                rows.append(summarise(checks, interval, ratio, own, exact, never))
+    about = {"programs": n_programs, "length": length, "prompt_tokens": prompt_tokens, "checks": len(checks.at)}
+    return {**about, "seed": seed, "config": asdict(config), "rows": rows}
+
+
+def summarise(
+    checks: Checks, interval: int | str, ratio: float, own: Marks, exact: Marks, never: Marks
+) -> dict[str, object]:
+    """One way at one ratio: shares right, the loss split in step error and drift, and how much of it is recovered."""
+    parts = {
+        "right": own.right,
+        "dense": own.dense_right,
+        "step_error": own.dense_right.astype(float) - exact.right,
+        "drift": exact.right.astype(float) - own.right,
+    }
+    per_program = {name: checks.per_program(values.astype(float)) for name, values in parts.items()}
+    row: dict[str, object] = {"interval": interval, "ratio": ratio, **with_intervals(per_program)}
+    total = checks.per_program(exact.right.astype(float) - never.right)
+    left = per_program["drift"]
+    is_told = interval not in ("decode-only", "never") and total.mean() > 0
+    row["recovered"] = 1 - left.mean() / total.mean() if is_told else None
+    row["recovered_95"] = bootstrap_ratio(total - left, total) if is_told else None
+    row["by_depth"] = share_of(own, checks.depth, range(int(checks.depth.max()) + 1))
+    edges = [0, 32, 128, 512, 2048]  # tokens
+    row["by_age"] = share_of(own, np.digitize(checks.age, edges) - 1, range(len(edges)))
+    row["by_position"] = share_of(own, checks.at // 512, range(int(checks.at.max()) // 512 + 1))
+    return row
+
+
+def share_of(marks: Marks, kind: np.ndarray, kinds: Sequence[int]) -> list[float | None]:
+    """The share right among the checks of each kind; None where there are none."""
+    return [float(marks.right[kind == each].mean()) if (kind == each).any() else None for each in kinds]
