@@ -135,9 +135,8 @@ def alias_program(tokenizer: tiktoken.Encoding, rng: np.random.Generator, length
     return Program(tokens[:length], [check for check in checks if check.at < length], prompt_tokens)
 
 
-def is_checked(tokenizer: tiktoken.Encoding, tokens: Tensor) -> Tensor:
+def is_checked(w: Words, tokens: Tensor) -> Tensor:
     """Which tokens are digits that a line asserts, as in `assert index == 8`: tokens [..., T] → bool of that shape."""
-    w = words(tokenizer)
     found = torch.zeros_like(tokens, dtype=torch.bool)
     found[..., 2:] = (tokens[..., :-2] == w.compares) & (tokens[..., 1:-1] == w.space)
     return found

@@ -49,7 +49,7 @@ from .corpus import (
 from .files import write_atomically
 from .model import GPT
 from .parallel import decode_at_once
-from .programs import is_checked, program_rows
+from .programs import Words, is_checked, program_rows, words
 from .tokenizer import VOCAB_SIZE, load_tokenizer, make_tokenizer, save_ranks, shipped_ranks, train_tokenizer
 
 TRAINING_FORMAT = "resa training state"
@@ -328,11 +328,9 @@ def decoding_of(config: TrainConfig, step: int) -> tuple[ReSAConfig, int]:
     return decoding, decoding.block_size * int(rng.integers(1, 16, endpoint=True))
 
 
-def token_weights(rows: Tensor, checked_weight: float) -> Tensor | None:
+def token_weights(rows: Tensor, words: Words, checked_weight: float) -> Tensor:
     """Weights [R, context] of the tokens predicted that add the mean over asserted digits to the mean over all."""
-    if checked_weight == 0:
-        return None
-    checked = is_checked(load_tokenizer(), rows)[:, 1:].float()
+    checked = is_checked(words, rows)[:, 1:].float()
     return 1 / checked.numel() + checked_weight * checked / checked.sum().clamp(min=1)
 
 
@@ -353,6 +351,7 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=device.type == "cuda")
         self.loss_of: Callable[[GPT, Tensor], Tensor] = loss_of
+        self.words = words(load_tokenizer()) if config.checked_weight > 0 else None
         self.init: str | None = None  # digest of the weights begun with, if they were not random
         self.step = 0  # steps done
         self.seconds = 0.0  # spent on those steps, over all processes that took part
@@ -367,7 +366,9 @@ class Trainer:
         """One optimizer step on `rows` [R, context + 1]; the loss stays on the device, so nothing waits for it."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        weights = token_weights(rows, self.config.checked_weight)
+        weights = None
+        if self.words is not None:
+            weights = token_weights(rows, self.words, self.config.checked_weight)
         with self.precision():
             if self.config.decodes(self.step):
                 loss = decoded_loss_of(self.model, rows, weights, *decoding_of(self.config, self.step))
