@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -23,12 +23,13 @@ from .files import write_atomically
 from .model import GPT, Operations
 
 MODEL_FORMAT = "resa model"
+EIGHT_BIT_FORMAT = "resa model, matrices in 8 bits"
 STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
-def shipped_checkpoint() -> Path:
-    """Path of the model that comes with the package."""
-    return Path(__file__).parent / "assets" / "model.safetensors"
+def shipped_checkpoint(name: str = "model") -> Path:
+    """Path of a model that comes with the package: "model", of source code, or "carrying", of programs (evidence)."""
+    return Path(__file__).parent / "assets" / f"{name}.safetensors"
 
 
 def save_model(
@@ -36,17 +37,47 @@ def save_model(
     model: GPT,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    eight_bits: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the model's weights in `dtype`, with its configuration; a tied output projection is not stored twice.
+
+    With `eight_bits` every matrix [m, n] is stored as whole numbers −127 … 127 and a float32 scale [m] per row, rounded
+    to nearest: half the size, and another model, to be measured as it is stored.
 
     Errors: ValueError for a weight that is not finite in `dtype`; OSError if the disk refuses, and then the file that
     was there before is untouched.
     """
     require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))
     tensors = {name: parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()}
-    header = {"format": MODEL_FORMAT, "config": json.dumps(asdict(model.config))}
+    if eight_bits:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                tensors[name], tensors[name + SCALE] = rounded_rows(parameter.detach().cpu().float())
+    form = EIGHT_BIT_FORMAT if eight_bits else MODEL_FORMAT
+    header = {"format": form, "config": json.dumps(asdict(model.config))}
     save_tensors(path, tensors, {**(metadata or {}), **header})
+
+
+SCALE = ".scale"  # after a matrix's name
+
+
+def rounded_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """matrix [m, n] float32 → whole numbers [m, n] int8 and scales [m], whose product is nearest; rows of 0 stay 0."""
+    scale = matrix.abs().amax(dim=1) / 127
+    return (matrix / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8), scale
+
+
+def read_weights(path: str | os.PathLike, form: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors named in `shapes` of a file of either format, as floats."""
+    if form == MODEL_FORMAT:
+        return read_tensors(path, shapes)
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+    scales = {name + SCALE: shapes[name][:1] for name in matrices}
+    tensors = read_tensors(path, {**shapes, **scales}, whole_numbers=matrices)
+    for name in matrices:
+        tensors[name] = tensors[name] * tensors.pop(name + SCALE)[:, None]
+    return tensors
 
 
 def load_model(
@@ -64,14 +95,14 @@ def load_model(
     path = shipped_checkpoint() if path is None else path
     require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))
     device = checked_device("device", device)
-    header = read_header(path, MODEL_FORMAT)
+    header = read_header(path, MODEL_FORMAT, EIGHT_BIT_FORMAT)
     config = config_from_json(path, header.get("config", ""))
     # One layer has several tensors: a damaged count must not make us build a billion layers.
     require(config.n_layer <= int(header["tensors"]), f"{path}: n_layer", config.n_layer, "at most the file's tensors")
     with torch.device("meta"):  # shapes without memory
         model = GPT(config) if ops is None else GPT(config, ops=ops)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tensors = read_tensors(path, shapes)
+    tensors = read_weights(path, header["format"], shapes)
     placed = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     for name, tensor in placed.items():
         require(bool(tensor.isfinite().all()), f"{path}: tensor {name}", "values too large", f"what fits {dtype}")
@@ -102,7 +133,7 @@ def with_sorted_header(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
-def read_header(path: str | os.PathLike, expected_format: str) -> dict[str, str]:
+def read_header(path: str | os.PathLike, *expected_formats: str) -> dict[str, str]:
     """The text stored in a file's header, and under `tensors` how many tensors the file holds.
 
     Errors: FileNotFoundError, ValueError if the file is damaged or of another format.
@@ -110,12 +141,15 @@ def read_header(path: str | os.PathLike, expected_format: str) -> dict[str, str]
     with open_checked(path) as file:
         header = {**(file.metadata() or {}), "tensors": str(len(file.keys()))}
     given = header.get("format", "no format")
-    require(given == expected_format, f"{path}: format", f"{given!r}, a foreign checkpoint", repr(expected_format))
+    allowed = " or ".join(map(repr, expected_formats))
+    require(given in expected_formats, f"{path}: format", f"{given!r}, a foreign checkpoint", allowed)
     return header
 
 
-def read_tensors(path: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Exactly the tensors named in `shapes`, with those shapes, of a float type and finite; on the CPU.
+def read_tensors(
+    path: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]], whole_numbers: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Exactly the tensors named in `shapes`, with those shapes, finite, of a float type or int8; on the CPU.
 
     Names, shapes and types are checked from the header, before any tensor is read.
     """
@@ -125,18 +159,20 @@ def read_tensors(path: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]])
             missing = name not in names
             refuse(f"{path}: tensor {name}", "missing" if missing else "extra", f"{len(shapes)} known tensors")
         for name, shape in shapes.items():
-            check_stored(path, file, name, shape)
+            check_stored(path, file, name, shape, ("I8",) if name in whole_numbers else STORED_DTYPES)
         tensors = {name: file.get_tensor(name) for name in shapes}
     for name, tensor in tensors.items():
         require(bool(tensor.isfinite().all()), f"{path}: tensor {name}", "NaN or infinity", "finite values")
     return tensors
 
 
-def check_stored(path: str | os.PathLike, file: safe_open, name: str, shape: tuple[int, ...]) -> None:
+def check_stored(
+    path: str | os.PathLike, file: safe_open, name: str, shape: tuple[int, ...], allowed: Collection[str]
+) -> None:
     """A stored tensor's type and shape, from the file's header; ValueError naming file and tensor."""
     stored = file.get_slice(name)
     dtype, given = stored.get_dtype(), tuple(stored.get_shape())
-    require(dtype in STORED_DTYPES, f"{path}: tensor {name}", dtype, ", ".join(STORED_DTYPES))
+    require(dtype in allowed, f"{path}: tensor {name}", dtype, ", ".join(allowed))
     require(given == shape, f"{path}: tensor {name}", f"shape {given}", f"shape {shape}")
 
 

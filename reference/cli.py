@@ -96,7 +96,7 @@ def build_parser(
     _add_generate(commands, backends)
     _add_train(commands)
     _add_tokenizer(commands)
-    _add_eval(commands)
+    _add_eval(commands, backends)
     _add_evidence(commands)
     _add_conformance(commands)
     for add in more:
@@ -530,7 +530,7 @@ def _run_tokenizer(options: argparse.Namespace) -> None:
 # ---- eval ------------------------------------------------------------------------------------------------------------
 
 
-def _add_eval(commands: argparse._SubParsersAction) -> None:
+def _add_eval(commands: argparse._SubParsersAction, backends: Mapping[str, Backend]) -> None:
     text = "Measure a checkpoint. `language`: held-out code against xz, use of context, lookups; `fidelity`: how close"
     text += " sparse and rectified decoding stay to dense decoding along held-out code; `sweep`: what the interval, the"
     text += (
@@ -540,9 +540,10 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         " pass yields if it only confirms; `selection`: the attention mass that is left out, layer by layer; `tasks`:"
     )
     text += " questions whose answers can be checked by running them; `carried`: values that must be carried through"
-    text += " what is decoded, for every interval and ratio."
+    text += " what is decoded, for every interval and ratio; `written`: how many assertions hold in programs that the"
+    text += " model writes by itself."
     parser = add_command(commands, "eval", _run_eval, text)
-    questions = ("language", "fidelity", "sweep", "speculation", "selection", "tasks", "carried")
+    questions = ("language", "fidelity", "sweep", "speculation", "selection", "tasks", "carried", "written")
     parser.add_argument("question", choices=questions, help="what to measure")
     parser.add_argument("--out", type=Path, help="write the JSON result to this file too")
     parser.add_argument("--json", action="store_true", help="accepted for uniformity: the result is printed as JSON")
@@ -558,7 +559,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         help="fidelity, speculation, carried: between rectifications",
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="carried: active ratios")
-    parser.add_argument("--seed", type=int, default=0, help="carried: of the programs")
+    parser.add_argument("--seed", type=int, default=0, help="carried, written: of the programs")
     parser.add_argument(
         "--schedule", choices=SCHEDULES, default="paper", help="when the dense pass comes (not language)"
     )
@@ -574,6 +575,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     _add_sparsity(parser)
     _add_corpus(parser, packages=False)
     _add_model(parser)
+    _add_backend(parser, backends)
 
 
 def _run_eval(options: argparse.Namespace) -> None:
@@ -585,6 +587,7 @@ def _run_eval(options: argparse.Namespace) -> None:
     from .evals.selection import measure_selection
     from .evals.speculation import measure_speculation
     from .evals.sweep import Setting, measure_sweep
+    from .evals.written import measure_written
 
     config = _sparsity(options, schedule=options.schedule)
     if options.out is not None:
@@ -609,6 +612,12 @@ def _run_eval(options: argparse.Namespace) -> None:
         amounts = {"intervals": options.intervals, "ratios": options.ratios, "prompt_tokens": options.prompt_tokens}
         amounts |= {"batch": options.batch, "seed": options.seed}
         result = measure_carried(model, tokenizer, options.documents, length, config, **amounts)
+    elif options.question == "written":
+        name = _chosen_backend(options)
+        amounts = {"prompt_tokens": options.prompt_tokens, "batch": options.batch, "seed": options.seed}
+        amounts["decode"] = options.backends[name].generate
+        result = measure_written(model, tokenizer, options.documents, options.tokens, config, **amounts)
+        result["backend"] = name
     else:
         length = options.prompt_tokens + options.tokens
         require(length <= model.config.context, "--prompt-tokens + --tokens", length, f"≤ {model.config.context}")
@@ -649,13 +658,14 @@ def _run_evidence(options: argparse.Namespace) -> None:
 
     _load(options)  # refused before the first part
     options.out.mkdir(parents=True, exist_ok=True)
-    digests = {"checkpoint_sha256": hashlib.sha256(options.model.read_bytes()).hexdigest()}
-    digests["source_sha256"] = source_digest()
-    more = ["--device", options.device]
-    if options.model != shipped_checkpoint():
-        more += ["--model", str(options.model)]
     try:
-        run_parts(SIZES[options.size], options.out, more, digests)
+        for name, parts in SIZES[options.size].items():
+            model = options.model if name == "model" else shipped_checkpoint(name)
+            digests = {"checkpoint_sha256": hashlib.sha256(model.read_bytes()).hexdigest()}
+            digests["source_sha256"] = source_digest()
+            is_default = model == shipped_checkpoint()
+            more = ["--device", options.device, *([] if is_default else ["--model", str(model)])]
+            run_parts(parts, options.out, more, digests)
     except subprocess.CalledProcessError as error:
         raise ValueError(f"a part failed, see above: {shlex.join(error.cmd)}") from None
 

@@ -5,7 +5,7 @@ import os
 import resource
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import safetensors.torch
@@ -288,3 +288,40 @@ def test_the_content_is_on_disk_before_the_name(monkeypatch, tmp_path):
     write_atomically(tmp_path / "file", b"content")
     assert done == ["fsync", "replace", "fsync"]  # the file, its name, its folder
     assert (tmp_path / "file").stat().st_mode & 0o444 == 0o444  # others may read it
+
+
+def test_eight_bits_round_every_row_to_the_nearest_of_its_steps(tmp_path):
+    model = Shape().model(torch.float32)
+    save_model(tmp_path / "m.safetensors", model, dtype=torch.float32, eight_bits=True)
+    loaded = load_model(tmp_path / "m.safetensors")
+    changed = False
+    for (name, before), after in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        if before.dim() == 2:
+            step = before.abs().amax(dim=1, keepdim=True) / 127
+            assert ((after - before).abs() <= 0.5001 * step).all(), name
+            torch.testing.assert_close(after / step, (after / step).round(), rtol=0, atol=1e-3)
+            changed |= not torch.equal(before, after)
+        else:
+            assert torch.equal(before, after)
+    assert changed
+    save_model(tmp_path / "wide.safetensors", model, dtype=torch.float32)
+    sizes = [(tmp_path / name).stat().st_size for name in ("m.safetensors", "wide.safetensors")]
+    assert sizes[0] < 0.5 * sizes[1]
+
+
+def test_a_row_of_zeros_survives_eight_bits(tmp_path):
+    model = Shape().model(torch.float32)
+    model.embed.weight.data[3] = 0
+    save_model(tmp_path / "m.safetensors", model, eight_bits=True)
+    assert load_model(tmp_path / "m.safetensors").embed.weight[3].abs().max() == 0
+
+
+def test_whole_numbers_are_refused_where_floats_belong(tmp_path):
+    model = Shape().model(torch.float32)
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors["embed.weight"] = tensors["embed.weight"].to(torch.int8)
+    save_tensors(
+        tmp_path / "m.safetensors", tensors, {"format": "resa model", "config": json.dumps(asdict(model.config))}
+    )
+    with pytest.raises(ValueError, match=r"embed\.weight: got I8"):
+        load_model(tmp_path / "m.safetensors")

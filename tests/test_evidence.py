@@ -71,7 +71,9 @@ def test_options_and_their_values_are_left_out():
     assert without(["a", "--out", "x", "b", "--model", "y"], ("--out", "--model")) == ["a", "b"]
 
 
-@pytest.mark.parametrize("words", [words for parts in SIZES.values() for words in parts.values()])
+@pytest.mark.parametrize(
+    "words", [words for models in SIZES.values() for parts in models.values() for words in parts.values()]
+)
 def test_every_part_is_a_command(words):
     options = build_parser().parse_args(["eval", *shlex.split(words)])
     assert options.question == shlex.split(words)[0]

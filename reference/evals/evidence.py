@@ -17,13 +17,30 @@ from pathlib import Path
 from rich.console import Console
 
 DOCUMENTS = "--documents 8 --batch 8 --prompt-tokens 1024 --min-blocks 2"
-SMALL = {  # minutes on two CPU cores
+CODE = {  # on the model of source code
     "drift": f"fidelity {DOCUMENTS} --tokens 257 --intervals 32 128",
     "sweep": f"sweep {DOCUMENTS} --tokens 129 --no-grid",
     "speculation": f"speculation {DOCUMENTS} --tokens 96 --intervals 8 32",
     "selection": f"selection {DOCUMENTS} --tokens 16",
 }
-SIZES = {"small": SMALL}
+PROGRAMS = "--prompt-tokens 256 --min-blocks 4"
+INTERVALS, RATIOS = "8 16 32 64 128 256", "0.02 0.05 0.1 0.2 0.5 1"
+# For each size, by the shipped model that is measured: name of the part → words after `resa eval`.
+SIZES = {
+    "small": {  # minutes on two CPU cores
+        "model": CODE,
+        "carrying": {
+            "carried_small": f"carried {PROGRAMS} --documents 8 --tokens 1792 --batch 2 --intervals 8 32 --ratios 0.1"
+        },
+    },
+    "full": {  # minutes on one GPU, after which everything of the small size is done as well
+        "carrying": {
+            "carried": f"carried {PROGRAMS} --documents 24 --tokens 3840 --intervals {INTERVALS} --ratios {RATIOS}",
+            "written": f"written {PROGRAMS} --documents 32 --tokens 3840 --batch 32",
+        },
+    },
+}
+SIZES["full"] |= {"model": CODE}
 
 
 def is_done(path: Path, words: Sequence[str], digests: Mapping[str, str]) -> bool:
@@ -70,5 +87,13 @@ def run_parts(
 def _run(words: Sequence[str]) -> None:
     # Single tokens are too little work for two threads: they wait for one another, far longer on a busy machine.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    command = [sys.executable, "-m", "resa.reference", *words]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    subprocess.run([*_program(), *words], check=True, stdout=subprocess.DEVNULL, env=environment)
+
+
+def _program() -> list[str]:
+    """How this program was started, so that its parts have the same backends."""
+    spec = sys.modules["__main__"].__spec__
+    if Path(sys.argv[0]).name == "resa":
+        return [sys.argv[0]]
+    is_ours = spec is not None and spec.parent in ("resa.reference", "resa.fast")
+    return [sys.executable, "-m", spec.parent if is_ours else "resa.reference"]
