@@ -35,7 +35,8 @@ SIZES = {
     },
     "full": {  # minutes on one GPU, after which everything of the small size is done as well
         "carrying": {
-            "carried": f"carried {PROGRAMS} --documents 24 --tokens 3840 --intervals {INTERVALS} --ratios {RATIOS}",
+            "carried": f"carried {PROGRAMS} --documents 24 --tokens 3840 --intervals {INTERVALS} --ratios {RATIOS}"
+            " --batch 8",
             "written": f"written {PROGRAMS} --documents 32 --tokens 3840 --batch 32",
         },
     },
