@@ -42,6 +42,11 @@ def test_tables_are_what_their_files_say():
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_figures_are_what_their_files_say():
+    done = run("docs/make_figures.py", "--check")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

@@ -1,0 +1,98 @@
+"""Draws the figures of docs/ from the JSON files that commands wrote: python docs/make_figures.py.
+
+With --check, nothing is written and the exit status is 1 if any figure is not what its file says. The drawing of equal
+numbers is equal, byte for byte, with the version of matplotlib in constraints.txt.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "docs" / "images"
+# Readable to the colour-blind, and on white in both of a reader's themes.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#555555")
+STYLE = {"svg.hashsalt": "resa", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
+
+
+def load(part: str) -> dict:
+    """The result of one part of the evidence."""
+    return json.loads((ROOT / "docs" / "results" / "evidence" / f"{part}.json").read_text())
+
+
+def errors(rows: list[dict], name: str) -> np.ndarray:
+    """How far the ends of the intervals lie from the means: [2, rows]."""
+    return np.array([[row[name] - row[f"{name}_95"][0], row[f"{name}_95"][1] - row[name]] for row in rows]).T
+
+
+def carried(axes: plt.Axes) -> None:
+    """Share of carried values right, by interval, one line per ratio, and decode-only beside it."""
+    result = load("carried")
+    names = [row["interval"] for row in result["rows"] if row["ratio"] == 0.1 and row["interval"] != "decode-only"]
+    names = [*sorted(name for name in names if name != "never"), "never"]
+    for ratio, colour in zip((0.02, 0.05, 0.1, 0.2), COLOURS, strict=False):
+        rows = {row["interval"]: row for row in result["rows"] if row["ratio"] == ratio}
+        chosen = [rows[name] for name in names]
+        right = [row["right"] for row in chosen]
+        axes.errorbar(range(len(names)), right, errors(chosen, "right"), color=colour, capsize=2, label=f"p = {ratio}")
+        axes.axhline(rows["decode-only"]["right"], color=colour, linestyle=":", linewidth=1)
+    axes.set_xticks(range(len(names)), [str(name) for name in names])
+    axes.set(xlabel="tokens between rectifications (f)", ylabel="share of carried values right")
+    axes.set_title("Along given programs (dotted: decode-only)", fontsize=9)
+    axes.set_ylim(bottom=0.63)  # room for the legend
+    axes.legend(frameon=False, loc="lower center", ncols=4)
+
+
+def written(axes: plt.Axes) -> None:
+    """Share of assertions right in programs that the model wrote, along them."""
+    result = load("written")
+    for (name, row), colour in zip(result["ways"].items(), (*COLOURS[4:], *COLOURS[:4]), strict=True):
+        at = (np.arange(len(row["by_position"])) + 0.5) * result["width"]
+        axes.plot(at, row["by_position"], color=colour, marker=".", label=name)
+    axes.set(xlabel="tokens written", ylabel="share of assertions right")
+    axes.set_title("In programs that the model writes itself (f = 32, p = 0.1)", fontsize=9)
+    axes.legend(frameon=False)
+
+
+def carried_values() -> bytes:
+    """Both, side by side."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+        carried(axes[0])
+        written(axes[1])
+        for each in axes:
+            each.spines[["top", "right"]].set_visible(False)
+            each.grid(axis="y", alpha=0.25)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+        plt.close(figure)
+    return buffer.getvalue()
+
+
+FIGURES = {"carried.svg": carried_values}
+
+
+def main() -> int:
+    """Write or check every figure; returns the exit status."""
+    stale = []
+    for name, draw in FIGURES.items():
+        path, content = IMAGES / name, draw()
+        if not path.exists() or path.read_bytes() != content:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_bytes(content)
+    if "--check" in sys.argv and stale:
+        print("\n".join(f"{name}: not what docs/results says" for name in stale))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

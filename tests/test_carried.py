@@ -1,0 +1,140 @@
+"""Marks of carried values and of written programs, against decoding step by step and against a text run by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from resa.reference import GPT, GPTConfig, ReSAConfig, generate, load_model, load_tokenizer, prefill
+from resa.reference.checkpoint import shipped_checkpoint
+from resa.reference.evals.carried import Checks, marked, measure_carried
+from resa.reference.evals.written import Line, asserted_lines, measure_written
+from resa.reference.generate import decode_along
+from resa.reference.programs import alias_program
+
+TOKENIZER = load_tokenizer()
+CONFIG = ReSAConfig(block_size=16, active_ratio=0.1, min_blocks=2, interval=32, schedule="paper")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(shipped_checkpoint("carrying"))
+
+
+def programs(n, length, seed=0):
+    return [alias_program(TOKENIZER, np.random.default_rng((seed, index)), length) for index in range(n)]
+
+
+@pytest.mark.parametrize("interval", [32, None])
+def test_marks_are_those_of_decoding_step_by_step(model, interval):
+    """Trained weights, selection that leaves most blocks out, and the loop that generation runs on."""
+    config, prompt = replace(CONFIG, interval=interval), 64
+    some = programs(2, 320)
+    checks = Checks.of(some, prompt)
+    marks = marked(model, some, checks, config, prompt, batch=1)
+    cache = model.new_cache(2, 320, 16)
+    tokens = [program.tokens for program in some]
+    prefill(model, [row[:prompt] for row in tokens], cache)
+    steps = decode_along(model, cache, [row[prompt:-1] for row in tokens], config)
+    chosen = torch.stack([logits.argmax(dim=-1) for logits, _ in steps], dim=1)  # after position prompt, …
+    expected = [
+        int(chosen[program, at - 1 - prompt]) == tokens[program][at]
+        for program, at in zip(checks.program, checks.at, strict=True)
+    ]
+    assert marks.right.tolist() == expected
+    assert 0 < np.mean(expected) < 1 or interval is not None
+
+
+def test_a_configuration_that_is_all_dense_loses_nothing(model):
+    """Every block attended: the marks are plain dense decoding's, one by one, and all parts of the loss are 0."""
+    some = programs(2, 400)
+    checks = Checks.of(some, 64)
+    for config in (replace(CONFIG, active_ratio=1.0, interval=None), replace(CONFIG, interval=1, schedule="fused")):
+        marks = marked(model, some, checks, config, 64, batch=2)
+        assert np.array_equal(marks.right, marks.dense_right)
+    result = measure_carried(
+        model, TOKENIZER, 2, 400, CONFIG, intervals=[16], ratios=[1.0], prompt_tokens=64, progress=False
+    )
+    for row in result["rows"]:
+        assert row["right"] == row["dense"]
+        assert (row["step_error"], row["drift"]) == (0, 0)
+
+
+def test_the_shipped_model_carries_values_and_sparse_decoding_loses_some(model):
+    result = measure_carried(
+        model,
+        TOKENIZER,
+        4,
+        1024,
+        replace(CONFIG, min_blocks=4),
+        intervals=[16],
+        ratios=[0.05],
+        prompt_tokens=128,
+        progress=False,
+    )
+    rows = {row["interval"]: row for row in result["rows"]}
+    assert set(rows) == {"decode-only", "never", 16}
+    assert rows["never"]["dense"] > 0.98
+    assert rows["never"]["drift"] > 0
+    assert rows["decode-only"]["drift"] == 0
+    total, left = rows["never"]["drift"], rows[16]["drift"]
+    assert rows[16]["recovered"] == pytest.approx(1 - left / total)
+    assert rows[16]["right"] == pytest.approx(rows["decode-only"]["right"] - left)
+
+
+def test_means_are_over_programs():
+    checks = Checks(np.array([0, 0, 1, 2]), *(np.arange(4) for _ in range(3)))
+    assert checks.per_program(np.array([1.0, 0.0, 1.0, 0.0])).tolist() == [0.5, 1.0, 0.0]
+    assert checks.per_program(np.array([1.0, 0.0, 1.0, 0.0]), checks.at != 2).tolist() == [0.5, 0.0]
+
+
+def test_lines_are_run_in_their_order():
+    def tokens(text):
+        return TOKENIZER.encode_ordinary(text)
+
+    prompt = tokens("index = 5\nvalue")
+    text = " = 3\nassert index == 5\nassert value == 4\nindex = value\nassert index == 3\nassert root == 1\n"
+    text += "name = root\nassert name == 1\nassert value 3\nassert index =="
+    found = asserted_lines(TOKENIZER, prompt, tokens(text))
+    assert [line.is_right for line in found] == [True, False, True, None, None]
+    assert found[0] == Line(len(tokens(" = 3\nassert index == 5\n")) - 1, True)
+
+
+def test_written_programs_are_checked_for_every_way(model):
+    result = measure_written(model, TOKENIZER, 2, 96, replace(CONFIG, min_blocks=16), prompt_tokens=128, progress=False)
+    ways = result["ways"]
+    assert set(ways) == {"dense", "sparse", "sparse, 2 dense layers", "ReSA", "decode-only"}
+    # All blocks are attended: all write the same.
+    assert len({str(row["by_position"]) for row in ways.values()}) == 1
+    assert ways["sparse"]["drift"] == ways["sparse"]["step_error"] == 0
+    assert ways["dense"]["checked"] > 0
+
+
+def test_written_programs_use_the_generator_given(model):
+    calls = []
+
+    def decode(model, prompts, n_tokens, config, **options):
+        calls.append((len(prompts), config.interval, options["temperature"], len(options["generator"])))
+        return generate(model, prompts, n_tokens, config, **options)
+
+    measure_written(model, TOKENIZER, 3, 4, CONFIG, prompt_tokens=128, batch=2, decode=decode, progress=False)
+    assert calls[:2] == [(2, 1, 1.0, 2), (1, 1, 1.0, 1)]
+    assert len(calls) == 10
+
+
+@pytest.mark.parametrize(
+    ("named", "changes"),
+    [
+        ("n_programs", {"n_programs": 0}),
+        ("batch", {"batch": 0}),
+        ("seed", {"seed": -1}),
+        ("length", {"length": 99_999}),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(named, changes):
+    config = GPTConfig(TOKENIZER.n_vocab, 1, 2, 1, 8, 16, 16, context=512)
+    arguments = {"n_programs": 1, "length": 300, "intervals": [16], "ratios": [0.1]} | changes
+    n, length = arguments.pop("n_programs"), arguments.pop("length")
+    with pytest.raises(ValueError, match=named):
+        measure_carried(GPT(config), TOKENIZER, n, length, CONFIG, **arguments, progress=False)
