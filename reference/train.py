@@ -117,6 +117,9 @@ class TrainConfig:
         require(divides, "batch_tokens", self.batch_tokens, f"a multiple of context = {self.context}")
         for name in ("learning_rate", "grad_clip"):
             _require_number(name, getattr(self, name), lambda value: value > 0, "a finite number > 0")
+        shortest = min(self.short_context, self.context) if self.short_share > 0 else self.context
+        enough = self.sparse_share == 0 or shortest >= ReSAConfig.block_size
+        require(enough, "sparse_share", self.sparse_share, f"0, or rows of {ReSAConfig.block_size} tokens and more")
         for name in ("weight_decay", "checked_weight", "checkpoint_seconds"):
             _require_number(name, getattr(self, name), lambda value: value >= 0, "a finite number ≥ 0")
         for name in ("lookup_fraction", "lookup_far", "program_fraction", "sparse_share"):
@@ -325,7 +328,8 @@ def decoding_of(config: TrainConfig, step: int) -> tuple[ReSAConfig, int]:
     decoding = ReSAConfig(
         active_ratio=ratio, min_blocks=least, interval=config.sparse_interval or None, schedule="paper"
     )
-    return decoding, decoding.block_size * int(rng.integers(1, 16, endpoint=True))
+    b = decoding.block_size
+    return decoding, b * int(rng.integers(1, min(16, config.row_tokens(step) // b), endpoint=True))
 
 
 def token_weights(rows: Tensor, words: Words, checked_weight: float) -> Tensor:

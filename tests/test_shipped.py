@@ -59,8 +59,29 @@ def test_the_results_are_of_this_file_and_meet_what_was_asked_of_it(record):
     assert max(variants[name]["drift_after_rectification"] for name in ("ReSA f=8", "ReSA f=32")) < 1e-4
 
 
-def test_it_is_small_enough_to_ship():
-    assert sum(path.stat().st_size for path in shipped_checkpoint().parent.iterdir()) <= 12_000_000
+def test_the_models_are_small_enough_to_ship():
+    sizes = [path.stat().st_size for path in shipped_checkpoint().parent.iterdir()]
+    assert max(sizes) <= 12_000_000
+    assert sum(sizes) <= 18_000_000
+
+
+def test_the_record_describes_the_model_of_programs():
+    path = shipped_checkpoint("carrying")
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"]
+    first, second, third = record["runs"]
+    assert {**third["model"], "rope_scaling": None} == asdict(load_model(path).config)
+    assert first["init_sha256"] == hashlib.sha256(shipped_checkpoint().read_bytes()).hexdigest()
+    assert sum(run["tokens_seen"] for run in record["runs"]) == record["tokens_seen"]
+    assert [run["train"]["sparse_share"] for run in (first, second, third)] == [0, 1, 1]
+    assert all(run["command"].startswith("resa train ") for run in record["runs"])
+
+
+def test_the_results_about_programs_are_of_that_model():
+    record = json.loads(shipped_checkpoint("carrying").with_suffix(".json").read_text())
+    for name in ("carried", "carried_small", "written"):
+        result = json.loads((RESULTS / "evidence" / f"{name}.json").read_text())
+        assert result["checkpoint_sha256"] == record["sha256"]
 
 
 def test_its_logits_are_pinned(model, tokenizer):

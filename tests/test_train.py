@@ -1,5 +1,6 @@
 """Training: it learns, a run cut anywhere and resumed is the run uncut, and what does not fit is refused by name."""
 
+import hashlib
 import json
 import math
 import os
@@ -15,21 +16,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import Shape
 
-from resa.reference import corpus
+from resa.reference import ReSAConfig, corpus
 from resa.reference import train as train_module
 from resa.reference.checkpoint import load_model, read_header
+from resa.reference.programs import words
 from resa.reference.tokenizer import VOCAB_SIZE, load_tokenizer
 from resa.reference.train import (
     Probe,
     TrainConfig,
     TrainData,
     Trainer,
+    decoded_loss_of,
+    decoding_of,
     learning_rate,
+    loss_of,
     make_batch,
     make_probes,
     prefetch,
     run,
     run_tokenizer,
+    token_weights,
     train,
     trim_log,
 )
@@ -500,3 +506,105 @@ def test_the_tokenizer_command(tmp_path):
     result = run_tokenizer(tmp_path / "ranks", vocab_size=400, packages=False, progress=False)
     assert result["vocab_size"] == load_tokenizer(tmp_path / "ranks").n_vocab == 400
     assert 1.5 < result["held_out_bytes_per_token"] < 3.2
+
+
+# ---- Programs, and steps that decode -------------------------------------------------------------------------------
+
+LONG = Shape(context=64).config()
+DECODING = replace(
+    CONFIG,
+    steps=4,
+    batch_tokens=128,
+    context=64,
+    short_context=32,
+    short_share=0.25,
+    program_fraction=0.5,
+    program_rows=4,
+    sparse_share=0.5,
+    sparse_interval=32,
+    lookup_fraction=0.0,
+    eval_every=100,
+)
+
+
+def long_data():
+    up = (np.arange(2000) % 23).astype(np.uint16)
+    rows = np.stack([up[row : row + 65] for row in range(4)])
+    return TrainData(up, rows, np.zeros((0, 65), dtype=np.uint16), programs=(22 - rows).astype(np.uint16))
+
+
+def test_a_short_row_is_the_beginning_of_a_program():
+    config, stream = replace(DECODING, program_fraction=1.0), long_data()
+    for step in (0, 3):
+        batch = make_batch(config, stream, step)
+        assert batch.shape[1] == config.row_tokens(step) + 1
+        for row in batch:
+            assert any((row == program[: len(row)]).all() for program in stream.programs)
+
+
+def test_without_programs_batches_are_what_they_were():
+    """Runs of before, the shipped model's among them, stay reproducible."""
+    batches = [make_batch(CONFIG, data(), step) for step in range(3)]
+    digest = hashlib.sha256(b"".join(batch.tobytes() for batch in batches)).hexdigest()
+    assert digest.startswith("ec1d05fee29ae1e5")
+
+
+@pytest.mark.parametrize(("steps", "share", "decoding"), [(4, 0.5, [2, 3]), (5, 0.0, []), (3, 1.0, [0, 1, 2])])
+def test_the_last_steps_decode(steps, share, decoding):
+    config = TrainConfig(steps=steps, sparse_share=share)
+    assert [step for step in range(steps) if config.decodes(step)] == decoding
+
+
+def test_steps_that_decode_vary_and_are_a_function_of_seed_and_step():
+    ways = [decoding_of(TrainConfig(sparse_interval=8), step) for step in range(60)]
+    assert ways == [decoding_of(TrainConfig(sparse_interval=8), step) for step in range(60)]
+    assert {way.active_ratio for way, _ in ways} == {0.05, 0.1, 0.2}
+    assert {way.min_blocks for way, _ in ways} == {2, 4, 8}
+    assert {way.interval for way, _ in ways} == {8}
+    assert decoding_of(TrainConfig(sparse_interval=0), 1)[0].interval is None
+
+
+def test_a_run_that_decodes_goes_on_as_if_uncut(tmp_path):
+    stream, model = long_data(), LONG
+    trained(tmp_path / "whole", DECODING, model, stream)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "decoded_loss_of", interrupted_after(1, train_module.decoded_loss_of))
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "cut", replace(DECODING, checkpoint_seconds=0.0), model, stream)
+    trained(tmp_path / "cut", DECODING, model, stream)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def interrupted_after(calls, function):
+    """The function, which from the call after so many on raises KeyboardInterrupt."""
+    left = iter(range(calls))
+
+    def call(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return call
+
+
+def test_decoded_loss_is_the_mean_of_both_streams():
+    model = Shape(context=64).model(torch.float64)
+    rows = torch.tensor(long_data().programs[:2].astype(np.int64))
+    dense = ReSAConfig(active_ratio=1.0, interval=None)
+    with torch.no_grad():
+        plain = float(loss_of(model, rows))
+    assert float(decoded_loss_of(model, rows, None, dense, 16).detach()) == pytest.approx(plain, rel=1e-9)
+    sparse = ReSAConfig(active_ratio=0.1, min_blocks=1, interval=None)
+    assert float(decoded_loss_of(model, rows, None, sparse, 16).detach()) != pytest.approx(plain, rel=1e-6)
+
+
+def test_asserted_digits_weigh_more():
+    tokenizer = load_tokenizer()
+    rows = torch.tensor([tokenizer.encode_ordinary("index = 5\nassert index == 5\nassert index == 5\n")])
+    weights = token_weights(rows, words(tokenizer), 2.0)
+    n = rows.shape[1] - 1
+    assert weights.shape == (1, n)
+    assert sorted(weights[0].tolist())[-2:] == pytest.approx([1 / n + 1, 1 / n + 1])
+    assert weights.sum().item() == pytest.approx(3.0)
+    alone = torch.tensor([tokenizer.encode_ordinary("index = 5\n")])
+    assert token_weights(alone, words(tokenizer), 2.0).sum().item() == pytest.approx(1.0)
