@@ -325,7 +325,9 @@ def within(row: dict, name: str, digits: int = 3) -> str:
 def measured(result: dict) -> str:
     """The command and the machine of a part."""
     words = shlex.split(result["command"])
-    command = " ".join(words[: words.index("--device")] if "--device" in words else words)
+    places = {"--device", "--model", "--out"}  # what is not the same elsewhere
+    kept = [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & places]
+    command = " ".join(kept)
     return f"`{command}`; {result['device']}, {result['seconds']:.0f} s."
 
 
