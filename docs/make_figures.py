@@ -46,7 +46,7 @@ def carried(axes: plt.Axes) -> None:
     axes.set_xticks(range(len(names)), [str(name) for name in names])
     axes.set(xlabel="tokens between rectifications (f)", ylabel="share of carried values right")
     axes.set_title("Along given programs (dotted: decode-only)", fontsize=9)
-    axes.set_ylim(bottom=0.63)  # room for the legend
+    axes.set_ylim(bottom=axes.get_ylim()[0] - 0.06)  # room for the legend
     axes.legend(frameon=False, loc="lower center", ncols=4)
 
 
@@ -56,8 +56,9 @@ def written(axes: plt.Axes) -> None:
     for (name, row), colour in zip(result["ways"].items(), (*COLOURS[4:], *COLOURS[:4]), strict=True):
         at = (np.arange(len(row["by_position"])) + 0.5) * result["width"]
         axes.plot(at, row["by_position"], color=colour, marker=".", label=name)
-    axes.set(xlabel="tokens written", ylabel="share of assertions right")
-    axes.set_title("In programs that the model writes itself (f = 32, p = 0.1)", fontsize=9)
+    axes.set(xlabel="tokens written", ylabel="share right, of assertions of names with a value")
+    f, ratio = result["config"]["interval"], result["config"]["active_ratio"]
+    axes.set_title(f"In programs that the model writes itself (f = {f}, p = {ratio})", fontsize=9)
     axes.legend(frameon=False)
 
 

@@ -325,7 +325,7 @@ def within(row: dict, name: str, digits: int = 3) -> str:
 def measured(result: dict) -> str:
     """The command and the machine of a part."""
     words = shlex.split(result["command"])
-    places = {"--device", "--model", "--out"}  # what is not the same elsewhere
+    places = {"--device", "--out"}  # what is not the same elsewhere
     kept = [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & places]
     command = " ".join(kept)
     return f"`{command}`; {result['device']}, {result['seconds']:.0f} s."
@@ -469,16 +469,21 @@ def evidence_written() -> str:
 def evidence_training() -> str:
     """What training with sparse steps does to both errors, ratio 0.1."""
     lines = []
+    runs = [run["train"]["steps"] for run in load("reference/assets/carrying.json")["runs"]]
     for name in ("rectified", "never"):
         for stage in ("second", "third"):
-            rows = {row["interval"]: row for row in evidence(f"training/{name}_{stage}")["rows"] if row["ratio"] == 0.1}
+            result = evidence(f"training/{name}_{stage}")
+            rows = {row["interval"]: row for row in result["rows"] if row["ratio"] == 0.1}
             exact, own, never = rows["decode-only"], rows[32], rows["never"]
             share = recovered(own["recovered"], own["recovered_95"])
-            steps = {"second": "260", "third": "820"}[stage]
+            steps = str({"second": runs[1], "third": runs[1] + runs[2]}[stage])
             rhythm = {"rectified": "every 32 tokens", "never": "never"}[name]
             lines.append([rhythm, steps, within(exact, "step_error"), within(never, "drift"), share])
     head = ["rectified in training", "such steps", "step error", "drift of sparse", "recovered at f = 32"]
-    return markdown(head, lines) + "\n\n16 programs of 4,096 tokens, ratio 0.1; 16-bit weights; means [95 %]."
+    return (
+        markdown(head, lines)
+        + f"\n\n{result['programs']} programs of {result['length']:,} tokens, ratio 0.1; 16-bit weights; means [95 %]."
+    )
 
 
 TABLES = {

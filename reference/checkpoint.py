@@ -64,8 +64,8 @@ SCALE = ".scale"  # after a matrix's name
 
 def rounded_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """matrix [m, n] float32 → whole numbers [m, n] int8 and scales [m], whose product is nearest; rows of 0 stay 0."""
-    scale = matrix.abs().amax(dim=1) / 127
-    return (matrix / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8), scale
+    scale = (matrix.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (matrix / scale[:, None]).round().to(torch.int8), scale
 
 
 def read_weights(path: str | os.PathLike, form: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

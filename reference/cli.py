@@ -437,7 +437,7 @@ FIELD_HELP = {
     "warmup_steps": "steps up to the peak",
     "weight_decay": "of matrices",
     "grad_clip": "largest norm of the whole gradient",
-    "lookup_fraction": "share of rows that are lookups rather than code",
+    "lookup_fraction": "share of rows that are lookups rather than code (of those that are no programs)",
     "lookup_rows": "distinct lookup documents",
     "lookup_far": "share of lookups with a uniform rather than log-uniform distance",
     "program_fraction": "share of rows that are programs whose values must be carried",
@@ -590,6 +590,8 @@ def _run_eval(options: argparse.Namespace) -> None:
     from .evals.written import measure_written
 
     config = _sparsity(options, schedule=options.schedule)
+    is_used = options.backend == "auto" or options.question == "written"
+    require(is_used, "--backend", options.backend, "auto: only `written` has a choice")
     if options.out is not None:
         _writable("--out", options.out)
     for name in ("probes", "batch", "documents", "tokens", "prompt_tokens"):

@@ -83,7 +83,8 @@ def selected_tokens(query: Tensor, exact_key: Tensor, key: Tensor, exact: Tensor
     """
     (batch, n_heads, n_tokens, _), b = key.shape, config.block_size
     lengths = torch.full((batch,), n_tokens, dtype=torch.int32, device=key.device)
-    pooled = query.unflatten(1, (n_heads, -1)).mean(dim=2)  # [B, Hkv, T, D]
+    wide = accumulation_dtype(query.dtype)
+    pooled = query.to(wide).unflatten(1, (n_heads, -1)).mean(dim=2)  # [B, Hkv, T, D]
     with torch.autocast(key.device.type, enabled=False):  # half-precision products would tie what differs
         scores = [whole_scores(pooled, block_bounds(each, lengths, b)) for each in (exact_key, key)]
     ends = (torch.arange(scores[0].shape[-1], device=key.device) + 1) * b
@@ -104,9 +105,7 @@ def whole_scores(pooled: Tensor, bounds: Tensor) -> Tensor:
 
     max(q·lo, q·hi) is q·hi where q is positive and q·lo where it is negative: two matrix products.
     """
-    wide = accumulation_dtype(pooled.dtype)
-    lo, hi = bounds.to(wide).unbind(dim=2)
-    pooled = pooled.to(wide)
+    lo, hi = bounds.to(pooled.dtype).unbind(dim=2)
     return pooled.clamp(min=0) @ hi + pooled.clamp(max=0) @ lo
 
 

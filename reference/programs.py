@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import builtins
 import keyword
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,6 +30,7 @@ from torch import Tensor
 from .checks import is_integer, require
 
 DIGITS = 10
+UNSEEN = 1  # ends the seeds of programs that models are asked; those of training end otherwise (zeros do not count)
 ROOTS = (8, 32)  # fewest and most names that are assigned digits
 ROOT_TOKENS, ALIAS_TOKENS, ASSERT_TOKENS = 5, 4, 6  # of the lines `a = 1`, `b = a`, `assert b == 1`
 SHORTEST = 2 * ROOTS[0] * ROOT_TOKENS
@@ -51,7 +51,6 @@ class Program:
 
     tokens: list[int]
     checks: list[Check]
-    prompt_tokens: int  # the first lines, which assign digits
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,8 @@ def words(tokenizer: tiktoken.Encoding) -> Words:
         if text.isascii() and text.isalpha() and text.islower() and len(text) >= 3 and is_free:
             spaced = tokenizer.encode_ordinary(f" {text}")
             names += [(token, spaced[0])] if len(spaced) == 1 else []
+
+    require(len(names) > ROOTS[1], "tokenizer", f"{len(names)} names", f"one with more than {ROOTS[1]}")
 
     def single(text: str) -> int:
         tokens = tokenizer.encode_ordinary(text)
@@ -110,11 +111,10 @@ def alias_program(tokenizer: tiktoken.Encoding, rng: np.random.Generator, length
     for name, value in zip(order, values, strict=False):
         tokens += [w.names[name][0], w.equals, w.space, w.digits[value], w.newline]
         assigned.append(len(tokens) - 2)
-    prompt_tokens = len(tokens)
     readable = list(range(n_roots))  # those that a new name may be assigned
     # What is left must do for the new names that are left.
     n_new = len(order) - n_roots
-    asserted = max(0.5, 1 - n_new * (ALIAS_TOKENS + ASSERT_TOKENS) / 2 / max(1, length - prompt_tokens))
+    asserted = max(0.5, 1 - n_new * (ALIAS_TOKENS + ASSERT_TOKENS) / 2 / max(1, length - len(tokens)))
     draws = iter(rng.random(length).tolist())  # at most three per line, which has four tokens and more
     while len(tokens) < length:
         n = len(values)
@@ -132,13 +132,14 @@ def alias_program(tokenizer: tiktoken.Encoding, rng: np.random.Generator, length
             depths.append(depths[source] + 1)
             if depths[n] < depth:
                 readable.append(n)
-    return Program(tokens[:length], [check for check in checks if check.at < length], prompt_tokens)
+    return Program(tokens[:length], [check for check in checks if check.at < length])
 
 
 def is_checked(w: Words, tokens: Tensor) -> Tensor:
     """Which tokens are digits that a line asserts, as in `assert index == 8`: tokens [..., T] → bool of that shape."""
     found = torch.zeros_like(tokens, dtype=torch.bool)
-    found[..., 2:] = (tokens[..., :-2] == w.compares) & (tokens[..., 1:-1] == w.space)
+    is_line = (tokens[..., :-4] == w.asserts) & (tokens[..., 2:-2] == w.compares) & (tokens[..., 3:-1] == w.space)
+    found[..., 4:] = is_line
     return found
 
 
@@ -150,7 +151,7 @@ def program_rows(tokenizer: tiktoken.Encoding, seed: int, count: int, length: in
     return rows
 
 
-def solve(text: str) -> Sequence[int]:
+def solve(text: str) -> list[int]:
     """The values that a program's assertions should have, by running it line by line: the check of all of the above."""
     scope: dict[str, int] = {}
     values = []

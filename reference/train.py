@@ -120,6 +120,9 @@ class TrainConfig:
         shortest = min(self.short_context, self.context) if self.short_share > 0 else self.context
         enough = self.sparse_share == 0 or shortest >= ReSAConfig.block_size
         require(enough, "sparse_share", self.sparse_share, f"0, or rows of {ReSAConfig.block_size} tokens and more")
+        b, f = ReSAConfig.block_size, self.sparse_interval
+        is_nested = self.sparse_share == 0 or f == 0 or f % b == 0 or b % f == 0
+        require(is_nested, "sparse_interval", f, f"0, a divisor or a multiple of {b}")
         for name in ("weight_decay", "checked_weight", "checkpoint_seconds"):
             _require_number(name, getattr(self, name), lambda value: value >= 0, "a finite number ≥ 0")
         for name in ("lookup_fraction", "lookup_far", "program_fraction", "sparse_share"):

@@ -95,7 +95,7 @@ def test_lines_are_run_in_their_order():
 
     prompt = tokens("index = 5\nvalue")
     text = " = 3\nassert index == 5\nassert value == 4\nindex = value\nassert index == 3\nassert root == 1\n"
-    text += "name = root\nassert name == 1\nassert value 3\nassert index =="
+    text += "name = root\nassert name == 1\nassert value 3\nassert value != 3\nassert index =="
     found = asserted_lines(TOKENIZER, prompt, tokens(text))
     assert [line.is_right for line in found] == [True, False, True, None, None]
     assert found[0] == Line(len(tokens(" = 3\nassert index == 5\n")) - 1, True)
@@ -130,6 +130,11 @@ def test_written_programs_use_the_generator_given(model):
         ("batch", {"batch": 0}),
         ("seed", {"seed": -1}),
         ("length", {"length": 99_999}),
+        ("length", {"prompt_tokens": 288, "length": 290}),  # nothing is asserted in two tokens
+        ("config.interval", {"intervals": [16, 12]}),
+        ("interval", {"intervals": [0]}),
+        ("prompt_tokens", {"prompt_tokens": 100}),
+        ("active_ratio", {"ratios": [0.1, 2]}),
     ],
 )
 def test_bad_arguments_are_refused_by_name(named, changes):

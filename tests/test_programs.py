@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resa.reference import load_tokenizer
-from resa.reference.programs import SHORTEST, alias_program, is_checked, program_rows, solve, words
+from resa.reference.programs import SHORTEST, UNSEEN, alias_program, is_checked, program_rows, solve, words
 
 TOKENIZER = load_tokenizer()
 
@@ -92,6 +92,8 @@ def test_what_is_checked_is_found_in_the_tokens():
     made = program(3, 700)
     found = is_checked(words(TOKENIZER), torch.tensor(made.tokens))
     assert found.nonzero()[:, 0].tolist() == [check.at for check in made.checks]
+    code = torch.tensor(TOKENIZER.encode_ordinary("if len(x) == 2 and index == 10:\n    pass\n"))
+    assert not is_checked(words(TOKENIZER), code).any()
 
 
 def test_rows_are_programs_of_their_own_seeds():
@@ -99,6 +101,14 @@ def test_rows_are_programs_of_their_own_seeds():
     assert rows.dtype == np.uint16
     assert rows[2].tolist() == program((5, 2), 300).tokens
     assert len({row.tobytes() for row in rows}) == 3
+
+
+def test_no_program_that_models_are_asked_is_one_they_were_trained_on():
+    """Seeds that differ in zeros at their end are equal to NumPy: (0, 300) and (0, 300, 0) are one."""
+    asked = alias_program(TOKENIZER, np.random.default_rng((0, 300, 0, UNSEEN)), 300).tokens
+    rows = program_rows(TOKENIZER, 0, 301, 300, progress=False)
+    assert all(row.tolist() != asked for row in rows)
+    assert alias_program(TOKENIZER, np.random.default_rng((0, 300, 0)), 300).tokens == rows[300].tolist()
 
 
 @pytest.mark.parametrize(

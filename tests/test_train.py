@@ -555,6 +555,13 @@ def test_the_last_steps_decode(steps, share, decoding):
     assert [step for step in range(steps) if config.decodes(step)] == decoding
 
 
+def test_windows_that_cut_blocks_are_refused_before_the_run():
+    with pytest.raises(ValueError, match="sparse_interval"):
+        TrainConfig(sparse_share=0.5, sparse_interval=12)
+    with pytest.raises(ValueError, match="sparse_share"):
+        TrainConfig(sparse_share=0.5, context=8, short_context=8, batch_tokens=8)
+
+
 def test_steps_that_decode_vary_and_are_a_function_of_seed_and_step():
     ways = [decoding_of(TrainConfig(sparse_interval=8), step) for step in range(60)]
     assert ways == [decoding_of(TrainConfig(sparse_interval=8), step) for step in range(60)]

@@ -19,8 +19,8 @@ from rich.progress import Progress
 from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..model import GPT
-from ..parallel import decode_at_once
-from ..programs import Program, alias_program
+from ..parallel import check_decoding, decode_at_once
+from ..programs import UNSEEN, Program, alias_program
 from .statistics import bootstrap_ratio, with_intervals
 
 
@@ -85,7 +85,7 @@ def measure_carried(
     length: int,
     config: ReSAConfig,
     *,
-    intervals: Sequence[int | None],
+    intervals: Sequence[int],
     ratios: Sequence[float],
     prompt_tokens: int = 256,
     batch: int = 4,
@@ -102,12 +102,19 @@ def measure_carried(
     context = model.config.context
     fits = is_integer(length, prompt_tokens + 1) and length <= context + 1
     require(fits, "length", length, f"{prompt_tokens + 1} … {context + 1}")
+    exact_way = replace(config, interval=1, schedule="paper")
+    ways = {"never": replace(config, interval=None)} | {f: replace(config, interval=f) for f in intervals}
+    for way in (exact_way, *ways.values()):
+        for ratio in ratios:
+            check_decoding(
+                model, torch.zeros(1, length - 1, dtype=torch.long), replace(way, active_ratio=ratio), prompt_tokens
+            )
     programs = [
-        alias_program(tokenizer, np.random.default_rng((seed, length, index)), length) for index in range(n_programs)
+        alias_program(tokenizer, np.random.default_rng((seed, length, index, UNSEEN)), length)
+        for index in range(n_programs)
     ]
     checks = Checks.of(programs, prompt_tokens)
-    decode_only = replace(config, interval=1, schedule="paper")
-    ways = {"never": replace(config, interval=None)} | {f: replace(config, interval=f) for f in intervals if f}
+    require(len(checks.at) > 0, "length", length, "more: no value is asserted after the prompt")
     rows = []
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("Carried values", total=len(ratios) * (len(ways) + 1))
@@ -118,7 +125,7 @@ def measure_carried(
             return found
 
         for ratio in ratios:
-            exact = marks_of(decode_only, ratio)
+            exact = marks_of(exact_way, ratio)
             never = marks_of(ways["never"], ratio)
             rows.append(summarise(checks, "decode-only", ratio, exact, exact, never))
             for interval, way in ways.items():

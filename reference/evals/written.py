@@ -1,6 +1,6 @@
 """How many assertions hold in programs that a model writes by itself (free-running, paper, Fig. 1 and Table 1).
 
-Every way of decoding starts from the same prompts, lines that assign digits, and samples with the same random numbers.
+Every way of decoding starts from the same prompts, beginnings of programs, and samples with the same random numbers.
 What was written is then run line by line; assertions of names that have no value do not count. Nobody corrects a wrong
 value or name: as the text goes on, decoding depends more and more on what decoding has put into the cache.
 """
@@ -21,7 +21,7 @@ from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..generate import generate
 from ..model import GPT
-from ..programs import alias_program
+from ..programs import UNSEEN, alias_program
 from .answers import ways_to_decode
 from .statistics import bootstrap_ratio, with_intervals
 
@@ -41,16 +41,17 @@ def asserted_lines(tokenizer: tiktoken.Encoding, prompt: Sequence[int], written:
     scope: dict[str, str | None] = {}
     found = []
     line: list[int] = []
+    newline = tokenizer.encode_single_token("\n")
     for index, token in enumerate([*prompt, *written]):
         line.append(token)
-        if token != tokenizer.encode_single_token("\n"):
+        if token != newline:
             continue
         words = tokenizer.decode(line).split()
         line = []
         if len(words) == 3 and words[1] == "=":
             source = words[2]
             scope[words[0]] = source if source.isdigit() else scope.get(source)
-        elif len(words) == 4 and words[0] == "assert" and index >= len(prompt):
+        elif len(words) == 4 and (words[0], words[2]) == ("assert", "==") and index >= len(prompt):
             value = scope.get(words[1])
             found.append(Line(index - len(prompt), None if value is None else words[3] == value))
     return found
@@ -81,7 +82,7 @@ def measure_written(
     require(prompt_tokens + n_tokens <= context, "n_tokens", n_tokens, f"≤ {context - prompt_tokens}, for the context")
     require(config.interval is not None, "config.interval", None, "an integer: it is compared with never")
     prompts = [
-        alias_program(tokenizer, np.random.default_rng((seed, 1, index)), prompt_tokens).tokens
+        alias_program(tokenizer, np.random.default_rng((seed, prompt_tokens, index, UNSEEN)), prompt_tokens).tokens
         for index in range(n_programs)
     ]
     ways = ways_to_decode(config)
@@ -99,7 +100,14 @@ def measure_written(
 
 def summarise(marks: dict[str, list[list[Line]]], n_tokens: int) -> dict[str, dict[str, object]]:
     """Per way: shares per program, averaged; the loss split by pairs of programs with the same prompt and numbers."""
-    share = {name: np.array([share_right(lines) for lines in several]) for name, several in marks.items()}
+    nothing = float("nan")
+    share = {
+        name: np.array([nothing if (own := share_right(lines)) is None else own for lines in several])
+        for name, several in marks.items()
+    }
+    in_all = np.isfinite(np.stack(list(share.values()))).all(axis=0)  # programs with something to check in every way
+    require(bool(in_all.any()), "n_tokens", n_tokens, "more: in no program is there something to check")
+    share = {name: own[in_all] for name, own in share.items()}
     total = share["decode-only"] - share["sparse"]
     rows = {}
     for name, own in share.items():
@@ -117,7 +125,7 @@ def summarise(marks: dict[str, list[list[Line]]], n_tokens: int) -> dict[str, di
     return rows
 
 
-def share_right(lines: Sequence[Line]) -> float:
-    """Of the lines whose names have values; 0 where there are none."""
+def share_right(lines: Sequence[Line]) -> float | None:
+    """Of the lines whose names have values; None where there are none."""
     known = [line.is_right for line in lines if line.is_right is not None]
-    return float(np.mean(known)) if known else 0.0
+    return float(np.mean(known)) if known else None
