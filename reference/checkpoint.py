@@ -167,7 +167,11 @@ def read_tensors(
 
 
 def check_stored(
-    path: str | os.PathLike, file: safe_open, name: str, shape: tuple[int, ...], allowed: Collection[str]
+    path: str | os.PathLike,
+    file: safe_open,
+    name: str,
+    shape: tuple[int, ...],
+    allowed: Collection[str] = tuple(STORED_DTYPES),
 ) -> None:
     """A stored tensor's type and shape, from the file's header; ValueError naming file and tensor."""
     stored = file.get_slice(name)
