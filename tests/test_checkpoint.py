@@ -229,8 +229,10 @@ def test_a_kill_while_saving_leaves_the_old_or_the_new_file(tmp_path):
     save(0)
     seconds = time.monotonic() - began
     version = cut_short = 0
-    delays = torch.rand(25, generator=torch.Generator().manual_seed(0)) * 3 * seconds
-    for delay in delays.tolist():
+    delays = torch.rand(200, generator=torch.Generator().manual_seed(0)) * 3 * seconds
+    for index, delay in enumerate(delays.tolist()):
+        if index >= 25 and cut_short >= 5 and version >= 5:  # on a busy machine few saves end, and few are hit
+            break
         child = in_child(lambda start=version: keep_saving(start))
         os.read(ready[0], 1)
         time.sleep(delay)
