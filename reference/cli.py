@@ -32,7 +32,7 @@ from rich.console import Console
 from .checkpoint import load_model, shipped_checkpoint
 from .checks import checked_device, require
 from .config import SCHEDULES, GPTConfig, ReSAConfig
-from .evals.evidence import SIZES
+from .evals.evidence import SIZES, without
 from .files import source_digest, write_atomically
 from .generate import Generation, generate
 from .model import GPT, REFERENCE_OPS, Operations
@@ -231,11 +231,11 @@ def _report(result: dict[str, object], out: Path | None) -> None:
 
 
 def _provenance(options: argparse.Namespace) -> dict[str, str]:
-    """Command, checkpoint, device and versions that a result was measured with."""
+    """Command, checkpoint, device and versions that a result was measured with; not where it was written."""
     device = options.device
     is_gpu = torch.device(device).type == "cuda"
     return {
-        "command": shlex.join(["resa", *sys.argv[1:]]),
+        "command": shlex.join(["resa", *without(sys.argv[1:], ["--out"])]),
         "checkpoint_sha256": hashlib.sha256(options.model.read_bytes()).hexdigest(),
         "source_sha256": source_digest(),
         "device": torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads",

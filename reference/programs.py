@@ -149,15 +149,3 @@ def program_rows(tokenizer: tiktoken.Encoding, seed: int, count: int, length: in
     for index in track(range(count), "Writing programs", console=Console(stderr=True), disable=not progress):
         rows[index] = alias_program(tokenizer, np.random.default_rng((seed, index)), length).tokens
     return rows
-
-
-def solve(text: str) -> list[int]:
-    """The values that a program's assertions should have, by running it line by line: the check of all of the above."""
-    scope: dict[str, int] = {}
-    values = []
-    for line in text.splitlines():
-        if line.startswith("assert "):
-            values.append(scope[line.split()[1]])
-        else:
-            exec(line, {"__builtins__": {}}, scope)
-    return values

@@ -184,9 +184,7 @@ class TrainData:
     tokens: np.ndarray  # [n] uint16, the stream of source code
     held_out: np.ndarray  # [HELD_OUT_ROWS, context + 1] uint16, never trained on
     lookups: np.ndarray  # [lookup_rows, context + 1] uint16
-    programs: np.ndarray = field(
-        default_factory=lambda: np.zeros((0, 0), dtype=np.uint16)
-    )  # [program_rows, context + 1]
+    programs: np.ndarray = field(default_factory=lambda: NO_ROWS)  # [program_rows, context + 1] uint16
     probes: list[Probe] = field(default_factory=list)
     statistics: dict[str, int] = field(default_factory=dict)
 
@@ -221,12 +219,11 @@ def prepare_data(
     make_lookups = partial(lookup_documents, tokenizer, config.seed, rows, row, code, config.lookup_far, progress)
     settings = f"{config.seed} {rows} {row} {config.lookup_far}".encode()
     lookups = cached_array(cache, "lookups", [ranks, settings, *texts], make_lookups)
-    programs = np.zeros((0, 0), dtype=np.uint16)
+    programs = NO_ROWS
     if config.program_fraction > 0:
-        write = partial(program_rows, tokenizer, config.seed, config.program_rows, row, progress)
-        programs = cached_array(
-            cache, "programs", [ranks, f"{config.seed} {config.program_rows} {row}".encode()], write
-        )
+        make_programs = partial(program_rows, tokenizer, config.seed, config.program_rows, row, progress)
+        settings = f"{config.seed} {config.program_rows} {row}".encode()
+        programs = cached_array(cache, "programs", [ranks, settings], make_programs)
     statistics = {**corpus.statistics, "train_tokens": len(tokens), "lookup_tokens": lookups.size}
     held_out = held_out_rows(corpus.held_out, tokenizer, row)
     if len(programs):
@@ -272,9 +269,8 @@ def make_batch(config: TrainConfig, data: TrainData, step: int) -> np.ndarray:
     for index in range(rows):
         source, start = data.tokens, starts[index]
         if is_program[index]:
-            batch[index] = data.programs[programs[index], : length + 1]
-            continue
-        if is_lookup[index]:
+            source, start = data.programs[programs[index]], 0
+        elif is_lookup[index]:
             source, start = data.lookups[chosen[index]], begins[index]
         batch[index] = source[start : start + length + 1]
     return batch

@@ -51,12 +51,10 @@ class Checks:
         ]
         return cls(*np.array(rows, dtype=np.int64).reshape(-1, 4).T)
 
-    def per_program(self, values: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
-        """Mean of `values` over each program's checks, of those `chosen`: [programs], those with none left out."""
-        chosen = np.ones(len(self.at), dtype=bool) if chosen is None else chosen
-        own = self.program[chosen]
-        n = np.bincount(own)
-        return (np.bincount(own, weights=values[chosen]) / np.maximum(n, 1))[n > 0]
+    def per_program(self, values: np.ndarray) -> np.ndarray:
+        """Mean of `values` [checks] over each program's checks: [programs], those with none left out."""
+        n = np.bincount(self.program)
+        return (np.bincount(self.program, weights=values) / np.maximum(n, 1))[n > 0]
 
 
 @torch.no_grad()

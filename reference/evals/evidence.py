@@ -24,24 +24,24 @@ CODE = {  # on the model of source code
     "selection": f"selection {DOCUMENTS} --tokens 16",
 }
 PROGRAMS = "--prompt-tokens 256 --min-blocks 4"
-CARRIED = {"carried_small": f"carried {PROGRAMS} --documents 8 --tokens 1792 --batch 2 --intervals 8 32 --ratios 0.1"}
+CARRYING = {  # on the model of programs
+    "carried_small": f"carried {PROGRAMS} --documents 8 --tokens 1792 --batch 2 --intervals 8 32 --ratios 0.1",
+    "drift_carrying": CODE["drift"],
+}
 INTERVALS, RATIOS = "8 16 32 64 128 256", "0.02 0.05 0.1 0.2 0.5 1"
 # For each size, by the shipped model that is measured: name of the part → words after `resa eval`.
 SIZES = {
-    "small": {  # minutes on two CPU cores
-        "model": CODE,
-        "carrying": CARRIED,
-    },
-    "full": {  # minutes on one GPU, after which everything of the small size is done as well
+    "small": {"model": CODE, "carrying": CARRYING},  # minutes on two CPU cores
+    "full": {  # on one GPU; everything of the small size as well
         "carrying": {
             "carried": f"carried {PROGRAMS} --documents 24 --tokens 3840 --intervals {INTERVALS} --ratios {RATIOS}"
             " --batch 8",
-            **CARRIED,
             "written": f"written {PROGRAMS} --documents 32 --tokens 3840 --batch 32",
+            **CARRYING,
         },
+        "model": CODE,
     },
 }
-SIZES["full"] |= {"model": CODE}
 
 
 def is_done(path: Path, words: Sequence[str], digests: Mapping[str, str]) -> bool:

@@ -8,7 +8,7 @@ value or name: as the text goes on, decoding depends more and more on what decod
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import tiktoken
@@ -95,7 +95,7 @@ def measure_written(
             texts = decode(model, some, n_tokens, ways[name], temperature=1.0, generator=own).tokens
             marks[name] += [asserted_lines(tokenizer, *pair) for pair in zip(some, texts, strict=True)]
     about = {"programs": n_programs, "tokens_each": n_tokens, "prompt_tokens": prompt_tokens, "seed": seed}
-    return {**about, "config": asdict(replace(config)), "width": WIDTH, "ways": summarise(marks, n_tokens)}
+    return {**about, "config": asdict(config), "width": WIDTH, "ways": summarise(marks, n_tokens)}
 
 
 def summarise(marks: dict[str, list[list[Line]]], n_tokens: int) -> dict[str, dict[str, object]]:
