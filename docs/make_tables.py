@@ -12,6 +12,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from resa.reference.evals.evidence import without
+
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/training.md", "docs/evidence.md", "docs/performance.md", "docs/kernels.md")
 CROSSOVER = "fast/crossover.json"
@@ -324,10 +326,7 @@ def within(row: dict, name: str, digits: int = 3) -> str:
 
 def measured(result: dict) -> str:
     """The command and the machine of a part."""
-    words = shlex.split(result["command"])
-    places = {"--device", "--out"}  # what is not the same elsewhere
-    kept = [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & places]
-    command = " ".join(kept)
+    command = " ".join(without(shlex.split(result["command"]), ["--device", "--out"]))  # not the same elsewhere
     return f"`{command}`; {result['device']}, {result['seconds']:.0f} s."
 
 

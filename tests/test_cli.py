@@ -1,8 +1,10 @@
 """The command line: what it prints where, and that a bad argument is one line, status 2 and never a traceback."""
 
+import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from resa.reference import ReSAConfig, cli, generate, load_model, save_model
 from resa.reference import corpus as corpus_module
 from resa.reference import train as train_module
 from resa.reference.corpus import STANDARD_LIBRARY, Corpus, Document
-from resa.reference.evals import sweep
+from resa.reference.evals import evidence, sweep
 from resa.reference.tokenizer import load_tokenizer
 from resa.reference.train import Trainer
 
@@ -693,6 +695,55 @@ def test_eval_tasks(resa, long_path, library):
     assert [(row["family"], row["length"]) for row in result["rows"]] == [("multi_key", 256), ("multi_key", 300)]
     assert_refused(resa(*command, "--families", "riddles"), "eval", r"families: got \['riddles'\]")
     assert_refused(resa(*command, "--examples", 0), "eval", "n_examples: got 0")
+
+
+def test_eval_carried(resa, long_path, library, monkeypatch, tmp_path):
+    command = ["eval", "carried", "--model", long_path, "--documents", 2, "--prompt-tokens", 64, "--tokens", 200]
+    options = ["--intervals", 16, "--ratios", 0.1, 1.0, "--min-blocks", 2, "--seed", 3]
+    out_file = tmp_path / "carried.json"
+    words = [str(word) for word in (*command, *options, "--out", out_file)]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/resa", *words])
+    status, out, err = resa(*words)
+    assert status == 0
+    assert "Traceback" not in err
+    result = json.loads(out)
+    assert (result["programs"], result["length"], result["prompt_tokens"], result["seed"]) == (2, 264, 64, 3)
+    assert {(row["ratio"], row["interval"]) for row in result["rows"]} == {
+        (ratio, interval) for ratio in (0.1, 1.0) for interval in ("decode-only", "never", 16)
+    }
+    assert result["command"] == shlex.join(["resa", *words[:-2]])  # not where it was written
+    assert_refused(resa(*command, "--ratios", 2), "eval", "active_ratio: got 2")
+    assert_refused(resa(*command, "--backend", "reference"), "eval", "--backend: got reference")
+
+
+def test_eval_written(resa, long_path, library):
+    command = ["eval", "written", "--model", long_path, "--documents", 1, "--prompt-tokens", 160, "--tokens", 3]
+    status, out, err = resa(*command)
+    assert (status, out) == (2, "")
+    assert "n_tokens: got 3; allowed: more" in err  # three tokens of an untrained model assert nothing
+    command[3] = cli.shipped_checkpoint("carrying")
+    status, out, err = resa(*command, "--tokens", 80, "--backend", "reference")
+    assert status == 0
+    assert "Traceback" not in err
+    result = json.loads(out)
+    assert (result["backend"], result["programs"], result["tokens_each"]) == ("reference", 1, 80)
+    assert set(result["ways"]) >= {"dense", "sparse", "ReSA", "decode-only"}
+
+
+def test_evidence_measures_every_part_on_its_model(resa, monkeypatch, tmp_path):
+    """The parts about programs on the model of programs, whatever model is given for the others."""
+    ran = []
+    monkeypatch.setattr(evidence, "run_parts", lambda *arguments: ran.append(arguments))
+    assert resa("evidence", "--size", "full", "--out", tmp_path)[0] == 0
+    carrying = cli.shipped_checkpoint("carrying")
+    digest = hashlib.sha256(carrying.read_bytes()).hexdigest()
+    assert [set(parts) for parts, *_ in ran] == [set(parts) for parts in evidence.SIZES["full"].values()]
+    for name, (_, out, more, digests) in zip(evidence.SIZES["full"], ran, strict=True):
+        assert out == tmp_path
+        assert (digests["checkpoint_sha256"] == digest) == (name == "carrying")
+        assert more == ["--device", "cpu", *(["--model", str(carrying)] if name == "carrying" else [])]
+    small, full = ({name for parts in evidence.SIZES[size].values() for name in parts} for size in ("small", "full"))
+    assert small < full
 
 
 def test_eval_language(resa, long_path, library):

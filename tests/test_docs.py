@@ -47,6 +47,13 @@ def test_figures_are_what_their_files_say():
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_no_result_names_a_folder_of_one_machine():
+    files = [*(ROOT / "docs" / "results").rglob("*.json"), *(ROOT / "reference" / "assets").glob("*.json")]
+    assert len(files) > 15
+    for path in files:
+        assert not re.search(r"(^|[\s\"=])/\w+/", path.read_text()), path
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

@@ -3,10 +3,13 @@
 import json
 import shlex
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from resa.reference.cli import build_parser
+from resa.reference.evals import evidence
 from resa.reference.evals.evidence import SIZES, is_done, run_parts, without
 
 DIGESTS = {"checkpoint_sha256": "abc", "source_sha256": "def"}
@@ -65,6 +68,22 @@ def test_files_that_hold_no_result_are_not_done(out, content):
     (out / "first.json").write_text(content)
     assert not is_done(out / "first.json", [], DIGESTS)
     assert not is_done(out / "missing.json", [], DIGESTS)
+
+
+@pytest.mark.parametrize(
+    ("program", "package", "expected"),
+    [
+        ("/usr/bin/resa", "", ["/usr/bin/resa"]),
+        ("x/fast/__main__.py", "resa.fast", [sys.executable, "-m", "resa.fast"]),
+        ("x/reference/__main__.py", "resa.reference", [sys.executable, "-m", "resa.reference"]),
+        ("pytest", "pytest", [sys.executable, "-m", "resa.reference"]),
+    ],
+)
+def test_parts_run_in_the_program_that_asked_for_them(monkeypatch, program, package, expected):
+    """Or else kernels would be left unused without a word."""
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(parent=package))
+    assert evidence._program() == expected
 
 
 def test_options_and_their_values_are_left_out():

@@ -605,6 +605,14 @@ def test_decoded_loss_is_the_mean_of_both_streams():
     assert float(decoded_loss_of(model, rows, None, sparse, 16).detach()) != pytest.approx(plain, rel=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_run_uses_the_weights(tmp_path, monkeypatch, share):
+    """In dense steps and in those that decode: with weights of zero no loss is left."""
+    monkeypatch.setattr(train_module, "token_weights", lambda rows, *_: torch.zeros(rows[:, 1:].shape))
+    trained(tmp_path, replace(DECODING, sparse_share=share, checked_weight=1.0), LONG, long_data())
+    assert {line["loss"] for line in log(tmp_path)} == {0.0}
+
+
 def test_asserted_digits_weigh_more():
     tokenizer = load_tokenizer()
     rows = torch.tensor([tokenizer.encode_ordinary("index = 5\nassert index == 5\nassert index == 5\n")])
