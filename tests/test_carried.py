@@ -8,10 +8,11 @@ import torch
 
 from resa.reference import GPT, GPTConfig, ReSAConfig, generate, load_model, load_tokenizer, prefill
 from resa.reference.checkpoint import shipped_checkpoint
+from resa.reference.evals import carried, written
 from resa.reference.evals.carried import Checks, marked, measure_carried
 from resa.reference.evals.written import Line, asserted_lines, measure_written
 from resa.reference.generate import decode_along
-from resa.reference.programs import alias_program
+from resa.reference.programs import alias_program, program_rows
 
 TOKENIZER = load_tokenizer()
 CONFIG = ReSAConfig(block_size=16, active_ratio=0.1, min_blocks=2, interval=32, schedule="paper")
@@ -81,6 +82,26 @@ def test_the_shipped_model_carries_values_and_sparse_decoding_loses_some(model):
     total, left = rows["never"]["drift"], rows[16]["drift"]
     assert rows[16]["recovered"] == pytest.approx(1 - left / total)
     assert rows[16]["right"] == pytest.approx(rows["decode-only"]["right"] - left)
+
+
+@pytest.mark.parametrize("measure", ["carried", "written"])
+def test_no_program_that_is_asked_is_a_row_of_training(monkeypatch, measure):
+    """A run of training with the same seed has a row for every number, that of the length among them."""
+    asked = []
+
+    def recorded(tokenizer, rng, length):
+        asked.append(alias_program(tokenizer, rng, length))
+        raise InterruptedError
+
+    model = GPT(GPTConfig(TOKENIZER.n_vocab, 1, 2, 1, 8, 16, 16, context=512))
+    monkeypatch.setattr({"carried": carried, "written": written}[measure], "alias_program", recorded)
+    with pytest.raises(InterruptedError):
+        if measure == "carried":
+            measure_carried(model, TOKENIZER, 1, 320, CONFIG, intervals=[16], ratios=[0.1], prompt_tokens=64)
+        else:
+            measure_written(model, TOKENIZER, 1, 8, CONFIG, prompt_tokens=320)
+    rows = program_rows(TOKENIZER, 0, 321, 320, progress=False)
+    assert all(asked[0].tokens != row.tolist() for row in rows)
 
 
 def test_means_are_over_programs():

@@ -56,7 +56,7 @@ def test_all_blocks_are_dense(model, tokens):
 
 def test_gradients_reach_both_streams(model, tokens):
     """The exact stream's keys learn to be found by the decoded one's queries."""
-    config = ReSAConfig(block_size=8, active_ratio=1.0, interval=1)
+    config = ReSAConfig(block_size=8, active_ratio=1.0, interval=1, schedule="paper")
     # Of decode-only's last step only its own token is in the decoded stream: all others reach it as exact keys.
     tokens = tokens.clamp(max=model.config.vocab_size - 2)
     tokens[:, PROMPT + 3] = only_there = model.config.vocab_size - 1
