@@ -49,7 +49,7 @@ bench: install  ## time the kernels on this GPU, and dense attention beside them
 evidence-small: install  ## what docs/evidence.md says, measured again: minutes on two CPU cores, resumable
 	$(PYTHON) -m resa.reference evidence --size small $(ARGS)
 
-evidence: install  ## all of it, on one GPU; every part under nine minutes, and resumable
+evidence: install  ## the same and more, on one GPU, part by part; resumable
 	$(PYTHON) -m resa.fast evidence --size full --device cuda $(ARGS)
 
 lint: install  ## style and import rules

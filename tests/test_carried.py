@@ -95,11 +95,12 @@ def test_no_program_that_is_asked_is_a_row_of_training(monkeypatch, measure):
 
     model = GPT(GPTConfig(TOKENIZER.n_vocab, 1, 2, 1, 8, 16, 16, context=512))
     monkeypatch.setattr({"carried": carried, "written": written}[measure], "alias_program", recorded)
+    run, n, more = {
+        "carried": (measure_carried, 320, {"intervals": [16], "ratios": [0.1], "prompt_tokens": 64}),
+        "written": (measure_written, 8, {"prompt_tokens": 320}),
+    }[measure]
     with pytest.raises(InterruptedError):
-        if measure == "carried":
-            measure_carried(model, TOKENIZER, 1, 320, CONFIG, intervals=[16], ratios=[0.1], prompt_tokens=64)
-        else:
-            measure_written(model, TOKENIZER, 1, 8, CONFIG, prompt_tokens=320)
+        run(model, TOKENIZER, 1, n, CONFIG, **more)
     rows = program_rows(TOKENIZER, 0, 321, 320, progress=False)
     assert all(asked[0].tokens != row.tolist() for row in rows)
 
