@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from resa.reference.evals.evidence import without
@@ -426,9 +427,9 @@ def evidence_selection() -> str:
     return markdown(head, lines) + f"\n\n{note} {measured(result)}"
 
 
-def evidence_carried() -> str:
+def evidence_carried(part: str = "carried") -> str:
     """Values carried along given programs, by ratio and interval."""
-    result = evidence("carried")
+    result = evidence(part)
     lines = []
     for row in result["rows"]:
         if row["ratio"] > 0.2:  # those say nothing new
@@ -487,6 +488,7 @@ def evidence_training() -> str:
 
 TABLES = {
     "evidence_carried": evidence_carried,
+    "evidence_unseen": partial(evidence_carried, "carried_unseen"),
     "evidence_written": evidence_written,
     "evidence_training": evidence_training,
     "evidence_paired": evidence_paired,
