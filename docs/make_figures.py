@@ -17,9 +17,8 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-# Readable to the colour-blind, and on white in both of a reader's themes.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#555555")
-STYLE = {"svg.hashsalt": "resa", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
+STYLE = "resa.reference.assets.figure"
+COLOURS = [f"C{index}" for index in range(5)]
 
 
 def load(part: str) -> dict:
@@ -45,7 +44,7 @@ def carried(axes: plt.Axes) -> None:
         axes.axhline(rows["decode-only"]["right"], color=colour, linestyle=":", linewidth=1)
     axes.set_xticks(range(len(names)), [str(name) for name in names])
     axes.set(xlabel="tokens between rectifications (f)", ylabel="share of carried values right")
-    axes.set_title("Along given programs (dotted: decode-only)", fontsize=9)
+    axes.set_title("Along given programs (dotted: decode-only)")
     axes.set_ylim(bottom=axes.get_ylim()[0] - 0.06)  # room for the legend
     axes.legend(frameon=False, loc="lower center", ncols=4)
 
@@ -58,21 +57,18 @@ def written(axes: plt.Axes) -> None:
         axes.plot(at, row["by_position"], color=colour, marker=".", label=name)
     axes.set(xlabel="tokens written", ylabel="share right, of assertions of names with a value")
     f, ratio = result["config"]["interval"], result["config"]["active_ratio"]
-    axes.set_title(f"In programs that the model writes itself (f = {f}, p = {ratio})", fontsize=9)
+    axes.set_title(f"In programs that the model writes itself (f = {f}, p = {ratio})")
     axes.legend(frameon=False)
 
 
 def carried_values() -> bytes:
     """Both, side by side."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
         carried(axes[0])
         written(axes[1])
-        for each in axes:
-            each.spines[["top", "right"]].set_visible(False)
-            each.grid(axis="y", alpha=0.25)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(figure)
     return buffer.getvalue()
 
