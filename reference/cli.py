@@ -559,6 +559,7 @@ def _add_eval(commands: argparse._SubParsersAction, backends: Mapping[str, Backe
         help="fidelity, speculation, carried: between rectifications",
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="carried: active ratios")
+    parser.add_argument("--scores", nargs="+", default=["pooled"], help="carried: by pooled, per-head, 8-bits")
     parser.add_argument("--seed", type=int, default=0, help="carried, written: of the programs")
     parser.add_argument(
         "--schedule", choices=SCHEDULES, default="paper", help="when the dense pass comes (not language)"
@@ -612,7 +613,7 @@ def _run_eval(options: argparse.Namespace) -> None:
     elif options.question == "carried":
         length = options.prompt_tokens + options.tokens
         amounts = {"intervals": options.intervals, "ratios": options.ratios, "prompt_tokens": options.prompt_tokens}
-        amounts |= {"batch": options.batch, "seed": options.seed}
+        amounts |= {"scores": options.scores, "batch": options.batch, "seed": options.seed}
         result = measure_carried(model, tokenizer, options.documents, length, config, **amounts)
     elif options.question == "written":
         name = _chosen_backend(options)

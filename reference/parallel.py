@@ -9,6 +9,8 @@ takes the place of T steps, for training and for wide sweeps. `generate.decode_a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,12 +34,33 @@ def exact_until(n_tokens: int, prompt_tokens: int, config: ReSAConfig) -> Tensor
     return prompt_tokens + (torch.zeros_like(decoded) if f is None else decoded // f * f)
 
 
-def decode_at_once(model: GPT, tokens: Tensor, config: ReSAConfig, prompt_tokens: int) -> tuple[Tensor, Tensor]:
+def pooled_scores(query: Tensor, bounds: Tensor) -> Tensor:
+    """Eq. 4 for many queries: query [B, Hq, T, D], bounds [B, Hkv, 2, D, M] → [B, Hkv, T, M]."""
+    return block_upper_bounds(query.unflatten(1, (bounds.shape[1], -1)).mean(dim=2), bounds)
+
+
+def block_upper_bounds(query: Tensor, bounds: Tensor) -> Tensor:
+    """Of query · key over every block: query [..., T, D], bounds [..., 2, D, M] → [..., T, M].
+
+    max(q·lo, q·hi) is q·hi where q is positive and q·lo where it is negative: two matrix products.
+    """
+    lo, hi = bounds.to(query.dtype).unbind(dim=-3)
+    return query.clamp(min=0) @ hi + query.clamp(max=0) @ lo
+
+
+def decode_at_once(
+    model: GPT,
+    tokens: Tensor,
+    config: ReSAConfig,
+    prompt_tokens: int,
+    score: Callable[[Tensor, Tensor], Tensor] = pooled_scores,
+) -> tuple[Tensor, Tensor]:
     """Final hidden states [B, T, C] of dense attention and of decoding, along `tokens` [B, T].
 
     The first `prompt_tokens` are prefilled, the others decoded one by one, all sequences in step. Differentiable in
-    both streams. Blocks must not be cut by windows: `prompt_tokens` is a multiple of the block size, and of interval
-    and block size one divides the other. Errors: ValueError for what does not fit, `dense_below` included.
+    both streams. `score` takes the place of eq. 4, for comparison. Blocks must not be cut by windows: `prompt_tokens`
+    is a multiple of the block size, and of interval and block size one divides the other. Errors: ValueError for what
+    does not fit, `dense_below` included.
     """
     check_decoding(model, tokens, config, prompt_tokens)
     n_tokens, f = tokens.shape[1], config.interval
@@ -60,7 +83,7 @@ def decode_at_once(model: GPT, tokens: Tensor, config: ReSAConfig, prompt_tokens
     def attend_decoded(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         taken = (at <= at[:, None]).expand(*key.shape[:2], -1, -1)  # [B, Hkv, T, T]
         if layer >= config.dense_layers:
-            taken = taken & selected_tokens(query, kept["key"], key, exact, config)
+            taken = taken & selected_tokens(query, kept["key"], key, exact, config, score)
         before = at < exact[:, None]  # [T, T]: keys of the exact stream
         mask = torch.cat((taken & before, taken & ~before), dim=-1)  # [B, Hkv, T, 2·T]
         groups = shape.n_head // shape.n_kv_head
@@ -75,18 +98,24 @@ def decode_at_once(model: GPT, tokens: Tensor, config: ReSAConfig, prompt_tokens
 
 
 @torch.no_grad()
-def selected_tokens(query: Tensor, exact_key: Tensor, key: Tensor, exact: Tensor, config: ReSAConfig) -> Tensor:
+def selected_tokens(
+    query: Tensor,
+    exact_key: Tensor,
+    key: Tensor,
+    exact: Tensor,
+    config: ReSAConfig,
+    score: Callable[[Tensor, Tensor], Tensor] = pooled_scores,
+) -> Tensor:
     """Which tokens each step's blocks hold, its future ones included: [B, Hkv, T, T] bool (eq. 3–5).
 
     query [B, Hq, T, D], keys [B, Hkv, T, D] of both streams, exact [T]: where a step finds decoded keys instead. The
     block that holds a step's own token is selected whatever it scores, so that its bounds are those of whole blocks.
     """
-    (batch, n_heads, n_tokens, _), b = key.shape, config.block_size
+    (batch, _, n_tokens, _), b = key.shape, config.block_size
     lengths = torch.full((batch,), n_tokens, dtype=torch.int32, device=key.device)
-    wide = accumulation_dtype(query.dtype)
-    pooled = query.to(wide).unflatten(1, (n_heads, -1)).mean(dim=2)  # [B, Hkv, T, D]
+    wide = query.to(accumulation_dtype(query.dtype))
     with torch.autocast(key.device.type, enabled=False):  # half-precision products would tie what differs
-        scores = [whole_scores(pooled, block_bounds(each, lengths, b)) for each in (exact_key, key)]
+        scores = [score(wide, block_bounds(each, lengths, b)) for each in (exact_key, key)]
     ends = (torch.arange(scores[0].shape[-1], device=key.device) + 1) * b
     joined = torch.where(ends <= exact[:, None], *scores)  # [B, Hkv, T, M]
     # Every step as a sequence of its own, as long as its cache is then.
@@ -98,15 +127,6 @@ def selected_tokens(query: Tensor, exact_key: Tensor, key: Tensor, exact: Tensor
     chosen.scatter_(2, indices.masked_fill(indices < 0, spare), True)
     by_block = chosen[..., :spare].unflatten(0, (batch, n_tokens)).transpose(1, 2)
     return by_block.repeat_interleave(b, dim=-1)[..., :n_tokens]
-
-
-def whole_scores(pooled: Tensor, bounds: Tensor) -> Tensor:
-    """Eq. 4 for many queries: pooled [B, Hkv, T, D], bounds [B, Hkv, 2, D, M] → [B, Hkv, T, M].
-
-    max(q·lo, q·hi) is q·hi where q is positive and q·lo where it is negative: two matrix products.
-    """
-    lo, hi = bounds.to(pooled.dtype).unbind(dim=2)
-    return pooled.clamp(min=0) @ hi + pooled.clamp(max=0) @ lo
 
 
 def check_decoding(model: GPT, tokens: Tensor, config: ReSAConfig, prompt_tokens: int) -> None:

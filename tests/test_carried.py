@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from resa.reference import GPT, GPTConfig, ReSAConfig, generate, load_model, load_tokenizer, prefill
+from resa.reference.blocks import block_bounds
 from resa.reference.checkpoint import shipped_checkpoint
 from resa.reference.evals import carried, written
-from resa.reference.evals.carried import Checks, marked, measure_carried
+from resa.reference.evals.carried import SCORES, Checks, marked, measure_carried
 from resa.reference.evals.written import Line, asserted_lines, measure_written
 from resa.reference.generate import decode_along
 from resa.reference.programs import alias_program, program_rows
@@ -47,6 +48,49 @@ def test_marks_are_those_of_decoding_step_by_step(model, interval):
     assert 0 < np.mean(expected) < 1 or interval is not None
 
 
+def largest_bound(query, bounds, lengths, block_size):
+    """Of the heads' own bounds over every block of one step, channel by channel."""
+    group = query.unflatten(1, (bounds.shape[1], -1))[:, :, :, :, None]  # [B, Hkv, G, D, 1]
+    lo, hi = bounds[:, :, None].unbind(dim=3)
+    products = torch.maximum(torch.nan_to_num(group * lo, neginf=0.0), torch.nan_to_num(group * hi, posinf=0.0))
+    beyond = torch.arange(bounds.shape[-1]) * block_size >= lengths.view(-1, 1, 1)
+    return products.sum(dim=3).amax(dim=2).masked_fill(beyond, float("-inf"))
+
+
+def test_per_head_scores_select_as_decoding_step_by_step_does(model):
+    """With operations that score a step by each head's own bounds; pooled scores would mark otherwise."""
+    config, prompt = replace(CONFIG, interval=32, active_ratio=0.05), 64
+    some = programs(2, 320)
+    checks = Checks.of(some, prompt)
+    marks = marked(model, some, checks, config, prompt, 2, SCORES["per-head"])
+    scoring = model.with_ops(replace(model.ops, score_blocks=largest_bound))
+    cache = scoring.new_cache(2, 320, 16)
+    tokens = [program.tokens for program in some]
+    prefill(scoring, [row[:prompt] for row in tokens], cache)
+    steps = decode_along(scoring, cache, [row[prompt:-1] for row in tokens], config)
+    chosen = torch.stack([logits.argmax(dim=-1) for logits, _ in steps], dim=1)
+    expected = [
+        int(chosen[program, at - 1 - prompt]) == tokens[program][at]
+        for program, at in zip(checks.program, checks.at, strict=True)
+    ]
+    assert marks.right.tolist() == expected
+    assert marked(model, some, checks, config, prompt, 2).right.tolist() != expected
+
+
+def test_every_score_is_an_upper_bound(model):
+    """8 bits at least pooled, per head at least any head's own products; eq. 4 with pooled queries."""
+    torch.manual_seed(0)
+    keys, query = torch.randn(1, 2, 64, 8), torch.randn(1, 4, 5, 8)
+    bounds = block_bounds(keys, torch.tensor([64]), 16)
+    pooled, per_head, eight = (SCORES[name](query, bounds) for name in ("pooled", "per-head", "8-bits"))
+    assert (eight >= pooled - 1e-6).all()
+    assert (eight > pooled).any()
+    own = query.unflatten(1, (2, 2)) @ keys[:, :, None].mT  # [B, Hkv, G, T, keys]
+    largest = own.unflatten(-1, (4, 16)).amax(dim=-1)
+    assert (per_head >= largest.amax(dim=2) - 1e-5).all()
+    assert (pooled >= own.mean(dim=2).unflatten(-1, (4, 16)).amax(dim=-1) - 1e-5).all()
+
+
 def test_a_configuration_that_is_all_dense_loses_nothing(model):
     """Every block attended: the marks are plain dense decoding's, one by one, and all parts of the loss are 0."""
     some = programs(2, 400)
@@ -76,6 +120,7 @@ def test_the_shipped_model_carries_values_and_sparse_decoding_loses_some(model):
     )
     rows = {row["interval"]: row for row in result["rows"]}
     assert set(rows) == {"decode-only", "never", 16}
+    assert {row["score"] for row in result["rows"]} == {"pooled"}
     assert rows["never"]["dense"] > 0.98
     assert rows["never"]["drift"] > 0
     assert rows["decode-only"]["drift"] == 0
@@ -157,6 +202,8 @@ def test_written_programs_use_the_generator_given(model):
         ("interval", {"intervals": [0]}),
         ("prompt_tokens", {"prompt_tokens": 100}),
         ("active_ratio", {"ratios": [0.1, 2]}),
+        ("scores", {"scores": ["pooled", "best"]}),
+        ("scores", {"scores": []}),
     ],
 )
 def test_bad_arguments_are_refused_by_name(named, changes):

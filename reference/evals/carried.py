@@ -7,21 +7,39 @@ The loss against dense decoding is split as everywhere: decode-only makes the st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 import numpy as np
 import tiktoken
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..model import GPT
-from ..parallel import check_decoding, decode_at_once
+from ..parallel import block_upper_bounds, check_decoding, decode_at_once, pooled_scores
 from ..programs import UNSEEN, Program, alias_program
+from .selection import in_eight_bits
 from .statistics import bootstrap_ratio, with_intervals
+
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
+def per_head_scores(query: Tensor, bounds: Tensor) -> Tensor:
+    """The largest of the heads' own upper bounds: query [B, Hq, T, D], bounds [B, Hkv, 2, D, M] → [B, Hkv, T, M]."""
+    return block_upper_bounds(query.unflatten(1, (bounds.shape[1], -1)), bounds[:, :, None]).amax(dim=2)
+
+
+def eight_bit_scores(query: Tensor, bounds: Tensor) -> Tensor:
+    """Pooled, of bounds rounded outward to 8-bit floats, whose scales are those of the whole text; shapes as above."""
+    return pooled_scores(query, in_eight_bits(bounds))
+
+
+SCORES: dict[str, Score] = {"pooled": pooled_scores, "per-head": per_head_scores, "8-bits": eight_bit_scores}
 
 
 @dataclass(frozen=True)
@@ -59,9 +77,15 @@ class Checks:
 
 @torch.no_grad()
 def marked(
-    model: GPT, programs: Sequence[Program], checks: Checks, config: ReSAConfig, prompt_tokens: int, batch: int
+    model: GPT,
+    programs: Sequence[Program],
+    checks: Checks,
+    config: ReSAConfig,
+    prompt_tokens: int,
+    batch: int,
+    score: Score = pooled_scores,
 ) -> Marks:
-    """Decode along the programs and mark every check; the likeliest token counts."""
+    """Decode along the programs, selecting blocks by `score`, and mark every check; the likeliest token counts."""
     device = model.embed.weight.device
     right, dense_right = [], []
     for start in range(0, len(programs), batch):
@@ -70,7 +94,7 @@ def marked(
         own = (checks.program >= start) & (checks.program < start + batch)
         row = torch.from_numpy(checks.program[own] - start).to(device)
         at = torch.from_numpy(checks.at[own]).to(device)
-        dense, decoded = decode_at_once(model, tokens[:, :-1], config, prompt_tokens)
+        dense, decoded = decode_at_once(model, tokens[:, :-1], config, prompt_tokens, score)
         for found, hidden in ((dense_right, dense), (right, decoded)):
             found.append((model.output(hidden[row, at - 1]).argmax(dim=-1) == tokens[row, at]).cpu().numpy())
     return Marks(np.concatenate(right), np.concatenate(dense_right))
@@ -85,18 +109,21 @@ def measure_carried(
     *,
     intervals: Sequence[int],
     ratios: Sequence[float],
+    scores: Sequence[str] = ("pooled",),
     prompt_tokens: int = 256,
     batch: int = 4,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, object]:
-    """Shares of right values for every interval and ratio, with 95 % intervals over programs; JSON-ready.
+    """Shares of right values for every interval, ratio and score, with 95 % intervals over programs; JSON-ready.
 
     Raises `ValueError` before any work starts.
     """
     for name, number in (("n_programs", n_programs), ("batch", batch)):
         require(is_integer(number, 1), name, number, "an integer ≥ 1")
     require(is_integer(seed, 0), "seed", seed, "an integer ≥ 0")
+    known = ", ".join(SCORES)
+    require(len(scores) > 0 and set(scores) <= set(SCORES), "scores", list(scores), f"some of {known}")
     context = model.config.context
     fits = is_integer(length, prompt_tokens + 1) and length <= context + 1
     require(fits, "length", length, f"{prompt_tokens + 1} … {context + 1}")
@@ -115,28 +142,32 @@ def measure_carried(
     require(len(checks.at) > 0, "length", length, "more: no value is asserted after the prompt")
     rows = []
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("Carried values", total=len(ratios) * (len(ways) + 1))
+        task = bar.add_task("Carried values", total=len(scores) * len(ratios) * (len(ways) + 1))
+        for score, ratio in product(scores, ratios):
 
-        def marks_of(way: ReSAConfig, ratio: float) -> Marks:
-            found = marked(model, programs, checks, replace(way, active_ratio=ratio), prompt_tokens, batch)
-            bar.advance(task)
-            return found
+            def marks_of(way: ReSAConfig, score: str = score, ratio: float = ratio) -> Marks:
+                way = replace(way, active_ratio=ratio)
+                found = marked(model, programs, checks, way, prompt_tokens, batch, SCORES[score])
+                bar.advance(task)
+                return found
 
-        for ratio in ratios:
-            exact = marks_of(exact_way, ratio)
-            never = marks_of(ways["never"], ratio)
-            rows.append(summarise(checks, "decode-only", ratio, exact, exact, never))
+            exact, never = marks_of(exact_way), marks_of(ways["never"])
+            found: dict[int | str, Marks] = {"decode-only": exact}
             for interval, way in ways.items():
-                own = never if interval == "never" else marks_of(way, ratio)
-                rows.append(summarise(checks, interval, ratio, own, exact, never))
+                found[interval] = never if interval == "never" else marks_of(way)
+            rows += [
+                {"interval": interval, "ratio": ratio, "score": score, **summarise(checks, own, exact, never)}
+                for interval, own in found.items()
+            ]
     about = {"programs": n_programs, "length": length, "prompt_tokens": prompt_tokens, "checks": len(checks.at)}
     return {**about, "seed": seed, "config": asdict(config), "rows": rows}
 
 
-def summarise(
-    checks: Checks, interval: int | str, ratio: float, own: Marks, exact: Marks, never: Marks
-) -> dict[str, object]:
-    """One way at one ratio: shares right, the loss split in step error and drift, and how much of it is recovered."""
+def summarise(checks: Checks, own: Marks, exact: Marks, never: Marks) -> dict[str, object]:
+    """One way: shares right, the loss split in step error and drift, and how much of never rectifying's is recovered.
+
+    `exact` are the marks of decode-only and `never` those of never rectifying, which have no drift recovered.
+    """
     parts = {
         "right": own.right,
         "dense": own.dense_right,
@@ -144,10 +175,10 @@ def summarise(
         "drift": exact.right.astype(float) - own.right,
     }
     per_program = {name: checks.per_program(values.astype(float)) for name, values in parts.items()}
-    row: dict[str, object] = {"interval": interval, "ratio": ratio, **with_intervals(per_program)}
+    row: dict[str, object] = with_intervals(per_program)
     total = checks.per_program(exact.right.astype(float) - never.right)
     left = per_program["drift"]
-    is_told = interval not in ("decode-only", "never") and total.mean() > 0
+    is_told = own is not exact and own is not never and total.mean() > 0
     row["recovered"] = 1 - left.mean() / total.mean() if is_told else None
     row["recovered_95"] = bootstrap_ratio(total - left, total) if is_told else None
     row["by_depth"] = share_of(own, checks.depth, range(int(checks.depth.max()) + 1))

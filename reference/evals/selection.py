@@ -28,6 +28,7 @@ from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..generate import decode_along, generate
 from ..model import GPT
+from ..parallel import block_upper_bounds
 from .statistics import bootstrap, with_intervals
 
 
@@ -57,10 +58,8 @@ class Step:
 
 def upper_bounds(step: Step, bounds: Tensor) -> Tensor:
     """Of every head's own logits over every block, scaled: bounds [B, Hkv, 2, D, M] → [B, Hkv, G, M]."""
-    group = step.query.unflatten(1, (step.keys.shape[1], -1))[..., None]  # [B, Hkv, G, D, 1]
-    lo, hi = bounds[:, :, None].unbind(dim=3)  # [B, Hkv, 1, D, M]
-    products = torch.maximum(group * lo, group * hi)
-    return products.sum(dim=3) * step.query.shape[-1] ** -0.5
+    group = step.query.unflatten(1, (step.keys.shape[1], -1))  # [B, Hkv, G, D]
+    return block_upper_bounds(group, bounds) * step.query.shape[-1] ** -0.5
 
 
 def in_eight_bits(bounds: Tensor) -> Tensor:
