@@ -541,9 +541,9 @@ def _add_eval(commands: argparse._SubParsersAction, backends: Mapping[str, Backe
     )
     text += " questions whose answers can be checked by running them; `carried`: values that must be carried through"
     text += " what is decoded, for every interval and ratio; `written`: how many assertions hold in programs that the"
-    text += " model writes by itself."
+    text += " model writes by itself; `free`: what dense decoding thinks of the text that every way writes by itself."
     parser = add_command(commands, "eval", _run_eval, text)
-    questions = ("language", "fidelity", "sweep", "speculation", "selection", "tasks", "carried", "written")
+    questions = ("language", "fidelity", "sweep", "speculation", "selection", "tasks", "carried", "written", "free")
     parser.add_argument("question", choices=questions, help="what to measure")
     parser.add_argument("--out", type=Path, help="write the JSON result to this file too")
     parser.add_argument("--json", action="store_true", help="accepted for uniformity: the result is printed as JSON")
@@ -556,11 +556,14 @@ def _add_eval(commands: argparse._SubParsersAction, backends: Mapping[str, Backe
         type=int,
         nargs="+",
         default=[8, 32, 128],
-        help="fidelity, speculation, carried: between rectifications",
+        help="fidelity, speculation, carried, free: between rectifications",
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="carried: active ratios")
     parser.add_argument("--scores", nargs="+", default=["pooled"], help="carried: by pooled, per-head, 8-bits")
-    parser.add_argument("--seed", type=int, default=0, help="carried, written: of the programs")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="carried, written: of the programs; free: of what is sampled"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="free: 0 is greedy")
     parser.add_argument(
         "--schedule", choices=SCHEDULES, default="paper", help="when the dense pass comes (not language)"
     )
@@ -584,6 +587,7 @@ def _run_eval(options: argparse.Namespace) -> None:
     from .evals.answers import measure_answers
     from .evals.carried import measure_carried
     from .evals.fidelity import measure_fidelity
+    from .evals.free import measure_free
     from .evals.language import measure_language
     from .evals.selection import measure_selection
     from .evals.speculation import measure_speculation
@@ -636,6 +640,10 @@ def _run_eval(options: argparse.Namespace) -> None:
             prompts = [tokens[: options.prompt_tokens] for tokens in long]
             amounts = {"intervals": options.intervals, "batch": options.batch}
             result = measure_speculation(model, prompts, options.tokens, config, **amounts)
+        elif options.question == "free":
+            prompts = [tokens[: options.prompt_tokens] for tokens in long]
+            amounts = {"temperature": options.temperature, "batch": options.batch, "seed": options.seed}
+            result = measure_free(model, prompts, options.tokens - 1, config, options.intervals, **amounts)
         else:
             result = measure_selection(model, long, options.tokens, config, batch=options.batch)
     seconds = round(time.perf_counter() - started, 1)

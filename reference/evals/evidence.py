@@ -28,18 +28,25 @@ CARRYING = {  # on the model of programs
     "carried_small": f"carried {PROGRAMS} --documents 8 --tokens 1792 --batch 2 --intervals 8 32 --ratios 0.1",
     "drift_carrying": CODE["drift"],
 }
+LONG = f"{PROGRAMS} --documents 24 --tokens 3840 --batch 8"
 INTERVALS, RATIOS = "8 16 32 64 128 256", "0.02 0.05 0.1 0.2 0.5 1"
 # For each size, by the shipped model that is measured: name of the part → words after `resa eval`.
 SIZES = {
     "small": {"model": CODE, "carrying": CARRYING},  # minutes on two CPU cores
     "full": {  # on one GPU; everything of the small size as well
         "carrying": {
-            "carried": f"carried {PROGRAMS} --documents 24 --tokens 3840 --intervals {INTERVALS} --ratios {RATIOS}"
-            " --batch 8",
+            "carried": f"carried {LONG} --intervals {INTERVALS} --ratios {RATIOS}",
+            "carried_fused": f"carried {LONG} --schedule fused --intervals 8 32 128 --ratios 0.1",
+            "carried_scores": f"carried {LONG} --scores pooled per-head 8-bits --intervals 32 --ratios 0.1",
             "written": f"written {PROGRAMS} --documents 32 --tokens 3840 --batch 32",
             **CARRYING,
         },
-        "model": CODE,
+        "model": {
+            **CODE,
+            "free": f"free {DOCUMENTS} --tokens 257 --intervals 32 128",
+            "selection_4096": "selection --documents 8 --batch 8 --prompt-tokens 4096 --min-blocks 2 --tokens 16",
+            "sweep_wide": "sweep --documents 16 --batch 16 --prompt-tokens 1024 --min-blocks 2 --tokens 257",
+        },
     },
 }
 
