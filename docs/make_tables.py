@@ -449,6 +449,68 @@ def evidence_carried(part: str = "carried") -> str:
     return markdown(head, lines) + f"\n\n{note} {measured(result)}"
 
 
+def evidence_scores() -> str:
+    """Values carried along given programs, by how blocks are scored."""
+    result = evidence("carried_scores")
+    lines = []
+    for score in dict.fromkeys(row["score"] for row in result["rows"]):
+        rows = {row["interval"]: row for row in result["rows"] if row["score"] == score}
+        never = rows.pop("never")
+        exact = rows.pop("decode-only")
+        ((_, resa),) = rows.items()
+        share = recovered(resa["recovered"], resa["recovered_95"])
+        lines.append(
+            [
+                score,
+                within(exact, "step_error"),
+                within(never, "drift"),
+                within(resa, "drift"),
+                within(resa, "right"),
+                share,
+            ]
+        )
+    head = ["blocks by", "step error", "drift, never rectified", "drift, f = 32", "right, f = 32", "drift recovered"]
+    note = f"{result['programs']} programs of {result['length']:,} tokens, {result['checks']:,} values"
+    return (
+        markdown(head, lines) + f"\n\n{note}{settings_of({**result['config'], 'active_ratio': 0.1})} {measured(result)}"
+    )
+
+
+def evidence_free() -> str:
+    """What dense decoding makes of the text that every way writes by itself, along it."""
+    result = evidence("free")
+    lines = []
+    for name, way in result["ways"].items():
+        for what, key in (("among dense's three likeliest", "likely"), ("surprise (nats)", "surprise"),
+                          ("KL from dense", "kl"), ("mean drift so far", "mean_drift")):  # fmt: skip
+            if name != "dense" or key in ("likely", "surprise"):
+                lines.append([name, what, within(way, key), *(within(part, key) for part in way["by_position"])])
+    starts = range(0, result["tokens_each"], result["width"])
+    head = ["decoding", "what", "in all", *(f"from token {start:,}" for start in starts)]
+    note = f"{result['documents']} prompts, {result['tokens_each']} tokens each, sampled at temperature "
+    note += f"{result['temperature']:g} with the same random numbers{settings_of(result['config'])}"
+    return markdown(head, lines) + f"\n\n{note} {measured(result)}"
+
+
+def evidence_layers() -> str:
+    """Attention mass that the specification's scores leave out, by layer and length of the prompt."""
+    results = {name: evidence(name) for name in ("selection", "selection_4096")}
+    columns = {name: result["mass_left_out"]["pooled"] for name, result in results.items()}
+    lines = [
+        [
+            str(1 + layer),
+            *(f"{row['layers'][layer]:.3f} {interval(row['layers_95'][layer], 3)}" for row in columns.values()),
+        ]
+        for layer in range(len(columns["selection"]["layers"]))
+    ]
+    lines.append(["mean", *(within(row, "mean") for row in columns.values())])
+    commands = [shlex.split(result["command"]) for result in results.values()]
+    lengths = [int(words[words.index("--prompt-tokens") + 1]) for words in commands]
+    head = ["layer", *(f"prompt of {length:,}" for length in lengths)]
+    note = " ".join(measured(result) for result in results.values())
+    return markdown(head, lines) + f"\n\n8 documents, 16 tokens each; mass left out by *pooled*; means [95 %]. {note}"
+
+
 def evidence_written() -> str:
     """Assertions in programs that the model wrote."""
     result = evidence("written")
@@ -489,6 +551,10 @@ def evidence_training() -> str:
 TABLES = {
     "evidence_carried": evidence_carried,
     "evidence_unseen": partial(evidence_carried, "carried_unseen"),
+    "evidence_fused": partial(evidence_carried, "carried_fused"),
+    "evidence_scores": evidence_scores,
+    "evidence_free": evidence_free,
+    "evidence_layers": evidence_layers,
     "evidence_written": evidence_written,
     "evidence_training": evidence_training,
     "evidence_paired": evidence_paired,

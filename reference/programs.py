@@ -30,7 +30,7 @@ from torch import Tensor
 from .checks import is_integer, require
 
 DIGITS = 10
-UNSEEN = 1  # ends the seeds of programs that models are asked; those of training end otherwise (zeros do not count)
+UNSEEN = 1  # ends the seeds of what models are asked; those of training end otherwise (zeros do not count)
 ROOTS = (8, 32)  # fewest and most names that are assigned digits
 ROOT_TOKENS, ALIAS_TOKENS, ASSERT_TOKENS = 5, 4, 6  # of the lines `a = 1`, `b = a`, `assert b == 1`
 SHORTEST = 2 * ROOTS[0] * ROOT_TOKENS
@@ -64,6 +64,7 @@ class Words:
     newline: int
     asserts: int
     compares: int
+    line_ends: tuple[int, ...]  # all tokens with a newline in them
 
 
 @lru_cache(maxsize=8)
@@ -88,7 +89,8 @@ def words(tokenizer: tiktoken.Encoding) -> Words:
         return tokens[0]
 
     parts = [single(text) for text in (" =", " ", "\n", "assert", " ==")]
-    return Words(tuple(names), tuple(single(str(digit)) for digit in range(DIGITS)), *parts)
+    ends = (token for token in range(tokenizer.n_vocab - 1) if b"\n" in tokenizer.decode_single_token_bytes(token))
+    return Words(tuple(names), tuple(single(str(digit)) for digit in range(DIGITS)), *parts, tuple(ends))
 
 
 def alias_program(tokenizer: tiktoken.Encoding, rng: np.random.Generator, length: int, *, depth: int = 4) -> Program:
@@ -136,11 +138,18 @@ def alias_program(tokenizer: tiktoken.Encoding, rng: np.random.Generator, length
 
 
 def is_checked(w: Words, tokens: Tensor) -> Tensor:
-    """Which tokens are digits that a line asserts, as in `assert index == 8`: tokens [..., T] → bool of that shape."""
-    found = torch.zeros_like(tokens, dtype=torch.bool)
-    is_line = (tokens[..., :-4] == w.asserts) & (tokens[..., 2:-2] == w.compares) & (tokens[..., 3:-1] == w.space)
-    found[..., 4:] = is_line
-    return found
+    """Which tokens are what a line asserts, as `8` in `assert index == 8`: tokens [..., T] → bool of that shape.
+
+    All tokens after ` ==` in a line that begins with `assert`, but for single spaces and the line's end.
+    """
+    at = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
+    is_end = torch.isin(tokens, torch.tensor(w.line_ends, device=tokens.device))
+    nowhere = torch.full_like(at, -1)
+    end = torch.where(is_end, at, nowhere).cummax(dim=-1).values  # the newest line's end, this token included
+    compared = torch.where(tokens == w.compares, at, nowhere).cummax(dim=-1).values
+    first = tokens.gather(-1, (end + 1).clamp(max=tokens.shape[-1] - 1))  # of the line
+    is_answer = (compared > end) & (at > compared) & (first == w.asserts)
+    return is_answer & (tokens != w.space)
 
 
 def program_rows(tokenizer: tiktoken.Encoding, seed: int, count: int, length: int, progress: bool = True) -> np.ndarray:

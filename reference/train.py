@@ -50,6 +50,7 @@ from .files import write_atomically
 from .model import GPT
 from .parallel import decode_at_once
 from .programs import Words, is_checked, program_rows, words
+from .tasks import RETRIEVAL, documents
 from .tokenizer import VOCAB_SIZE, load_tokenizer, make_tokenizer, save_ranks, shipped_ranks, train_tokenizer
 
 TRAINING_FORMAT = "resa training state"
@@ -95,7 +96,9 @@ class TrainConfig:
     lookup_far: float = 0.0  # share of lookups whose distance is uniform rather than log-uniform
     program_fraction: float = 0.0  # share of rows that are programs, see programs.py; a short row is one's beginning
     program_rows: int = 4096  # distinct programs
-    checked_weight: float = 0.0  # of the mean loss over asserted digits, added to that over all tokens
+    task_fraction: float = 0.0  # share of rows that are questions and their answers, see tasks.RETRIEVAL
+    task_rows: int = 4096  # distinct rows of questions
+    checked_weight: float = 0.0  # of the mean loss over what is asserted, added to that over all tokens
     # The last steps may decode every row sparsely beside the dense pass, and learn from both; see parallel.py.
     sparse_share: float = 0.0  # those steps' share
     sparse_interval: int = 32  # tokens between rectifications in such a step; 0: never
@@ -105,7 +108,16 @@ class TrainConfig:
     eval_every: int = 500  # steps
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "context", "lookup_rows", "program_rows", "log_every", "eval_every"):
+        for name in (
+            "steps",
+            "batch_tokens",
+            "context",
+            "lookup_rows",
+            "program_rows",
+            "task_rows",
+            "log_every",
+            "eval_every",
+        ):
             require(is_integer(getattr(self, name), 1), name, getattr(self, name), "an integer ≥ 1")
         for name in ("warmup_steps", "sparse_interval", "seed"):
             require(is_integer(getattr(self, name), 0), name, getattr(self, name), "an integer ≥ 0")
@@ -125,7 +137,7 @@ class TrainConfig:
         require(is_nested, "sparse_interval", f, f"0, a divisor or a multiple of {b}")
         for name in ("weight_decay", "checked_weight", "checkpoint_seconds"):
             _require_number(name, getattr(self, name), lambda value: value >= 0, "a finite number ≥ 0")
-        for name in ("lookup_fraction", "lookup_far", "program_fraction", "sparse_share"):
+        for name in ("lookup_fraction", "lookup_far", "program_fraction", "task_fraction", "sparse_share"):
             _require_number(name, getattr(self, name), lambda value: 0 <= value <= 1, "a number in 0 … 1")
         require(len(self.betas) == 2, "betas", self.betas, "two numbers")
         for beta in self.betas:
@@ -185,6 +197,7 @@ class TrainData:
     held_out: np.ndarray  # [HELD_OUT_ROWS, context + 1] uint16, never trained on
     lookups: np.ndarray  # [lookup_rows, context + 1] uint16
     programs: np.ndarray = field(default_factory=lambda: NO_ROWS)  # [program_rows, context + 1] uint16
+    tasks: np.ndarray = field(default_factory=lambda: NO_ROWS)  # [task_rows, context + 1] uint16
     probes: list[Probe] = field(default_factory=list)
     statistics: dict[str, int] = field(default_factory=dict)
 
@@ -192,7 +205,8 @@ class TrainData:
     def digest(self) -> str:
         """Names the arrays' content: a run may only be resumed on the same data."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.held_out, self.lookups, *([self.programs] if len(self.programs) else [])):
+        used = [array for array in (self.programs, self.tasks) if len(array)]
+        for array in (self.tokens, self.held_out, self.lookups, *used):
             digest.update(str(array.shape).encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -224,12 +238,21 @@ def prepare_data(
         make_programs = partial(program_rows, tokenizer, config.seed, config.program_rows, row, progress)
         settings = f"{config.seed} {config.program_rows} {row}".encode()
         programs = cached_array(cache, "programs", [ranks, settings], make_programs)
+    tasks = NO_ROWS
+    if config.task_fraction > 0:
+        make_tasks = partial(
+            documents, tokenizer, config.seed, config.task_rows, row, RETRIEVAL, code=code, progress=progress
+        )
+        settings = f"{config.seed} {config.task_rows} {row}".encode()
+        tasks = cached_array(cache, "tasks", [ranks, settings, *texts], make_tasks)
     statistics = {**corpus.statistics, "train_tokens": len(tokens), "lookup_tokens": lookups.size}
     held_out = held_out_rows(corpus.held_out, tokenizer, row)
     if len(programs):
         statistics["program_tokens"] = programs.size
+    if len(tasks):
+        statistics["task_tokens"] = tasks.size
     probes = make_probes(tokenizer, config.context)
-    return TrainData(tokens, held_out, lookups, programs, probes, statistics)
+    return TrainData(tokens, held_out, lookups, programs, tasks, probes, statistics)
 
 
 def held_out_rows(documents: Sequence[Document], tokenizer: tiktoken.Encoding, row: int) -> np.ndarray:
@@ -265,11 +288,17 @@ def make_batch(config: TrainConfig, data: TrainData, step: int) -> np.ndarray:
     if config.program_fraction > 0:
         is_program = rng.random(rows) < config.program_fraction
         programs = rng.integers(len(data.programs), size=rows)
+    is_task = np.zeros(rows, dtype=bool)
+    if config.task_fraction > 0:
+        is_task = rng.random(rows) < config.task_fraction
+        tasks = rng.integers(len(data.tasks), size=rows)
     batch = np.empty((rows, length + 1), dtype=np.int64)
     for index in range(rows):
         source, start = data.tokens, starts[index]
         if is_program[index]:
             source, start = data.programs[programs[index]], 0
+        elif is_task[index]:  # examples are of all sizes: a stretch of the row has whole ones
+            source, start = data.tasks[tasks[index]], begins[index]
         elif is_lookup[index]:
             source, start = data.lookups[chosen[index]], begins[index]
         batch[index] = source[start : start + length + 1]
@@ -332,7 +361,7 @@ def decoding_of(config: TrainConfig, step: int) -> tuple[ReSAConfig, int]:
 
 
 def token_weights(rows: Tensor, words: Words, checked_weight: float) -> Tensor:
-    """Weights [R, context] of the tokens predicted that add the mean over asserted digits to the mean over all."""
+    """Weights [R, context] of the tokens predicted that add the mean over what is asserted to the mean over all."""
     checked = is_checked(words, rows)[:, 1:].float()
     return 1 / checked.numel() + checked_weight * checked / checked.sum().clamp(min=1)
 
@@ -523,9 +552,10 @@ def check_run(model_config: GPTConfig, config: TrainConfig, data: TrainData) -> 
     require(config.context <= model_config.context, "context", config.context, f"≤ {model_config.context}, the model's")
     require(data.tokens.ndim == 1 and len(data.tokens) >= row, "data.tokens", data.tokens.shape, f"[≥ {row}]")
     needs = {"held_out": True, "lookups": config.lookup_fraction > 0, "programs": config.program_fraction > 0}
+    needs["tasks"] = config.task_fraction > 0
     for name, needed in needs.items():
         array = getattr(data, name)
-        is_unused = name == "programs" and array.size == 0
+        is_unused = name in ("programs", "tasks") and array.size == 0
         fits = (is_unused or (array.ndim == 2 and array.shape[1] == row)) and (len(array) > 0 or not needed)
         require(fits, f"data.{name}", array.shape, f"[rows, {row}]")
     for name in ("tokens", *needs):

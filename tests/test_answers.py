@@ -9,7 +9,7 @@ from small_models import Shape
 from resa.reference import ReSAConfig, generate, load_tokenizer
 from resa.reference.evals import answers
 from resa.reference.evals.answers import answered, continued, marks, measure_answers, shares, ways_to_decode
-from resa.reference.evals.tasks import Example
+from resa.reference.tasks import Example
 
 CONFIG = ReSAConfig(block_size=2, min_blocks=2, interval=3)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from resa.reference import load_tokenizer
 from resa.reference.programs import SHORTEST, UNSEEN, alias_program, is_checked, program_rows, words
+from resa.reference.tasks import FAMILIES, RETRIEVAL
 
 TOKENIZER = load_tokenizer()
 
@@ -105,6 +106,21 @@ def test_what_is_checked_is_found_in_the_tokens():
     assert found.nonzero()[:, 0].tolist() == [check.at for check in made.checks]
     code = torch.tensor(TOKENIZER.encode_ordinary("if len(x) == 2 and index == 10:\n    pass\n"))
     assert not is_checked(words(TOKENIZER), code).any()
+
+
+@pytest.mark.parametrize("family", RETRIEVAL)
+def test_what_a_question_is_answered_with_is_found_in_the_tokens(family):
+    """All of the answer but single spaces and the line's end, and nothing of what comes before and after it."""
+    made = FAMILIES[family](TOKENIZER, np.random.default_rng(0), 700, ["x = 1\n"])
+    tokens = [*made.prompt, *made.answer, *TOKENIZER.encode_ordinary("x == 2\n")]
+    found = is_checked(words(TOKENIZER), torch.tensor([tokens, tokens]))
+    assert (found[0] == found[1]).all()
+    pieces = [TOKENIZER.decode([token]) for token in made.answer]
+    at = found[0].nonzero()[:, 0].tolist()
+    assert [tokens[index] for index in at] == [
+        token for token, piece in zip(made.answer, pieces, strict=True) if piece != " " and "\n" not in piece
+    ]
+    assert at[0] >= len(made.prompt)
 
 
 def test_rows_are_programs_of_their_own_seeds():

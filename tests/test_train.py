@@ -542,6 +542,21 @@ def test_a_short_row_is_the_beginning_of_a_program():
             assert any((row == program[: len(row)]).all() for program in stream.programs)
 
 
+def test_rows_of_questions_are_stretches_of_what_was_written():
+    config, stream = replace(DECODING, program_fraction=0.0, task_fraction=1.0), long_data()
+    stream = replace(stream, tasks=(stream.programs + 40).astype(np.uint16))
+    for step in (0, 3):
+        for row in make_batch(config, stream, step):
+            assert any(row.tobytes() in task.astype(np.int64).tobytes() for task in stream.tasks)
+    mixed = np.concatenate([make_batch(replace(config, task_fraction=0.5), stream, step) for step in range(1, 40)])
+    assert 0.3 < (mixed.min(axis=1) >= 40).mean() < 0.7
+
+
+def test_questions_that_are_missing_are_refused_before_the_run(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.tasks"):
+        trained(tmp_path, replace(DECODING, task_fraction=0.5), LONG, long_data())
+
+
 def test_without_programs_batches_are_what_they_were():
     """Runs of before, the shipped model's among them, stay reproducible."""
     batches = [make_batch(CONFIG, data(), step) for step in range(3)]

@@ -20,8 +20,9 @@ from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..generate import Generation, decode_step, generate
 from ..model import GPT
+from ..programs import UNSEEN
+from ..tasks import FAMILIES, Example
 from .statistics import wilson
-from .tasks import FAMILIES, Example
 
 
 def ways_to_decode(config: ReSAConfig) -> dict[str, ReSAConfig]:
@@ -100,7 +101,7 @@ def measure_answers(
     configs = ways_to_decode(config)
     drawn = {
         (family, length): [
-            FAMILIES[family](tokenizer, np.random.default_rng((seed, length, index)), length, code)
+            FAMILIES[family](tokenizer, np.random.default_rng((seed, length, index, UNSEEN)), length, code)
             for index in range(n_examples)
         ]
         for family in families

@@ -25,9 +25,9 @@ import tiktoken
 from rich.console import Console
 from rich.progress import track
 
-from ..checks import is_integer, require
-from ..corpus import SYLLABLES, assignments, code_stretch
-from ..tokenizer import END_OF_TEXT
+from .checks import is_integer, require
+from .corpus import SYLLABLES, assignments, code_stretch
+from .tokenizer import END_OF_TEXT
 
 SHORTEST = 224  # tokens: with the shipped tokenizer every family fits, whatever words are drawn
 
@@ -446,6 +446,7 @@ FAMILIES: dict[str, Callable[..., Example]] = {
     "tracing_terse": partial(tracing, working=False),
     "tracing_every_second": partial(tracing, every=2),
 }
+RETRIEVAL = tuple(name for name in FAMILIES if not name.startswith("tracing"))  # RULER's, paper, Table 2
 
 
 def documents(
