@@ -1,15 +1,3 @@
-# ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # From loops to Triton
 #
@@ -487,7 +475,7 @@ for splits in (1, 3, 7, 20):  # also more parts than entries, so that some are e
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(7.2, 1.9), gridspec_kw={"width_ratios": [1, 1, 1]})
 grids = {
-    "rung 1 and 2: a program per head": [list(range(12))] * 3,
+    "rungs 1 and 2: a program per head": [list(range(12))] * 3,
     "rung 3: a program per KV head": [list(range(12))],
     "rung 4: a program per part": [list(range(3 * i, 3 * i + 3)) for i in range(4)],
 }
@@ -495,7 +483,8 @@ for axis, (title, programs) in zip(axes, grids.items(), strict=True):
     for i, blocks in enumerate(programs):
         for order, block in enumerate(blocks):
             axis.barh(i, 0.9, left=block + 0.05, height=0.8, color=plt.get_cmap("cividis")(order / 12))
-    axis.set(title=title, xlim=(0, 12), ylim=(3.6, -0.6), yticks=range(len(programs)), xlabel="entry of the list")
+    axis.set(title=title, xlabel="entry of the list", xlim=(0, 12), xticks=range(0, 13, 3))
+    axis.set(ylim=(3.6, -0.6), yticks=range(len(programs)))
     axis.grid(False)
 axes[0].set_ylabel("program")
 plt.show()
