@@ -59,7 +59,7 @@ intensity = {
     "rectify": config.interval * group,
 }
 figure, axis = plt.subplots(figsize=(5.6, 3.0))
-roof = [2.0**i for i in range(-1, 11)]
+roof = [0.5, PEAK / attention["copy_tbs"] / 1e12, 1000]
 axis.plot(roof, [min(x * attention["copy_tbs"], PEAK / 1e12) for x in roof], color="C4")
 print("8 sequences                       4K tokens   256K tokens, TFLOP/s and share of the roof")
 for i, (part, per_byte) in enumerate(intensity.items()):
@@ -135,8 +135,8 @@ for context in (2**10, 2**12, 2**14, 2**16, 2**18):
 
 # %% [markdown]
 # Already for attention alone, measurement comes near the prediction at long contexts only. At short ones a sparse step
-# is four kernels that have to begin and end, however little they read; at long ones what is missing is mostly the
-# rectification's arithmetic, which eq. 6 does not count.
+# is four kernels that have to begin and end, however little they read. What eq. 6 does not count at all adds to that:
+# the append, the selection, and the arithmetic of the rectification.
 #
 # ## The weights are read as well
 #
@@ -324,9 +324,9 @@ for name, bar in zip(names, bars, strict=True):
 #
 # Read from left to right:
 #
-# - **Products.** Weights of a quarter the size should be read in a quarter of the time, and are not: the kernels that
-#   widen them are busy with instructions. For the many rows of a rectification products are limited by arithmetic,
-#   which the limit by bytes ignores as well.
+# - **Products.** Weights of a quarter the size should be read in a quarter of the time, and are not: their kernels have
+#   to widen them as well. And for the many rows of a rectification, products are limited by arithmetic, which the limit
+#   by bytes ignores.
 # - **Attention.** Kernels that have to begin and end (at short contexts), and rectification's arithmetic (at long
 #   ones).
 # - **Elementwise work** and **sampling** have next to no bytes, and take time all the same: they are many small
