@@ -1,0 +1,468 @@
+# %% [markdown]
+# # The rest of the fast path
+#
+# [The last tutorial](06_kernel_ladder.md) built the kernel that attends. A [sparse step](../glossary.md#sparse-step)
+# has three more things to do before it, a [rectification](../glossary.md#rectification) comes every f tokens, and
+# around all of it somebody has to decide what happens next. At short contexts these decide how fast decoding is. You
+# will learn
+#
+# - how a selection is made without sorting,
+# - why half of the [block bounds](../glossary.md#block-bounds) are never read,
+# - why a window of f queries costs little more than one, so that rectification costs about 1/f of a dense step per
+#   token,
+# - what a [CUDA graph](../glossary.md#cuda-graph) holds, and how decoding goes on without ever waiting for the host.
+#
+# It takes half an hour to read and some seconds to run. Kernels run in Triton's interpreter, on a CPU, because this
+# tutorial looks at what they do; how long they take on a GPU is read from the recorded results of the benchmark.
+
+# %%
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
+
+import resa.reference
+from resa import fast, reference
+from resa.fast.bench.layer import Shape, floors
+from resa.fast.crossover import dense_below
+from resa.fast.generate import Forecast
+from resa.reference import GPT, GPTConfig, ReSAConfig
+
+plt.style.use("resa.reference.assets.figure")
+torch.manual_seed(0)
+recorded = json.loads((Path(resa.reference.__file__).parents[1] / "docs/results/attention.json").read_text())
+rows = {row["context"]: row for row in recorded["rows"] if row["batch"] == 8}
+print(f"recorded: {recorded['device']}, triton {recorded['triton']}, commit {recorded['commit']}")
+
+# %% [markdown]
+# ## Where the time goes
+#
+# One layer of a sparse step is four kernels: *append* the new key and value and refresh the bounds of its block,
+# *score* the blocks, *select*, *attend*. Once in f tokens a *rectification* attends with a whole window to the whole
+# cache. Here is what each takes for 8 sequences, with rectification spread over its 32 tokens.
+
+# %%
+parts = ("append", "score", "select", "attend", "rectify")
+share = {part: 1 / 32 if part == "rectify" else 31 / 32 for part in parts}  # of a cycle's 32 tokens
+contexts = [2**power for power in range(12, 19)]
+figure, axis = plt.subplots(figsize=(5.6, 2.6))
+bottom = [0.0] * len(contexts)
+for part in parts:
+    heights = [share[part] * rows[context]["parts"][part]["us"] / rows[context]["dense_us"] for context in contexts]
+    axis.bar(range(len(contexts)), heights, bottom=bottom, label=part)
+    bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+axis.axhline(1, color="C4", linewidth=1)
+axis.set(xlabel="context (tokens)", ylabel="time per token ÷ dense", ylim=(0, 1.1))
+axis.set_xticks(range(len(contexts)), [f"{context // 1024}K" for context in contexts])
+axis.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.15), columnspacing=1, handlelength=1)
+plt.show()
+for context in (2**12, 2**14, 2**18):
+    times = ", ".join(f"{part} {rows[context]['parts'][part]['us']:.1f}" for part in parts)
+    print(f"{context // 1024:3}K, µs per call: {times}; dense {rows[context]['dense_us']:.1f}")
+
+# %% [markdown]
+# *Figure: recorded on an H100, one layer, 8 sequences. The line is dense attention by torch. At long contexts attention
+# over the selected blocks and the rectification are most of what is left; at short ones the append, the scores and the
+# selection, whose lengths hardly depend on the context.*
+#
+# ## Half of the bounds
+#
+# The score of block $i$ is an upper bound of what the pooled query $\bar q \in \mathbb{R}^D$ makes of any key in it,
+# from the channel-wise minima and maxima $\mathrm{lo}_i, \mathrm{hi}_i \in \mathbb{R}^D$:
+#
+# $$ \mathrm{score}_i = \sum_{d=1}^{D} \max(\bar q_d\, \mathrm{lo}_{i,d},\ \bar q_d\, \mathrm{hi}_{i,d}) $$
+#
+# Which of the two products is larger depends on the sign of $\bar q_d$ alone, because $\mathrm{lo} \le \mathrm{hi}$:
+# $\bar q_d\, \mathrm{hi}$ where $\bar q_d \ge 0$, else $\bar q_d\, \mathrm{lo}$. All blocks share the query. So for
+# each channel one of the two rows is never needed. Bounds are stored channel by channel, `[B, Hkv, 2, D, M]`, so that a
+# row of M blocks lies in one piece; the kernel computes the row's address from the sign and leaves the other alone.
+#
+# To see that it does, put NaN wherever it should not look. Not a bit of the scores may change.
+
+# %%
+keys, lengths = torch.randn(1, 2, 512, 64), torch.tensor([512], dtype=torch.int32)
+query = torch.randn(1, 8, 64)  # two groups of four heads
+bounds = fast.block_bounds(keys, lengths, 16)
+scores = fast.score_blocks(query, bounds, lengths, 16)
+pooled = query.unflatten(1, (2, 4)).mean(dim=2)  # [B, Hkv, D]
+is_unread = torch.stack((pooled >= 0, pooled < 0), dim=2)  # [B, Hkv, 2, D]: lo where the query is positive, else hi
+poisoned = bounds.masked_fill(is_unread[..., None], float("nan"))
+print(f"{poisoned.isnan().float().mean():.0%} of the bounds are NaN now")
+assert torch.equal(fast.score_blocks(query, poisoned, lengths, 16), scores)
+assert torch.allclose(scores, reference.score_blocks(query, bounds, lengths, 16), atol=1e-4)
+assert reference.score_blocks(query, poisoned, lengths, 16).isnan().all(), "the reference reads both"
+
+# %% [markdown]
+# The recorded times say the same about the GPU. At 256K tokens the kernel takes less than reading both halves would
+# take at the speed of a copy:
+
+# %%
+time, half_us = rows[2**18]["parts"]["score"]["us"], rows[2**18]["floor_us"]["score"]
+print(f"score at 256K: {time:.1f} µs; half the bounds by bytes {half_us:.1f}, both {2 * half_us:.1f}")
+assert half_us < time < 2 * half_us
+eight = rows[2**18]["parts"]["score, 8-bit bounds"]["us"]
+print(f"with bounds in 8 bits, rounded outward so that they still are bounds: {eight:.1f} µs")
+assert eight < time
+
+# %% [markdown]
+# ## Selection without sorting
+#
+# Of M scores the n highest are wanted (minus the [local blocks](../glossary.md#local-blocks), which are in anyway), as
+# ascending indices, and of equal scores the lower index first. Sorting 16,384 scores would answer questions nobody
+# asked. What is needed is one number, the n-th highest score. Then two easy things are left: mark what lies at or above
+# it, and number what is marked.
+#
+# The number is found by guessing. Counting how many scores lie at or above a guess is one comparison per score and a
+# sum, and the scores stay in registers all the while. If there are too many, the guess was too low.
+#
+# Guessing among floats has a trap: halving the distance between two floats may go on for long where they are unevenly
+# spaced. Read as integers, the bit patterns of floats have the order of the floats, once the negative ones are turned
+# around, and between two 32-bit integers there are at most 32 halvings.
+
+
+# %%
+def order(numbers: torch.Tensor) -> torch.Tensor:
+    """float32 as int64 of the same order; both zeros are 0."""
+    bits = (numbers + 0.0).view(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+
+
+examples = torch.tensor([-float("inf"), -2.5, -1e-40, -0.0, 0.0, 1e-40, 2.5, float("inf")])
+print(order(examples).tolist())
+assert (order(examples).diff() >= 0).all()
+
+# %% [markdown]
+# Better than halving is to look at the counts: if 3,000 scores lie above `low` and 10 above `high`, and 1,638 are
+# wanted, a bit less than half way is a good guess. This is *interpolation*. On smooth distributions it needs few
+# passes. On others it can be led astray, so the kernel interpolates 12 times at most and halves from then on.
+
+
+# %%
+def search(scores: torch.Tensor, n: int, interpolations: int) -> list[tuple[int, int]]:
+    """Guesses (as integers) and their counts until the n-th highest score is pinned down."""
+    place = order(scores)
+    low, high, at_low, at_high, passes = int(place.min()), int(place.max()) + 1, len(place), 0, []
+    while at_low > n and high > low + 1:
+        if len(passes) < interpolations:
+            guess = low + int((high - low) * (at_low - n) / (at_low - at_high))
+            guess = min(max(guess, low + 1), high - 1)
+        else:
+            guess = (low + high) // 2
+        count = int((place >= guess).sum())
+        passes.append((guess, count))
+        if count >= n:
+            low, at_low = guess, count
+        else:
+            high, at_high = guess, count
+    return passes
+
+
+keys = torch.randn(1, 1, 4096 * 16, 16)
+many = torch.tensor([keys.shape[2]])
+smooth = reference.score_blocks(torch.randn(1, 4, 16), reference.block_bounds(keys, many, 16), many, 16)[0, 0]
+lumpy = torch.where(torch.arange(4096) < 400, 1e6, torch.rand(4096))  # a little less than a tenth is a million
+for name, row in {"scores of random keys": smooth, "an awkward row": lumpy}.items():
+    passes = {limit: len(search(row, 410, limit)) for limit in (0, 12, 1000)}
+    print(f"{name}: {passes[0]} passes by halving, {passes[1000]} by interpolation, {passes[12]} as the kernel does it")
+    assert passes[12] <= 12 + 32
+assert passes[1000] > 100
+assert len(search(smooth, 410, 12)) < len(search(smooth, 410, 0))
+
+# %%
+found = search(smooth, 410, 12)
+back = torch.tensor([guess for guess, _ in found])
+floats = (back ^ ((back >> 31) & 0x7FFFFFFF)).to(torch.int32).view(torch.float32)
+figure, axis = plt.subplots(figsize=(5.6, 2.4))
+grid = torch.linspace(float(smooth.min()), float(smooth.max()), 300)
+axis.plot(grid, (smooth[None] >= grid[:, None]).sum(dim=1), color="C0")
+axis.axhline(410, color="C4", linewidth=1)
+axis.plot(floats, [count for _, count in found], "o", color="C1", markersize=4)
+for i, (x, (_, count)) in enumerate(zip(floats.tolist(), found, strict=True)):
+    if i < 3:
+        axis.annotate(str(i + 1), (x, count), xytext=(5, 5), textcoords="offset points")
+axis.set(xlabel="score", ylabel="blocks at or above it")
+plt.show()
+print("guess and count:", [(round(x, 3), count) for x, (_, count) in zip(floats.tolist(), found, strict=True)])
+assert found[-1][1] == 410
+
+# %% [markdown]
+# *Figure: how many of 4,096 blocks score at least as much as a number. The line is the 410 that are wanted, the dots
+# are the kernel's guesses, the first three numbered. The search ends when exactly 410 scores lie at or above the
+# guess.*
+#
+# What is left is to write the indices of the marked blocks, ascending. The place of each is the number of marked blocks
+# before it, a *prefix sum*:
+
+# %%
+threshold = float(floats[-1])
+taken = (smooth >= threshold).int()
+place = taken.cumsum(0) - taken
+indices = torch.full((410,), -1)
+indices[place[taken > 0]] = torch.arange(4096)[taken > 0]
+assert torch.equal(indices, smooth.topk(410).indices.sort().values)
+some = slice(int(indices[0]) - 2, int(indices[0]) + 14)
+print("marked:", taken[some].tolist(), "\nplaces:", place[some].tolist())
+
+# %% [markdown]
+# If more scores are equal to the last one taken than there is room for, the search never reaches n. Then a second
+# search finds up to which index the equal ones are taken; it runs only in that case. Here are scores that consist of
+# ties, a few infinities and a NaN, in the real kernel and in the reference:
+
+# %%
+config = ReSAConfig(active_ratio=0.25, min_blocks=4, local_blocks=2)
+ties = torch.randint(-2, 3, (1, 3, 64)).float()
+ties[0, 1, 5], ties[0, 1, 40], ties[0, 2, ::3] = float("inf"), float("nan"), -0.0
+ends = torch.tensor([61 * 16 - 5])
+ours, right = fast.select_blocks(ties, ends, config), reference.select_blocks(ties, ends, config)
+print("a row of scores:", ties[0, 1].tolist()[:12], "…")
+print("selected:", ours[0, 1].tolist())
+assert torch.equal(ours[..., : right.shape[2]], right)
+for context in (2**14, 2**16, 2**18):
+    time = rows[context]["parts"]["select"]["us"]
+    print(f"recorded: select at {context // 1024:3}K, {context // 16:6,} scores: {time:.1f} µs")
+
+# %% [markdown]
+# ## The window of a rectification
+#
+# A rectification is [dense attention](../glossary.md#dense-attention) for the newest f tokens at once. It reads the
+# whole cache, like a step of dense decoding. The question is what f queries cost beyond one. For each cached token and
+# KV head, with 2 bytes per number, it moves $4D$ bytes (a key and a value) and does $4 f G D$ operations (two products
+# with $fG$ rows, multiply and add), so
+#
+# $$ \frac{\text{operations}}{\text{bytes}} = \frac{4 f G D}{4 D} = f\,G . $$
+#
+# At $f = 1$ and $G = 7$ that is 7; at $f = 32$ it is 224. By its datasheet an H100 can do 989 · 10¹² operations a
+# second and move 3.35 · 10¹² bytes, 295 per byte. Up to there the queries ride along while the memory is busy: one pass
+# for 32 tokens should take about as long as a pass for one, and per token 1/f of it.
+#
+# The kernel packs the $fG$ query rows of a KV head into one matrix. All of them see all but the newest tokens, so the
+# main loop over the cache has no mask; causality matters among the last f tokens alone.
+
+# %%
+f, length = 8, 200
+keys, values = torch.randn(2, 1, 2, 256, 16)
+window = torch.randn(1, 6, f, 16)
+end = torch.tensor([length], dtype=torch.int32)
+together = fast.dense_attention(window, keys, values, end)
+for i in range(f):
+    alone = fast.dense_attention(window[:, :, i : i + 1], keys, values, end - f + i + 1)
+    assert torch.allclose(together[:, :, i : i + 1], alone, atol=1e-5)
+assert torch.allclose(together, reference.dense_attention(window, keys, values, end), atol=1e-5)
+print(f"{f} queries in one pass, or one by one: the same; {length - f + 1} of {length} tokens are seen by all of them")
+
+# %%
+print("context   rectify 32   dense 1   ratio   rectify ÷ 32")
+for context in (2**12, 2**14, 2**16, 2**18):
+    window_us = rows[context]["parts"]["rectify"]["us"]
+    print(
+        f"{context // 1024:6}K   {window_us:7.1f} µs {rows[context]['dense_us']:7.1f} µs"
+        f"   {window_us / rows[context]['dense_us']:.2f}   {window_us / 32:7.2f} µs"
+    )
+    assert window_us < 2 * rows[context]["dense_us"], "32 queries cost less than two"
+
+# %% [markdown]
+# Not quite 1: 224 operations per byte are near the balance of the machine, and what Triton makes of the kernel reaches
+# a little more than half of the matrix units' peak ([kernels](../kernels.md)). So the pass is limited by arithmetic,
+# and takes about 1.5 times as long as the dense step. Spread over 32 tokens that is still little. A larger f would cost
+# more arithmetic per pass and no more bytes, so beyond about 32 the cost per token falls more slowly than 1/f.
+#
+# ## Steps that nobody waits for
+#
+# PyTorch launches kernels one by one from Python, each costing some microseconds of host time. A decoding step of a
+# 28-layer model has hundreds. Two things make that vanish.
+#
+# *A CUDA graph* records all launches of a step once, with their arguments, and replays them with a single call. The
+# price is that nothing about the step may change between replays: same kernels, same addresses, same grid. What does
+# change (lengths, windows, which sequence is finished) must be data that kernels read from memory.
+#
+# *No synchronisation.* Wherever Python asks for a number (`int(tensor)`, `if tensor.any()`), it waits until the GPU has
+# caught up, and the GPU then waits for the next launch. The reference does that for every token. Here is who reads
+# numbers while five tokens are chosen, counted by module, for a small random model on either path:
+
+
+# %%
+class HostReads(TorchDispatchMode):
+    """Counts by module of this project how often the host asks for a number of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            frame = sys._getframe(1)
+            while not frame.f_globals.get("__name__", "").startswith("resa."):
+                frame = frame.f_back
+            self.by[frame.f_globals["__name__"].removeprefix("resa.")] += 1
+        return function(*arguments, **(options or {}))
+
+
+tiny = GPTConfig(
+    vocab_size=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, hidden_size=32, intermediate_size=64,
+)  # fmt: skip
+model = GPT(tiny).requires_grad_(False)
+for parameter in model.parameters():
+    parameter.normal_(std=0.3)  # as initialised it would attend to everything alike
+prompts = [torch.randint(64, (50,)).tolist(), torch.randint(64, (33,)).tolist()]
+decoding = ReSAConfig(active_ratio=0.5, min_blocks=2, interval=4)
+
+tokens, extra = {}, {}
+for name, package in {"reference": reference, "fast path": fast}.items():
+    reads = {}
+    for n in (5, 10):
+        with HostReads() as counter:
+            tokens[name] = package.generate(model, prompts, n, decoding).tokens
+        reads[n] = counter.by
+    extra[name] = reads[10] - reads[5]  # what five more tokens need
+    print(f"{name}: {extra[name].total()} reads, {dict(extra[name].most_common())}")
+assert tokens["reference"] == tokens["fast path"]
+assert set(extra["fast path"]) == {"fast.blocks"}
+print("and the same tokens:", tokens["fast path"][0])
+
+# %% [markdown]
+# The reads in `fast.blocks` are of a tensor that lies on the CPU on purpose: how wide the lists are, which
+# depends on the cache's capacity alone. Nothing waits for it, and in a graph, where the width is fixed, it does not
+# occur at all.
+
+# %% [markdown]
+# ### Who decides what a step is
+#
+# With different lengths in a batch, sequences come to their rectifications at different times. The device knows whose
+# turn it is: one small kernel makes masks from lengths and windows before the step (`enqueue_plan`), and a sequence
+# whose mask is 0 does nothing in the kernels that follow. But the host must know which *kernels* to launch. It need not
+# ask: it can count along. [`Forecast`](../../fast/generate.py) follows every sequence as if none ever stopped, and says
+# which kinds of work the next step may hold. Each combination that occurs becomes one graph.
+
+# %%
+forecast = Forecast([50, 33, 9], ReSAConfig(interval=4, dense_below=12))
+graphs = Counter()
+for step in range(12):
+    kinds = forecast.advance()
+    graphs[kinds] += 1
+    print(f"step {step:2}: {', '.join(name for name in ('sparse', 'dense', 'fused') if getattr(kinds, name))}")
+print(f"{len(graphs)} graphs serve all {sum(graphs.values())} steps")
+assert len(graphs) == 3
+
+# %% [markdown]
+# The third sequence starts below `dense_below` and decodes densely for three tokens, which puts it out of step with the
+# others for good. A kind too many does no harm, its mask is empty; a kind too few would be wrong, and can't occur.
+#
+# Tokens chosen stay on the device as well, in a tensor `[B, N]`. They are read back once at the end, or once per
+# interval (every 32 tokens at least) if somebody is watching.
+#
+# ### What one step launches
+#
+# In the interpreter every launch can be seen. One sparse step of the two-layer model:
+
+# %%
+launched, plain_call = [], GridExecutor.__call__
+
+
+def watched_call(self, *arguments, **options):
+    launched.append(self.fn.__name__.strip("_").removesuffix("_kernel"))
+    return plain_call(self, *arguments, **options)
+
+
+GridExecutor.__call__ = watched_call
+try:
+    counts = {}
+    for n in (2, 3):
+        launched.clear()
+        fast.generate(model, prompts, n, ReSAConfig(active_ratio=0.5, min_blocks=2, interval=None))
+        counts[n] = list(launched)
+finally:
+    GridExecutor.__call__ = plain_call
+step = counts[3][len(counts[2]) :]
+print(f"{len(step)} launches of Triton kernels:", ", ".join(step))
+per_layer = Counter(step)["sparse"]
+assert per_layer == tiny.n_layer
+assert step[0] == "plan"
+assert step[-1] == "append"
+
+# %% [markdown]
+# Between them lie a layer's four matrix products. `plan` and `append` at both ends keep the books: who takes part,
+# where the token goes, what was chosen, who has ended. Written with torch these were some sixty operations, about 200
+# µs per step ([the log](../log.md)); as two kernels they hardly show. For few KV heads the append shares a kernel with
+# the scoring (`append_and_score`): the newest block is attended whatever it scores, so scoring may stop before it, and
+# the two don't depend on each other.
+#
+# On an H100 one thing more is done about the gaps *between* kernels of a graph: a kernel may be placed while the last
+# programs of its predecessor still run, and waits for them before it reads what they wrote
+# ([launch.py](../../fast/launch.py)). What all this gives is recorded: whole cycles, as the decode loop runs them,
+# beside the sum of their parts, each timed alone.
+
+# %%
+print("context   sum of parts   whole cycles   dense")
+for context in (2**11, 2**12, 2**14, 2**16, 2**18):
+    row = rows[context]
+    print(f"{context // 1024:6}K {row['sum_us']:11.1f} µs {row['resa_us']:11.1f} µs {row['dense_us']:7.1f} µs")
+assert rows[2**12]["resa_us"] < rows[2**12]["sum_us"]
+print(
+    "ReSA's attention is the faster from so many tokens on:", {batch: dense_below(batch) for batch in (1, 2, 4, 8, 16)}
+)
+
+# %% [markdown]
+# At short contexts a cycle takes less than its parts, since they overlap. At the longest it takes a little more: alone,
+# a part finds some of its input warm. How all this adds up for whole models is
+# [the next tutorial's](08_roofline.md) subject.
+#
+# ## Exercises
+#
+# **1.** `Forecast` says "sparse" or "fused" for schedule `"fused"`. How many graphs does schedule `"paper"` need with
+# one sequence, and what does each hold?
+
+# %% tags=["hide-cell"]
+forecast = Forecast([50], ReSAConfig(interval=4, schedule="paper"))
+kinds = [forecast.advance() for _ in range(8)]
+print([[name for name, is_on in vars(each).items() if is_on] for each in kinds])
+assert len(set(kinds)) == 2
+
+# %% [markdown]
+# *Solution.* Two: a sparse step, and a sparse step followed by a rectification whose logits are thrown away. Under
+# `"fused"` the second is a dense pass that also feeds the pending token, so a cycle has one sparse step fewer.
+#
+# **2.** Bounds in 8 bits are rounded outward: `lo` down, `hi` up. Check on random keys that the scores from them are
+# never below the exact ones (law 1 survives), and count how many of the selected blocks are others.
+
+# %% tags=["hide-cell"]
+keys, query = torch.randn(1, 1, 128 * 16, 64), torch.randn(1, 4, 64)
+end = torch.tensor([128 * 16])
+exact = fast.block_bounds(keys, end, 16)
+scores = {
+    "exact": fast.score_blocks(query, exact, end, 16),
+    "8-bit": fast.score_blocks(query, fast.compress_bounds(exact), end, 16),
+}
+chosen = {name: set(fast.select_blocks(row, end, ReSAConfig())[0, 0].tolist()) for name, row in scores.items()}
+print(f"{len(chosen['exact'] - chosen['8-bit'])} of {len(chosen['exact'])} selected blocks are others")
+assert (scores["8-bit"] >= scores["exact"] - 1e-4).all()
+
+# %% [markdown]
+# *Solution.* The cell above prints how many. Random keys are the hard case: their blocks are so much alike that small
+# changes of the scores reorder them.
+#
+# **3.** A window of f queries has $fG$ operations per byte. From which f on is a rectification limited by arithmetic
+# for $G = 7$, if matrix units reach 55 % of 989 TFLOP/s and memory 3.0 TB/s? And for $G = 1$?
+
+# %% tags=["hide-cell"]
+balance = 0.55 * 989e12 / 3.0e12
+print(f"{balance:.0f} operations per byte: f = {balance / 7:.0f} for G = 7, {balance:.0f} for G = 1")
+measured = 4 * 32 * 28 * 128 * 8 * 2**18 / rows[2**18]["parts"]["rectify"]["us"] / 1e6
+print(f"the recorded pass at 256K does {measured:.0f} TFLOP/s, the padding of 224 rows to 256 not counted")
+assert 24 < balance / 7 < 32
+assert 4 * 32 * 28 * 128 * 8 * 2**18 / floors(Shape(), ReSAConfig(), 8, 2**18)["rectify"] == 32 * 7
+
+# %% [markdown]
+# *Solution.* For G = 7 from a little below 32 on, the default. Without groups, f could be seven times as large before
+# arithmetic mattered: sharing keys among more heads makes the dense step cheaper per head, and a window dearer beside
+# it.
+#
+# [Next: the roofline](08_roofline.md)

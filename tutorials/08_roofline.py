@@ -1,0 +1,408 @@
+# %% [markdown]
+# # The roofline: predicting the speed-up
+#
+# How much faster should rectified sparse decoding be? The answer can be computed before a line of code is written, from
+# bytes alone. This tutorial does that, then lays the prediction beside what was measured on a GPU, finds where they
+# part, and accounts for the difference to within a few per cent. You will learn
+#
+# - what a [roofline](../glossary.md#roofline) is, and which side of it each part of decoding lies on,
+# - the cost model of the paper (its equation 6) and what it leaves out: weights, and everything that is not bytes,
+# - how to predict whole steps from timings of parts, and how to read what is left over.
+#
+# It takes half an hour to read and a few seconds to run. Nothing is timed here: the measurements are the recorded ones
+# of [performance](../performance.md), read from their files. How they were made is told there.
+
+# %%
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+import resa.reference
+from resa.fast.bench.layer import Shape, floors
+from resa.reference import ReSAConfig
+
+plt.style.use("resa.reference.assets.figure")
+RESULTS = Path(resa.reference.__file__).parents[1] / "docs" / "results"
+attention = json.loads((RESULTS / "attention.json").read_text())
+models = {name: json.loads((RESULTS / f"end_to_end_{name}.json").read_text()) for name in ("float16", "int4")}
+config, shape = ReSAConfig(**attention["config"]), Shape(**attention["shape"])
+print(f"{attention['device']}: copies at {attention['copy_tbs']} TB/s; one layer, commit {attention['commit']}")
+for name, result in models.items():
+    print(f"whole steps with {name} weights, commit {result['commit']}, copies at {result['copy_tbs']} TB/s")
+    assert result["device"] == attention["device"]
+    assert result["config"] == attention["config"]
+
+# %% [markdown]
+# ## Two ceilings
+#
+# A kernel that moves $n$ bytes and does $a$ arithmetic operations can't take less time $t$ than either needs. With
+# memory bandwidth $v$ (bytes per second) and peak arithmetic $\pi$ (operations per second):
+#
+# $$ t \ge \max\left(\frac{n}{v},\ \frac{a}{\pi}\right)
+#    \qquad\Longleftrightarrow\qquad
+#    \frac{a}{t} \le \min\left(\frac{a}{n}\,v,\ \pi\right) $$
+#
+# $a / n$ is the *intensity*. Plotted over it on logarithmic axes, the bound on the right is a roof: a slope, where
+# memory limits, then a ceiling, where arithmetic does. Attention of f queries and G heads per cached token does $4 f G
+# D$ operations for $4 D$ bytes of 16-bit keys and values, an intensity of $fG$. Scoring does one multiplication and one
+# addition per bound of 2 bytes, an intensity of 1.
+
+# %%
+PEAK = 989e12  # operations per second: the datasheet's for 16-bit matrix products
+rows = {(row["batch"], row["context"]): row for row in attention["rows"]}
+group = shape.query_heads // shape.kv_heads
+intensity = {
+    "score": 1,
+    "attend": group,
+    "dense, this project's kernel": group,
+    "rectify": config.interval * group,
+}
+figure, axis = plt.subplots(figsize=(5.6, 3.0))
+roof = [0.5, PEAK / attention["copy_tbs"] / 1e12, 1000]
+axis.plot(roof, [min(x * attention["copy_tbs"], PEAK / 1e12) for x in roof], color="C4")
+print("8 sequences                       4K tokens   256K tokens, TFLOP/s and share of the roof")
+for i, (part, per_byte) in enumerate(intensity.items()):
+    reached = {}
+    for context in (2**12, 2**14, 2**16, 2**18):
+        size = floors(shape, config, 8, context)[part]
+        reached[context] = size * per_byte / rows[8, context]["parts"][part]["us"] / 1e6  # TFLOP/s
+    # The two of one intensity are drawn side by side.
+    x = per_byte * (1.12 if part.startswith("dense") else 0.9 if part == "attend" else 1)
+    label = part.partition(",")[0]
+    axis.plot([x] * 4, list(reached.values()), "o-", markersize=4, color=f"C{i}", label=label)
+    bound = min(per_byte * attention["copy_tbs"], PEAK / 1e12)
+    shares = [f"{reached[context]:6.1f} ({reached[context] / bound:4.0%})" for context in (2**12, 2**18)]
+    print(f"{label:8} {per_byte:3} operations per byte    {shares[0]}  {shares[1]}")
+    assert reached[2**18] < 1.1 * bound
+    assert reached[2**18] > 2 * reached[2**12] or part != "attend"
+axis.set(xlabel="operations per byte", ylabel="TFLOP/s", xscale="log", yscale="log")
+axis.legend()
+plt.show()
+
+# %% [markdown]
+# *Figure: recorded on an H100, 8 sequences. The grey line is the roof: copy bandwidth measured in the same run, and the
+# datasheet's peak. Each column of dots is one kernel at 4K, 16K, 64K and 256K tokens, from below. Long caches bring
+# every kernel near the slope; short ones leave it far below. Rectification stands under the corner, where neither
+# memory nor arithmetic is reached in full.*
+#
+# So for one query per sequence, decoding is a matter of bytes, and arithmetic can be forgotten. A share slightly above
+# 100 % is no mistake: a copy reads and writes, and reading alone is a little faster.
+#
+# ## Equation 6: the bytes of the KV cache
+#
+# Take what dense decoding reads of the [KV cache](../glossary.md#kv-cache) per token as 1. A sparse step reads the
+# bounds, a share $\beta$, and the selected blocks, the [active ratio](../glossary.md#active-ratio) $p$. A
+# [rectification](../glossary.md#rectification) reads everything once in $f$ tokens. Hence, for the
+# [schedule](../glossary.md#paper-schedule) of the paper, and for [this project's](../glossary.md#fused-schedule), which
+# has one sparse step fewer per cycle:
+#
+# $$ \text{paper: } \beta + p + \frac{1}{f} \qquad\qquad \text{fused: } \frac{(f - 1)(\beta + p) + 1}{f} $$
+#
+# Bounds are two numbers per channel and block where keys and values are $2b$, so $\beta = 1/b$ if both are read,
+# $1/(2b)$ if [only the one needed](07_fast_path.md) is, and half of that again in 8 bits.
+
+
+# %%
+def kv_share(beta: float, p: float, f: int, schedule: str) -> float:
+    """Bytes of the KV cache per token, relative to dense decoding (eq. 6)."""
+    return beta + p + 1 / f if schedule == "paper" else ((f - 1) * (beta + p) + 1) / f
+
+
+b, p, f = config.block_size, config.active_ratio, config.interval
+for text, beta in {"both bounds": 1 / b, "the one needed": 1 / (2 * b), "that in 8 bits": 1 / (4 * b)}.items():
+    paper, fused = (kv_share(beta, p, f, schedule) for schedule in ("paper", "fused"))
+    print(f"{text:15} paper {paper:.3f}, fused {fused:.3f}: at most {1 / fused:.1f} times as fast")
+assert round(kv_share(1 / b, p, f, "paper"), 3) == 0.194
+assert round(kv_share(1 / (4 * b), p, f, "paper"), 3) == 0.147
+
+# %% [markdown]
+# The benchmark counts bytes with a function of its own, `floors`, block by block. They agree where the formula holds,
+# which is where $p \cdot M$ is at least [`min_blocks`](../glossary.md#min-blocks); in a short cache the fewest blocks
+# allowed are more than a tenth.
+
+# %%
+print("context   counted   eq. 6   measured (attention alone)")
+for context in (2**10, 2**12, 2**14, 2**16, 2**18):
+    parts = floors(shape, config, 8, context)
+    counted = ((f - 1) * (parts["score"] + parts["attend"]) + parts["rectify"]) / f / parts["rectify"]
+    predicted = kv_share(1 / (2 * b), p, f, "fused")
+    measured = rows[8, context]["resa_us"] / rows[8, context]["dense_us"]
+    print(f"{context // 1024:6}K   {counted:7.3f} {predicted:7.3f}   {measured:.3f}")
+    if p * context / b >= config.min_blocks:
+        assert abs(counted - predicted) < 0.003
+    assert measured > counted
+
+# %% [markdown]
+# Already for attention alone, measurement comes near the prediction at long contexts only. At short ones a sparse step
+# is four kernels that have to begin and end, however little they read. What eq. 6 does not count at all adds to that:
+# the append, the selection, and the arithmetic of the rectification.
+#
+# ## The weights are read as well
+#
+# Every step multiplies by every weight matrix, $W$ bytes, no matter how it attends. With the cache's bytes
+# $C = 4 \cdot L \cdot B \cdot H_{kv} \cdot T \cdot D$ ($L$ layers, 16 bits) and eq. 6's share $\sigma$:
+#
+# $$ \text{speed-up} \;\le\; \frac{W + C}{W + \sigma C} $$
+#
+# This is Amdahl's law: however small $\sigma$, the weights stay. The bandwidth has dropped out: as long as only bytes
+# count, the ratio is the same on every GPU. The measured model has the shape of Qwen2.5-7B, with weights of 16 and of 4
+# bits, and all layers share one layer's cache, so that 8 sequences of 256K tokens fit (each layer still reads all of
+# it).
+
+
+# %%
+def step_bytes(weights: str, batch: int, context: int) -> dict[str, float]:
+    """Bytes per token of a dense step, and of ReSA's on average."""
+    layers, parts = models[weights]["shape"]["n_layer"], floors(shape, config, batch, context)
+    cached = ((f - 1) * (parts["score"] + parts["attend"]) + parts["rectify"]) / f
+    loaded = models[weights]["weights"][weights]["bytes"]
+    return {"dense": loaded + layers * parts["rectify"], "resa": loaded + layers * cached}
+
+
+def limit(weights: str, batch: int, context: int) -> float:
+    """The speed-up that bytes allow."""
+    size = step_bytes(weights, batch, context)
+    return size["dense"] / size["resa"]
+
+
+measured = {
+    (weights, row["batch"], row["context"]): row
+    for weights, result in models.items()
+    for row in result["rows"]
+    if row["protocol"] == "shared"
+}
+for (weights, batch, context), row in measured.items():
+    floor = row["floor_us"]["dense"] / row["floor_us"]["resa"]
+    assert abs(limit(weights, batch, context) / floor - 1) < 1e-3, "the limit in the file is the one computed here"
+
+figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8), sharey=True)
+contexts = sorted({context for _, _, context in measured})
+for axis, weights in zip(axes, models, strict=True):
+    for batch, colour in ((1, "C0"), (8, "C1")):
+        limits = [limit(weights, batch, context) for context in contexts]
+        ratios = [measured[weights, batch, context]["ratio"] for context in contexts]
+        axis.plot(contexts, limits, "--", color=colour, label=f"batch {batch}, limit by bytes")
+        axis.plot(contexts, ratios, "o-", color=colour, markersize=4, label=f"batch {batch}, measured")
+    axis.set(title=f"{weights} weights", xlabel="context (tokens)", xscale="log")
+    axis.set_xticks(contexts, [f"{context // 1024}K" for context in contexts])
+    axis.minorticks_off()
+axes[0].set_ylabel("speed-up over dense")
+axes[0].legend()
+plt.show()
+for weights, batch, context in (("float16", 1, 2**12), ("float16", 8, 2**18), ("int4", 8, 2**16), ("int4", 8, 2**18)):
+    ratio, most = measured[weights, batch, context]["ratio"], limit(weights, batch, context)
+    print(
+        f"{weights:7} {batch} × {context // 1024:3}K: limit {most:.2f}, measured {ratio:.2f}, {ratio / most:.0%} of it"
+    )
+
+# %% [markdown]
+# *Figure: whole decoding steps of a 7B model on an H100, recorded. Dashed: what bytes allow. Solid: measured. The limit
+# has the right shape and is too high, the more so with 4-bit weights.*
+#
+# Three things are visible. With one short sequence there is nothing to gain, as predicted: the cache is small beside
+# the weights. (There the measured ratio may even exceed the limit, because dense decoding does not reach its bytes
+# either.) Prediction and measurement rise together with batch and context. And smaller weights raise the limit more
+# than the measurement. To see why, look at what a step does besides reading.
+#
+# ## Predicting from parts
+#
+# The benchmark also timed what is not attention, part by part: a layer's matrix products with the elementwise work
+# between them, for the rows of a step and for the many more rows of a rectification; the output projection; the choice
+# of a token. With the attention of one layer from the other benchmark, a whole step can be added up:
+#
+# $$ t_\mathrm{dense} = L\,(t_\mathrm{layer} + t_\mathrm{attention}) + t_\mathrm{output} + t_\mathrm{sampling} $$
+#
+# and the same for ReSA, with $t_\mathrm{layer}$ and $t_\mathrm{attention}$ averaged over a cycle of $f$ steps.
+
+# %%
+SAMPLING = "sampling, temperature 0.7, top_p 0.95"
+
+
+def predicted_us(weights: str, batch: int, context: int) -> dict[str, dict[str, float]]:
+    """µs per token of a dense step and of ReSA's, by part."""
+    result, row = models[weights], rows[batch, context]
+    us = {name: time["us"] for name, time in result["weights"][weights]["parts"][str(batch)].items()}
+    layers = result["shape"]["n_layer"]
+    products = {"dense": us["step: matrix products, per layer"]}
+    whole = {"dense": us["step: with elementwise work, per layer"]}
+    for into, name in ((products, "matrix products, per layer"), (whole, "with elementwise work, per layer")):
+        into["resa"] = ((f - 1) * us[f"step: {name}"] + us[f"rectification: {name}"]) / f
+    return {
+        way: {
+            "products": layers * products[way] + us["output projection"],
+            "attention": layers * row[f"{way}_us"],
+            "elementwise": layers * (whole[way] - products[way]),
+            "sampling": us[SAMPLING],
+        }
+        for way in ("dense", "resa")
+    }
+
+
+def total(weights: str, batch: int, context: int, way: str) -> float:
+    """The parts added up."""
+    return sum(predicted_us(weights, batch, context)[way].values())
+
+
+errors = {
+    way: [
+        total(*point, way) / (row["dense_us"] if way == "dense" else row["resa"]["us"]) - 1
+        for point, row in measured.items()
+    ]
+    for way in ("dense", "resa")
+}
+for way, values in errors.items():
+    print(f"{way:5}: the parts add up to {min(values):+.1%} to {max(values):+.1%} of what whole steps take")
+    assert max(map(abs, values)) < 0.06
+
+# %%
+figure, axis = plt.subplots(figsize=(3.6, 3.4))
+for weights, colour in (("float16", "C0"), ("int4", "C1")):
+    points = [point for point in measured if point[0] == weights]
+    ratios = [measured[point]["ratio"] for point in points]
+    sums = [total(*point, "dense") / total(*point, "resa") for point in points]
+    axis.plot([limit(*point) for point in points], ratios, "o", color=colour, markersize=4, fillstyle="none")
+    axis.plot(sums, ratios, "o", color=colour, markersize=4, label=f"{weights} weights")
+    off = [sum_ / ratio - 1 for sum_, ratio in zip(sums, ratios, strict=True)]
+    print(f"{weights:7}: speed-up predicted from parts is off by {min(off):+.1%} to {max(off):+.1%}")
+    assert max(map(abs, off)) < 0.06
+axis.plot([1, 5.5], [1, 5.5], color="C4", linewidth=1)
+axis.set(xlabel="predicted speed-up", ylabel="measured speed-up", xlim=(0.8, 5.6), ylim=(0.8, 5.6))
+axis.legend(loc="upper left")
+plt.show()
+
+# %% [markdown]
+# *Figure: every batch (1 to 8) and context (4K to 256K) that was measured, 40 points. Empty circles: predicted by
+# bytes. Full: by the sum of parts. On the line, prediction and measurement agree.*
+#
+# The parts account for the measurement. So what lies between the limit by bytes and the measurement can be read off
+# them.
+#
+# ## Where prediction and measurement part
+#
+# For each part, what bytes say and what it takes, for ReSA's step with 4-bit weights:
+
+# %%
+BYTES_OF = {"products": "weights", "attention": "cache"}
+
+
+def excess(weights: str, batch: int, context: int) -> dict[str, float]:
+    """µs of ReSA's step: bytes at the speed of a copy, then what each part takes beyond its bytes, and the rest."""
+    result, point = models[weights], (weights, batch, context)
+    loaded = result["weights"][weights]["bytes"]
+    by_bytes = {"products": loaded, "attention": step_bytes(*point)["resa"] - loaded}
+    by_bytes = {part: size / result["copy_tbs"] / 1e6 for part, size in by_bytes.items()}
+    parts = predicted_us(*point)["resa"]
+    beyond = {part: time - by_bytes.get(part, 0.0) for part, time in parts.items()}
+    rest = measured[point]["resa"]["us"] - sum(parts.values())
+    return {"bytes": sum(by_bytes.values()), **beyond, "not in any part": rest}
+
+
+chosen = [(1, 2**12), (1, 2**18), (8, 2**14), (8, 2**16), (8, 2**18)]
+names = [f"{batch} × {context // 1024}K" for batch, context in chosen]
+bars = [excess("int4", *point) for point in chosen]
+figure, axis = plt.subplots(figsize=(6.4, 2.6))
+left = [0.0] * len(chosen)
+for part, colour in zip(bars[0], ("C4", "C0", "C1", "C2", "C3", "C5"), strict=True):
+    widths = [max(0.0, bar[part]) / 1e3 for bar in bars]
+    axis.barh(names, widths, left=left, color=colour, label=part)
+    left = [start + width for start, width in zip(left, widths, strict=True)]
+axis.set(xlabel="ms per step")
+axis.invert_yaxis()
+axis.grid(axis="y", visible=False)
+axis.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.3))
+plt.show()
+print("µs".ljust(10), *(f"{part:>16}" for part in bars[0]))
+for name, bar in zip(names, bars, strict=True):
+    print(name.ljust(10), *(f"{time:16.0f}" for time in bar.values()))
+    assert abs(sum(bar.values()) - measured[("int4", *chosen[names.index(name)])]["resa"]["us"]) < 1
+    assert bar["bytes"] > 0.35 * sum(bar.values())
+
+# %% [markdown]
+# *Figure: ReSA's step with 4-bit weights, recorded: bytes at the speed of a copy, and what comes on top. Names are
+# batch × context.*
+#
+# Read from left to right:
+#
+# - **Products.** Weights of a quarter the size should be read in a quarter of the time, and are not: their kernels have
+#   to widen them as well. And for the many rows of a rectification, products are limited by arithmetic, which the limit
+#   by bytes ignores.
+# - **Attention.** Kernels that have to begin and end (at short contexts), and rectification's arithmetic (at long
+#   ones).
+# - **Elementwise work** and **sampling** have next to no bytes, and take time all the same: they are many small
+#   launches, and a sort of the vocabulary.
+# - **Not in any part**: among it, the steps right after a rectification, which are slower than others
+#   ([performance](../performance.md), *what was found*).
+#
+# Fixed costs weigh on both ways of decoding. But dense decoding hides them behind its bytes, and ReSA has fewer bytes
+# left. The faster attention gets, the more everything else matters.
+#
+# ## Exercises
+#
+# **1.** How high could the speed-up get for 8 sequences of 256K tokens if attention cost nothing at all? By bytes, and
+# by the parts?
+
+# %% tags=["hide-cell"]
+for weights in models:
+    size, loaded = step_bytes(weights, 8, 2**18)["dense"], models[weights]["weights"][weights]["bytes"]
+    free = predicted_us(weights, 8, 2**18)["resa"] | {"attention": 0.0}
+    ratio = total(weights, 8, 2**18, "dense") / sum(free.values())
+    reached = measured[weights, 8, 2**18]["ratio"]
+    print(f"{weights}: {size / loaded:.1f} by bytes, {ratio:.1f} by parts; measured, with attention, {reached:.2f}")
+    assert ratio < size / loaded
+
+# %% [markdown]
+# *Solution.* By bytes $(W + C) / W$; by parts a good deal less, because products, elementwise work and sampling stay.
+#
+# **2.** Bounds in 8 bits halve $\beta$. What do they promise for whole steps with 8 × 256K tokens, and what was
+# measured?
+
+# %% tags=["hide-cell"]
+for weights in models:
+    point = weights, 8, 2**18
+    parts = floors(shape, config, 8, 2**18)
+    saved = models[weights]["shape"]["n_layer"] * (f - 1) / f * (parts["score"] - parts["score, 8-bit bounds"])
+    size, row = step_bytes(*point)["resa"], measured[point]
+    print(
+        f"{weights}: promised {size / (size - saved):.3f},"
+        f" measured {row['resa']['us'] / row['resa, 8-bit bounds']['us']:.3f} times as fast"
+    )
+    assert 1 < row["resa"]["us"] / row["resa, 8-bit bounds"]["us"] < 1.1
+
+# %% [markdown]
+# *Solution.* A few per cent, and a few per cent it is. What it may cost is that other blocks are selected
+# ([the last tutorial's](07_fast_path.md) exercise 2).
+#
+# **3.** With `interval` 64 instead of 32, by how much does the limit by bytes rise at 8 × 256K tokens and 4-bit
+# weights? Is that worth twice the window in which the cache may [drift](../glossary.md#drift)?
+
+# %% tags=["hide-cell"]
+loaded, size = models["int4"]["weights"]["int4"]["bytes"], step_bytes("int4", 8, 2**18)["dense"]
+cached = size - loaded
+limits = {n: size / (loaded + kv_share(1 / (2 * b), p, n, "fused") * cached) for n in (8, 16, 32, 64, 128)}
+print({n: round(value, 2) for n, value in limits.items()})
+assert limits[64] / limits[32] < limits[16] / limits[8]
+
+# %% [markdown]
+# *Solution.* The printed limits rise ever more slowly: from $1/f$ there is less to save the smaller it is, beside
+# $\beta + p$. Whether the longer window is worth it is a question of quality ([evidence](../evidence.md)), not of
+# bytes.
+#
+# **4.** By datasheet an A100 has 2.0 TB/s where an H100 has 3.35. What does that change in the limit by bytes? And
+# where would you expect the measured ratio to lie, beside an H100's, if all parts that are not bytes took as long as
+# here?
+
+# %% tags=["hide-cell"]
+for bandwidth in (3.35, 2.0):
+    slower = 3.35 / bandwidth
+    times = {}
+    for way in ("dense", "resa"):
+        by_bytes = step_bytes("int4", 8, 2**16)[way] / models["int4"]["copy_tbs"] / 1e6
+        times[way] = slower * by_bytes + total("int4", 8, 2**16, way) - by_bytes
+    print(f"{bandwidth} TB/s: limit {limit('int4', 8, 2**16):.2f}, expected {times['dense'] / times['resa']:.2f}")
+
+# %% [markdown]
+# *Solution.* Nothing: the limit is a ratio of bytes. With slower memory the fixed costs weigh less, so the ratio moves
+# towards the limit. (A real A100 is slower at everything else too.)
+#
+# [Next: port it](09_port_it.md)
