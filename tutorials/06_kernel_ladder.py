@@ -1,5 +1,5 @@
 # %% [markdown]
-# # From loops to Triton
+# # 6. From loops to Triton
 #
 # A [sparse step](../glossary.md#sparse-step) reads a tenth of the [KV cache](../glossary.md#kv-cache). It is only worth
 # it if that tenth is read at the speed of memory. This tutorial climbs to such a kernel in five rungs. Each rung is

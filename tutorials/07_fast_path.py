@@ -1,5 +1,5 @@
 # %% [markdown]
-# # The rest of the fast path
+# # 7. The rest of the fast path
 #
 # [The last tutorial](06_kernel_ladder.md) built the kernel that attends. A [sparse step](../glossary.md#sparse-step)
 # has three more things to do before it, a [rectification](../glossary.md#rectification) comes every f tokens, and

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # The roofline: predicting the speed-up
+# # 8. The roofline: predicting the speed-up
 #
 # How much faster should rectified sparse decoding be? The answer can be computed before a line of code is written, from
 # bytes alone. This tutorial does that, then lays the prediction beside what was measured on a GPU, finds where they

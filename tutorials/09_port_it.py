@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Port it
+# # 9. Port it
 #
 # This project comes with a test for code that it has never seen: the [conformance kit](../glossary.md#conformance-kit),
 # 78 cases with inputs and expected results, and a command that says of a failing port not only *that* it is wrong but
