@@ -270,8 +270,8 @@ for row in measured["rows"]:
         assert 0.8 < predicted / taken < 1.2
 
 # %% [markdown]
-# ("Shared" in the code: the caches of all layers do not fit on one GPU, so all layers of the measured model read one and
-# the same. The bytes read are as many.)
+# ("Shared" in the code: the caches of all layers do not fit on one GPU, so all layers of the measured model read one
+# and the same. The bytes read are as many.)
 
 # %%
 contexts = [4, 16, 64, 256]  # in units of 1,024 tokens
