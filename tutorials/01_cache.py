@@ -59,7 +59,7 @@ print(repr(tokenizer.decode(anew[len(prompt) :])))
 # Nearly all of that work is repeated. A token is mixed with others in one place only, attention: for every layer and
 # every head,
 #
-# $$\mathrm{out} = \sum_{j=0}^{T-1} \frac{e^{s_j}}{\sum_i e^{s_i}}\, v_j, \qquad s_j = \frac{q \cdot k_j}{\sqrt{D}}$$
+# $$\mathrm{out} = \sum_{j=0}^{T-1} \frac{e^{s_j}}{\sum_i e^{s_i}} v_j, \qquad s_j = \frac{q \cdot k_j}{\sqrt{D}}$$
 #
 # where $q$ `[D]` is the query of the newest token, $k_j$ and $v_j$ `[D]` are the key and the value of token $j$, and
 # $T$ is the number of tokens so far. Attention here is causal: a token sees itself and what stands before it. So
