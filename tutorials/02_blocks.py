@@ -72,7 +72,7 @@ assert hi.T.tolist() == [[3, 2], [-1, 1], [1, -2]]
 # The score of a block is the largest value that $\bar q \cdot k$ can take for any $k$ *in the box*. Channels can be
 # looked at one by one: if $\bar q_d$ is positive take `hi`, if it is negative take `lo`.
 #
-# $$\mathrm{score}_i = \sum_{d=0}^{D-1} \max(\bar q_d \mathrm{lo}_{i,d},  \bar q_d \mathrm{hi}_{i,d}) \qquad [M]$$
+# $$\mathrm{score}_i = \sum_{d=0}^{D-1} \max(\bar q_d \mathrm{lo}_{i,d}, \bar q_d \mathrm{hi}_{i,d}) \qquad [M]$$
 #
 # Let the two queries be (2, −1) and (0, −1). Then $\bar q = (1, -1)$, and the score is hi of the first channel minus lo
 # of the second:

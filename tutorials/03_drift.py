@@ -59,12 +59,12 @@ for token in continuation:
 # %% [markdown]
 # How far a token has moved is measured relative to the length of its exact key or value. For layer $l$ and token $j$,
 #
-# $$e_l(j) = \max_{h} \max\left( \frac{\lVert k_j - k_j^\ast \rVert}{\lVert k_j^\ast \rVert}, 
+# $$e_l(j) = \max_{h} \max\left( \frac{\lVert k_j - k_j^\ast \rVert}{\lVert k_j^\ast \rVert},
 # \frac{\lVert v_j - v_j^\ast \rVert}{\lVert v_j^\ast \rVert} \right)$$
 #
-# where $h$ runs over the $H_{kv}$ heads, $k_j$ and $v_j$ `[D]` are in the cache at hand, and $k_j^\ast$, $v_j^\ast$ `[D]` in
-# the exact one. The *drift* of a token is the largest of these over the layers. An error of 1 is as large as the key
-# itself.
+# where $h$ runs over the $H_{kv}$ heads, $k_j$ and $v_j$ `[D]` are in the cache at hand, and $k_j^\ast$, $v_j^\ast$
+# `[D]` in the exact one. The *drift* of a token is the largest of these over the layers. An error of 1 is as large as
+# the key itself.
 
 
 # %%

@@ -74,19 +74,19 @@ print(f"{int(chosen[0].sum())} of {M} blocks are selected")
 #
 # $$Z_S = \sum_{j \in S} e^{s_j} \qquad R^\ast = \sum_{j \notin S} e^{s_j}$$
 #
-# and the mass left out is $m = R^\ast / (Z_S + R^\ast)$. The sparse step knows $Z_S$, because it has read those keys. It does
-# not know $R^\ast$. But it has bounds. By the reasoning of tutorial 2, for the head's own query $q$ `[D]`,
+# and the mass left out is $m = R^\ast / (Z_S + R^\ast)$. The sparse step knows $Z_S$, because it has read those keys.
+# It does not know $R^\ast$. But it has bounds. By the reasoning of tutorial 2, for the head's own query $q$ `[D]`,
 #
-# $$u_i = \frac{1}{\sqrt D} \sum_{d=0}^{D-1} \max(q_d \mathrm{lo}_{i,d},  q_d \mathrm{hi}_{i,d}) \ge  s_j
+# $$u_i = \frac{1}{\sqrt D} \sum_{d=0}^{D-1} \max(q_d \mathrm{lo}_{i,d},  q_d \mathrm{hi}_{i,d}) \ge s_j
 # \quad \text{for every token } j \text{ of block } i$$
 #
 # So each block that was not selected contributes at most its number of tokens times $e^{u_i}$:
 #
-# $$R^\ast \le  R = \sum_{i \notin S} |\mathrm{block}_i| e^{u_i}$$
+# $$R^\ast \le R = \sum_{i \notin S} |\mathrm{block}_i| e^{u_i}$$
 #
 # and because $x / (Z_S + x)$ grows with $x$,
 #
-# $$m = \frac{R^\ast}{Z_S + R^\ast} \le  \varepsilon = \frac{R}{Z_S + R}$$
+# $$m = \frac{R^\ast}{Z_S + R^\ast} \le \varepsilon = \frac{R}{Z_S + R}$$
 #
 # Exponentials of large logits overflow, so the sums are kept as logarithms; then
 # $\varepsilon = \mathrm{sigmoid}(\log R - \log Z_S)$.
@@ -127,8 +127,8 @@ print(f"certified     {epsilon.median():.4f}, at most {epsilon.max():.4f}")
 # $o_S$ and $o_N$ are weighted means of values, so they are no further apart than the two values that are furthest
 # apart:
 #
-# $$\lVert o_S - o \rVert \le  \varepsilon \cdot \max_{j,k} \lVert v_j - v_k \rVert
-# \le  2 \varepsilon \cdot \max_j \lVert v_j \rVert$$
+# $$\lVert o_S - o \rVert \le \varepsilon \cdot \max_{j,k} \lVert v_j - v_k \rVert
+# \le 2 \varepsilon \cdot \max_j \lVert v_j \rVert$$
 #
 # The last form needs one number per KV head, the largest norm of a value, which a cache could keep up to date.
 
