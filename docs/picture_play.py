@@ -1,0 +1,29 @@
+"""Photographs the interactive page into images/play.png: python docs/picture_play.py (needs playwright, Chromium)."""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+DOCS = Path(__file__).parent
+PLACE = "#interval=16&ratio=0.1&step=75"
+CHROMIUM = os.environ.get("RESA_CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
+
+
+def main() -> None:
+    """One place in one generation, as a reader with a light theme sees it."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 985}, color_scheme="light")
+        page.goto((DOCS / "play" / "index.html").as_uri() + PLACE)
+        picture = Image.open(io.BytesIO(page.screenshot()))
+        browser.close()
+    # Few colours are in it: a palette makes the file a third as large.
+    picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(DOCS / "images" / "play.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
