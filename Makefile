@@ -38,7 +38,7 @@ test-gpu: install  ## the tests of the kernels, compiled
 docs: install  ## run every tutorial, build the site in build/docs/html, look at it in Chromium
 	$(PYTHON) docs/run_tutorials.py
 	$(PYTHON) docs/build_site.py
-	$(PYTHON) -m pytest -m site tests/test_site.py
+	$(PYTHON) -m pytest -m site
 
 tutorials: install  ## run every tutorial and write its page in docs/tutorials; ARGS=03_drift for one
 	$(PYTHON) docs/run_tutorials.py --write $(ARGS)

@@ -48,6 +48,7 @@ html_static_path = ["_static"]
 html_css_files = ["resa.css"]
 html_extra_path = [str(ROOT / "build" / "docs" / "extra")]  # the interactive page's own files
 html_copy_source = False
+html_show_search_summary = False  # it would fetch pages, which browsers don't allow from the disk
 html_show_sphinx = False
 html_show_copyright = False
 html_math_renderer = "mathml"
@@ -122,6 +123,7 @@ def process_docstring(app: Sphinx, what: str, name: str, obj: object, options: o
     lines[:] = docstring_as_rst(lines)
     if what == "class" and dataclasses.is_dataclass(obj):
         comments = field_comments(obj)
+        lines += ["Fields:", ""]
         for field in dataclasses.fields(obj):
             default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
             kind = field.type if isinstance(field.type, str) else field.type.__name__
