@@ -10,7 +10,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: help install demo test test-gpu sanitize bench evidence evidence-small lint clean
+.PHONY: help install demo test test-gpu docs tutorials sanitize bench evidence evidence-small lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -34,6 +34,14 @@ test: install  ## every test, on every core; where there is a GPU, those of the 
 
 test-gpu: install  ## the tests of the kernels, compiled
 	RESA_TEST_DEVICE=cuda $(PYTHON) -m pytest -m fast
+
+docs: install  ## run every tutorial, build the site in build/docs/html, look at it in Chromium
+	$(PYTHON) docs/run_tutorials.py
+	$(PYTHON) docs/build_site.py
+	$(PYTHON) -m pytest -m site
+
+tutorials: install  ## run every tutorial and write its page in docs/tutorials; ARGS=03_drift for one
+	$(PYTHON) docs/run_tutorials.py --write $(ARGS)
 
 OWN_KERNELS = $(foreach name,bounds score select write sparse dense compress append_and_score \
     plan append add_norm split swiglu,--kernel-name kns=_$(name)_kernel)

@@ -1,0 +1,228 @@
+"""Executes every tutorial once and keeps the notebooks in build/docs/notebooks, which the site shows.
+
+    python docs/run_tutorials.py                    # all of them, in a kernel of this very interpreter
+    python docs/run_tutorials.py 03_drift           # the ones named
+    python docs/run_tutorials.py --write            # and write their pages, docs/tutorials/*.md, as GitHub shows them
+
+A tutorial that fails, prints to standard error, takes more than a minute or draws a figure without a caption is named
+with its cell, and the exit status is 1. Next door, `build_site.py` makes the site.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jupytext
+import nbformat
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_core.utils import run_sync
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
+
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIALS = ROOT / "tutorials"
+PAGES = ROOT / "docs" / "tutorials"
+NOTEBOOKS = ROOT / "build" / "docs" / "notebooks"
+LIMIT = 60.0  # seconds of one tutorial
+BUDGET = 25.0  # seconds on average
+SOLUTION = "<details><summary>Solution</summary>"
+TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+CAPTION = re.compile(r"^\*(Figure:?.*?)\*\s*$", re.MULTILINE | re.DOTALL)
+
+
+class ThisInterpreter(KernelSpecManager):
+    """Finds one kernel, the interpreter that runs now, whatever kernels are installed on the machine."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        """The same for every name."""
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=argv, display_name="Python", language="python")
+
+
+def tutorials() -> list[Path]:
+    """The scripts 01_….py, 02_….py, … in order."""
+    return sorted(TUTORIALS.glob("[0-9]*.py"))
+
+
+def execute(script: Path) -> nbformat.NotebookNode:
+    """The script as a notebook with outputs, run in the repository's root.
+
+    Raises `RuntimeError` naming tutorial and cell.
+    """
+    notebook = jupytext.read(script)
+    try:
+        with tempfile.TemporaryDirectory() as sockets:  # files, because anyone on the machine can listen to ports
+            kernel = AsyncKernelManager(
+                kernel_name="python", kernel_spec_manager=ThisInterpreter(), transport="ipc", ip=f"{sockets}/kernel"
+            )
+            place = {"metadata": {"path": str(ROOT)}}
+            try:
+                NotebookClient(notebook, km=kernel, timeout=int(2 * LIMIT), resources=place).execute()
+            finally:
+                run_sync(kernel.shutdown_kernel)(now=True)  # who brings a kernel ends it
+    except (CellExecutionError, CellTimeoutError) as error:
+        number = sum(cell.cell_type == "code" and "execution" in cell.metadata for cell in notebook.cells)
+        raise RuntimeError(f"{script.name}, code cell {number}:\n{TERMINAL_COLOURS.sub('', str(error))}") from None
+    captions = figures(notebook)
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        complaints = [output.text for output in cell.outputs if output.get("name") == "stderr"]
+        if complaints:
+            raise RuntimeError(f"{script.name}, code cell {number} prints to standard error:\n{''.join(complaints)}")
+        if sum("image/png" in output.get("data", {}) for output in cell.outputs) != len(captions.get(cell.id, [])):
+            raise RuntimeError(f"{script.name}, code cell {number}: a figure without *Figure: …* in the cell after it")
+        del cell.metadata["execution"]  # times of day
+    return notebook
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The cells that are executed; empty ones are not."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def figures(notebook: nbformat.NotebookNode) -> dict[str, list[str]]:
+    """Captions by the id of the cell that draws: as many as it draws, taken from the next prose."""
+    found: dict[str, list[str]] = {}
+    for index, cell in enumerate(notebook.cells):
+        drawn = sum("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+        after = (later.source for later in notebook.cells[index + 1 :] if later.cell_type == "markdown")
+        if drawn:
+            captions = CAPTION.findall(next(after, ""))
+            found[cell.id] = [plain(caption.removeprefix("Figure:")) for caption in captions[:drawn]]
+    return found
+
+
+def plain(markdown: str) -> str:
+    """A caption as alternative text: one line without links, code marks or brackets.
+
+    >>> plain(" the drift of [layer 3](x.md),\\n in `keys`")
+    'the drift of layer 3, in keys'
+    """
+    return " ".join(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", markdown).replace("`", "").split()).translate(BRACKETS)
+
+
+BRACKETS = str.maketrans("[]", "()")
+
+
+def fenced(text: str, language: str) -> str:
+    """The text in a fence longer than any within it."""
+    longest = max((len(run) for run in re.findall(r"^`{3,}", text, re.MULTILINE)), default=2)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def page(notebook: nbformat.NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
+    """The notebook as Markdown that GitHub shows, and its images by file name."""
+    images: dict[str, bytes] = {}
+    captions = figures(notebook)
+    parts = [f"<!-- Written from tutorials/{name}.py by `make tutorials`: change that, not this. -->"]
+    for cell in notebook.cells:
+        if not cell.source.strip():
+            continue
+        if cell.cell_type == "markdown":
+            parts.append(cell.source.strip())
+            continue
+        is_folded = "hide-cell" in cell.metadata.get("tags", [])
+        parts += [SOLUTION] if is_folded else []
+        parts.append(fenced(cell.source, "python"))
+        parts += outputs(cell, iter(captions.get(cell.id, [])), images, name)
+        parts += ["</details>"] if is_folded else []
+    return "\n\n".join(parts) + "\n", images
+
+
+def outputs(cell: nbformat.NotebookNode, captions: Iterator[str], images: dict[str, bytes], name: str) -> Iterator[str]:
+    """What a cell printed and drew, in order, neighbouring prints as one; fills `images`."""
+    printed = ""
+    for output in cell.outputs:
+        if output.output_type == "stream":
+            printed += output.text
+            continue
+        if printed.strip():
+            yield fenced(printed, "text")
+        printed = ""
+        data = output.get("data", {})
+        if "image/png" in data:
+            file = f"{name}_{len([image for image in images if image.startswith(name)]) + 1}.png"
+            images[file] = base64.b64decode(data["image/png"])
+            yield f"![{next(captions)}](images/{file})"
+        elif data.get("text/plain", "").strip():
+            yield fenced(data["text/plain"], "text")
+    if printed.strip():
+        yield fenced(printed, "text")
+
+
+def write_page(notebook: nbformat.NotebookNode, name: str) -> None:
+    """docs/tutorials/NAME.md and its images, in place of the last ones."""
+    text, images = page(notebook, name)
+    (PAGES / "images").mkdir(parents=True, exist_ok=True)
+    for old in (PAGES / "images").glob(f"{name}_*.png"):
+        old.unlink()
+    for file, content in images.items():
+        (PAGES / "images" / file).write_bytes(content)
+    (PAGES / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def remove_leftovers() -> None:
+    """Pages and images of tutorials that are no more."""
+    names = {script.stem for script in tutorials()}
+    for path in [*PAGES.glob("*.md"), *(PAGES / "images").glob("*.png")]:
+        stem = path.stem if path.suffix == ".md" else path.stem.rpartition("_")[0]
+        if stem not in names:
+            path.unlink()
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description="execute the tutorials")
+    parser.add_argument("names", nargs="*", help="such as 03_drift (default: all)")
+    parser.add_argument("--write", action="store_true", help="write docs/tutorials/*.md and images too")
+    options = parser.parse_args()
+    chosen = [script for script in tutorials() if not options.names or script.stem in options.names]
+    unknown = set(options.names) - {script.stem for script in chosen}
+    if unknown:
+        parser.error(f"no tutorial {', '.join(sorted(unknown))}; there are {', '.join(p.stem for p in tutorials())}")
+    # As many threads as a small machine has: times and rounding should not depend on a large one.
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+    NOTEBOOKS.mkdir(parents=True, exist_ok=True)
+    if not options.names:
+        for old in NOTEBOOKS.glob("*.ipynb"):
+            old.unlink()
+    taken, failures = [], []
+    for script in chosen:
+        print(f"{script.stem:22}", end="", flush=True)
+        begin = time.monotonic()
+        try:
+            notebook = execute(script)
+        except RuntimeError as error:
+            print("failed")
+            failures.append(str(error))
+            continue
+        taken.append(time.monotonic() - begin)
+        is_slow = taken[-1] > LIMIT
+        print(f"{taken[-1]:6.1f} s{f'   over the limit of {LIMIT:.0f} s' if is_slow else ''}", flush=True)
+        if is_slow:
+            failures.append(f"{script.name} took {taken[-1]:.0f} s of {LIMIT:.0f}")
+        nbformat.write(notebook, NOTEBOOKS / f"{script.stem}.ipynb")
+        if options.write:
+            write_page(notebook, script.stem)
+    if options.write:
+        remove_leftovers()
+    if taken:
+        mean = sum(taken) / len(taken)
+        verdict = "within" if mean <= BUDGET else "OVER"
+        print(f"{'mean':22}{mean:6.1f} s, {verdict} the budget of {BUDGET:.0f} s")
+    for failure in failures:
+        print(f"\n{failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
