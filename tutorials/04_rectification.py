@@ -232,7 +232,7 @@ for interval in (None, 128, 64, 32, 16, 8, 4, 1):
     print(f"f = {interval!s:>4}: {share:.3f} of dense decoding's cache bytes")
 
 # %% [markdown]
-# At $f = 32$, the default, rectification adds about as much as the bounds cost. Below $f = 8$ it is the largest part,
+# At $f = 32$, the default, rectification costs half of what the bounds cost. From $f = 8$ down it is the largest part,
 # and at $f = 1$ it alone costs what dense decoding costs: that is decode-only, a yardstick and not a way to be fast.
 #
 # ## The fused schedule
