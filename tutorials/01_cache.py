@@ -5,6 +5,10 @@
 # [KV cache](../glossary.md#kv-cache), how many bytes of it every new token reads, and why that makes long contexts
 # slow. All of it is measured on the machine that runs this page.
 #
+# The first five tutorials lead to *rectified sparse attention* (ReSA, [arXiv
+# 2506.04108](https://arxiv.org/abs/2506.04108)): decoding that reads a small part of the cache at each step and puts
+# right, every now and then, what that did to the cache. This one is about the cache itself.
+#
 # **Time:** ten minutes to read, about fifteen seconds to run on one core. You should know PyTorch and have seen the
 # formula of attention.
 #
@@ -204,9 +208,10 @@ assert attention_ms[-1] > 4 * attention_ms[0], "16 times the bytes take many tim
 # time goes with bytes.*
 #
 # On one CPU core, attention does not reach the speed of pure reading: each key meets $G = 7$ queries, and one core is
-# slow at the arithmetic. A GPU does thousands of multiplications while it waits for one number from memory, so there
-# the bytes alone decide. These numbers were measured on a GPU and come with the project; they are read from a file, not
-# measured now. "Copying" is a plain copy from one place of the GPU's memory to another, timed in the same run.
+# slow at the arithmetic. A GPU can do hundreds of multiplications in the time that one number takes to come from
+# memory, so there the bytes alone decide. These numbers were measured on a GPU and come with the project; they are read
+# from a file, not measured now. "Copying" is a plain copy from one place of the GPU's memory to another, timed in the
+# same run.
 
 # %%
 results = Path(resa.reference.__file__).parents[1] / "docs" / "results"

@@ -112,8 +112,8 @@ plt.show()
 # [law](../glossary.md#law) of this project: the score of a block is at least $\bar q \cdot k$ for each of its keys. A
 # block of low score can be skipped with good conscience; a block of high score may disappoint.
 #
-# Selection takes the newest block in any case (`local_blocks = 1`: what was said last nearly always matters), then the
-# highest scores, $n$ blocks in all:
+# Selection takes the newest block in any case ([`local_blocks`](../glossary.md#local-blocks) is 1: what was said last
+# nearly always matters), then the highest scores, $n$ blocks in all:
 #
 # $$n = \min(M, \max(\mathrm{min\_blocks}, \lceil p \cdot M \rceil))$$
 #
@@ -199,9 +199,7 @@ for layer, step in enumerate(steps):
     gap = (scores[layer] - best)[is_block]
     assert gap.min() > -1e-3, "law 1: a score is an upper bound"
     gaps.append(gap.mean() * step.query.shape[-1] ** -0.5)
-print(
-    f"a score exceeds the block's best key by {torch.stack(gaps).mean():.1f} on average, in units of attention logits"
-)
+print(f"a score exceeds the block's best key by {torch.stack(gaps).mean():.1f} on average, in attention logits")
 
 # %% [markdown]
 # It holds, and it is generous: in 64 channels there is hardly ever a key at the corner of the box. What counts for
@@ -225,18 +223,21 @@ def text_of(start, end):
 position = n_prompt + at
 print(f"layer {layer}, KV head {head}, at the end of {text_of(position - 12, position + 1)}")
 print(f"(the file goes on with {text_of(position + 1, position + 5)})\n")
-by_score = scores[layer, at, head].argsort(descending=True)
-print("  score  mass  block")
-for index in by_score[:6].tolist():
+by_score = scores[layer, at, head].argsort(descending=True).tolist()
+print("    rank   score  mass  block")
+for rank, index in enumerate(by_score, start=1):
+    if rank > 6 and index != wanted:
+        continue
     value, share = scores[layer, at, head, index] * 64**-0.5, group_mass[layer, at, head, index]
-    print(f"{value:7.2f} {share:5.2f}  {index:5}  {text_of(b * index, min(b * index + b, position + 1))}")
+    mark, shown = "->" if index == wanted else "  ", text_of(b * index, min(b * index + b, position + 1))
+    print(f"{mark} {rank:5} {value:7.2f} {share:5.2f}  {index:5}  {shown}")
 
 # %% [markdown]
-# The table shows the blocks of highest score for this one step and what stands in them (the scores divided by
-# $\sqrt D$, as attention does). Typically such a head searches for earlier places where the newest word occurred, to
-# see how it went on there. The bounds found them without reading a key. Other blocks of high score get
-# hardly any mass: they promised and disappointed. The next picture shows the same head over all
-# 48 steps.
+# The table shows the blocks of highest score for this one step and what stands in them (the scores divided by $\sqrt
+# D$, as attention does); the arrow marks the far block that got so much mass. Typically such a head searches for
+# earlier places where the newest word occurred, to see how it went on there. The bounds lead to that block without a
+# key being read. Other blocks of high score get hardly any mass: they promised and disappointed. The next picture shows
+# the same head over all 48 steps.
 
 # %%
 n_seen = scores.shape[-1]
@@ -378,7 +379,7 @@ for size in (4, 16, 64):
 # would it be missed?
 
 # %% tags=["hide-cell"]
-rank = by_score.tolist().index(wanted)
+rank = by_score.index(wanted)
 total = int(newest[at]) + 1
 print(f"rank {rank + 1} of {total}: it is read from p = {(rank + 1) / total:.3f} on")
 assert rank < total // 2

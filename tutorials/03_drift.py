@@ -43,7 +43,8 @@ prompt, continuation = tokens[:n_prompt], tokens[n_prompt : n_prompt + n_steps]
 # One cache takes everything in densely. That is what a cache should look like; we call it *exact*. The other takes in
 # the prompt densely, as every decoder does, and then the continuation by [sparse steps](../glossary.md#sparse-step),
 # each attending to a tenth of the blocks. The cache has some 70 blocks, so we lower `min_blocks` to 4; at the default
-# of 16 nearly a quarter would be read.
+# of 16 nearly a quarter would be read. (A single step looks only at these settings; the interval of a configuration
+# matters to the loop around the steps, in the next tutorial.)
 
 # %%
 config = ReSAConfig(active_ratio=0.1, min_blocks=4)

@@ -162,9 +162,9 @@ def decode_by_hand(model, opened, logits, n_tokens, config, given=None, watch=No
 # %%
 paper = ReSAConfig(active_ratio=0.1, min_blocks=4, interval=16, schedule="paper")
 n_new = 40
-empty = model.new_cache(1, n_prompt + n_new - 1, config.block_size)
-logits = prefill(model, [prompt], empty)
-chosen, cache, w = decode_by_hand(model, empty, logits, n_new, paper)
+prefilled = model.new_cache(1, n_prompt + n_new - 1, config.block_size)
+logits = prefill(model, [prompt], prefilled)
+chosen, cache, w = decode_by_hand(model, prefilled, logits, n_new, paper)
 
 generation = generate(model, [prompt], n_new, paper)
 assert generation.tokens[0] == chosen
@@ -232,7 +232,7 @@ for interval in (None, 128, 64, 32, 16, 8, 4, 1):
     print(f"f = {interval!s:>4}: {share:.3f} of dense decoding's cache bytes")
 
 # %% [markdown]
-# At $f = 32$, the default, rectification adds about as much as the bounds cost. Below $f = 8$ it is the largest part,
+# At $f = 32$, the default, rectification costs half of what the bounds cost. From $f = 8$ down it is the largest part,
 # and at $f = 1$ it alone costs what dense decoding costs: that is decode-only, a yardstick and not a way to be fast.
 #
 # ## The fused schedule
@@ -259,7 +259,7 @@ def decode_fused(opened, logits, n_tokens, interval):
             w, passes = w + 1, passes + "s"
 
 
-chosen, cache, passes = decode_fused(empty, logits, n_new, 16)
+chosen, cache, passes = decode_fused(prefilled, logits, n_new, 16)
 fused = generate(model, [prompt], n_new, ReSAConfig(active_ratio=0.1, min_blocks=4, interval=16, schedule="fused"))
 assert fused.tokens[0] == chosen
 assert torch.equal(fused.cache.keys, cache.keys)
