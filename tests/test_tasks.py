@@ -16,7 +16,7 @@ from hypothesis import example as case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resa.reference.evals import tasks
+from resa.reference import tasks
 from resa.reference.tasks import FAMILIES, SHORTEST, documents, scatter, short_names, tracing
 from resa.reference.tokenizer import END_OF_TEXT, load_tokenizer, make_tokenizer
 
