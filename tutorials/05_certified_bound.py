@@ -305,11 +305,10 @@ for size in (1, 2, 4, 8, 16):
 # - It is a *law*: true for every input, so tests can check it (law 10 of the specification), and an implementation with
 #   wrong bounds or a wrong selection breaks it.
 # - Where keys are clustered within blocks and attention is sharp, it tells at run time that a step was good, or that it
-#   was not
-#   and should be done densely.
+#   was not and should be done densely.
 # - It speaks of *one step over the cache as it is*. About drift it says nothing: over a wrong cache, a step may be
-#   certified
-#   and wrong. For drift there is [rectification](04_rectification.md), and it needs no bound, since it is exact.
+#   certified and wrong. For drift there is [rectification](04_rectification.md), and it needs no bound, since it is
+#   exact.
 #
 # ## Exercises
 #
