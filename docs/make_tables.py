@@ -390,6 +390,26 @@ def evidence_split() -> str:
     return markdown(head, lines) + f"\n\n{note} {measured(result)}"
 
 
+def evidence_grid() -> str:
+    """KL from dense on source code, split, for every interval and ratio."""
+    result = evidence("sweep_wide")
+    rows = {(row["interval"], row["active_ratio"]): row for row in result["factors"]["grid"]}
+    ratios = sorted({ratio for _, ratio in rows if ratio < 1})  # with every block there is nothing to lose
+    lines = [["step error", *(within(rows[None, ratio], "kl_step_error") for ratio in ratios)]]
+    for f in dict.fromkeys(interval for interval, _ in rows):
+        if f != 1:  # decode-only, which has no drift
+            name = "never" if f is None else f"f = {f}"
+            lines.append([f"drift, {name}", *(within(rows[f, ratio], "kl_drift") for ratio in ratios)])
+    head = ["KL from dense (nats)", *(f"p = {ratio}" for ratio in ratios)]
+    config = result["base"]["config"]
+    note = (
+        f"{result['documents']} documents of {result['document_tokens']:,} tokens, a suffix of "
+        f"{result['base']['suffix']}, the last {result['scored']} predictions; schedule `{config['schedule']}`, "
+        f"block size {config['block_size']}, at least {config['min_blocks']} blocks; means [95 %]."
+    )
+    return markdown(head, lines) + f"\n\n{note} {measured(result)}"
+
+
 def recovered(share: float | None, ends: list[float | None] | None) -> str:
     """A share of the drift; none where there is so little drift that it could be anything of it."""
     return "–" if share is None or None in ends else f"{share:.0%} [{ends[0]:.0%}, {ends[1]:.0%}]"
@@ -560,6 +580,7 @@ TABLES = {
     "evidence_paired": evidence_paired,
     "evidence_drift": evidence_drift,
     "evidence_split": evidence_split,
+    "evidence_grid": evidence_grid,
     "evidence_speculation": evidence_speculation,
     "evidence_selection": evidence_selection,
     "fidelity": fidelity,
