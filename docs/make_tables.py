@@ -477,7 +477,7 @@ def evidence_scores() -> str:
         rows = {row["interval"]: row for row in result["rows"] if row["score"] == score}
         never = rows.pop("never")
         exact = rows.pop("decode-only")
-        ((_, resa),) = rows.items()
+        ((f, resa),) = rows.items()
         share = recovered(resa["recovered"], resa["recovered_95"])
         lines.append(
             [
@@ -489,10 +489,18 @@ def evidence_scores() -> str:
                 share,
             ]
         )
-    head = ["blocks by", "step error", "drift, never rectified", "drift, f = 32", "right, f = 32", "drift recovered"]
+    head = [
+        "blocks by",
+        "step error",
+        "drift, never rectified",
+        f"drift, f = {f}",
+        f"right, f = {f}",
+        "drift recovered",
+    ]
     note = f"{result['programs']} programs of {result['length']:,} tokens, {result['checks']:,} values"
     return (
-        markdown(head, lines) + f"\n\n{note}{settings_of({**result['config'], 'active_ratio': 0.1})} {measured(result)}"
+        markdown(head, lines)
+        + f"\n\n{note}{settings_of({**result['config'], 'active_ratio': resa['ratio']})} {measured(result)}"
     )
 
 
@@ -518,7 +526,7 @@ def evidence_layers() -> str:
     columns = {name: result["mass_left_out"]["pooled"] for name, result in results.items()}
     lines = [
         [
-            str(1 + layer),
+            str(layer),
             *(f"{row['layers'][layer]:.3f} {interval(row['layers_95'][layer], 3)}" for row in columns.values()),
         ]
         for layer in range(len(columns["selection"]["layers"]))
@@ -527,8 +535,11 @@ def evidence_layers() -> str:
     commands = [shlex.split(result["command"]) for result in results.values()]
     lengths = [int(words[words.index("--prompt-tokens") + 1]) for words in commands]
     head = ["layer", *(f"prompt of {length:,}" for length in lengths)]
-    note = " ".join(measured(result) for result in results.values())
-    return markdown(head, lines) + f"\n\n8 documents, 16 tokens each; mass left out by *pooled*; means [95 %]. {note}"
+    first = results["selection"]
+    note = (
+        f"{first['documents']} documents, {first['tokens_each']} tokens each; mass left out by *pooled*; means [95 %]."
+    )
+    return markdown(head, lines) + f"\n\n{note} " + " ".join(measured(result) for result in results.values())
 
 
 def evidence_written() -> str:

@@ -34,6 +34,9 @@ def exact_until(n_tokens: int, prompt_tokens: int, config: ReSAConfig) -> Tensor
     return prompt_tokens + (torch.zeros_like(decoded) if f is None else decoded // f * f)
 
 
+Score = Callable[[Tensor, Tensor], Tensor]  # query [B, Hq, T, D], bounds [B, Hkv, 2, D, M] → [B, Hkv, T, M]
+
+
 def pooled_scores(query: Tensor, bounds: Tensor) -> Tensor:
     """Eq. 4 for many queries: query [B, Hq, T, D], bounds [B, Hkv, 2, D, M] → [B, Hkv, T, M]."""
     return block_upper_bounds(query.unflatten(1, (bounds.shape[1], -1)).mean(dim=2), bounds)
@@ -53,7 +56,7 @@ def decode_at_once(
     tokens: Tensor,
     config: ReSAConfig,
     prompt_tokens: int,
-    score: Callable[[Tensor, Tensor], Tensor] = pooled_scores,
+    score: Score = pooled_scores,
 ) -> tuple[Tensor, Tensor]:
     """Final hidden states [B, T, C] of dense attention and of decoding, along `tokens` [B, T].
 
@@ -104,7 +107,7 @@ def selected_tokens(
     key: Tensor,
     exact: Tensor,
     config: ReSAConfig,
-    score: Callable[[Tensor, Tensor], Tensor] = pooled_scores,
+    score: Score = pooled_scores,
 ) -> Tensor:
     """Which tokens each step's blocks hold, its future ones included: [B, Hkv, T, T] bool (eq. 3–5).
 

@@ -140,7 +140,7 @@ def alias_program(tokenizer: tiktoken.Encoding, rng: np.random.Generator, length
 def is_checked(w: Words, tokens: Tensor) -> Tensor:
     """Which tokens are what a line asserts, as `8` in `assert index == 8`: tokens [..., T] → bool of that shape.
 
-    All tokens after ` ==` in a line that begins with `assert`, but for single spaces and the line's end.
+    All tokens after ` ==` in a line that begins with `assert`, not indented, but for single spaces and the line's end.
     """
     at = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
     is_end = torch.isin(tokens, torch.tensor(w.line_ends, device=tokens.device))
@@ -148,7 +148,8 @@ def is_checked(w: Words, tokens: Tensor) -> Tensor:
     end = torch.where(is_end, at, nowhere).cummax(dim=-1).values  # the newest line's end, this token included
     compared = torch.where(tokens == w.compares, at, nowhere).cummax(dim=-1).values
     first = tokens.gather(-1, (end + 1).clamp(max=tokens.shape[-1] - 1))  # of the line
-    is_answer = (compared > end) & (at > compared) & (first == w.asserts)
+    is_bare = (end < 0) | (tokens.gather(-1, end.clamp(min=0)) == w.newline)  # other line ends hold indentation as well
+    is_answer = (compared > end) & (at > compared) & (first == w.asserts) & is_bare
     return is_answer & (tokens != w.space)
 
 

@@ -77,7 +77,7 @@ def test_per_head_scores_select_as_decoding_step_by_step_does(model):
     assert marked(model, some, checks, config, prompt, 2).right.tolist() != expected
 
 
-def test_every_score_is_an_upper_bound(model):
+def test_every_score_is_an_upper_bound():
     """8 bits at least pooled, per head at least any head's own products; eq. 4 with pooled queries."""
     torch.manual_seed(0)
     keys, query = torch.randn(1, 2, 64, 8), torch.randn(1, 4, 5, 8)

@@ -325,7 +325,7 @@ def test_the_sliders_change_the_numbers_to_what_the_data_say(opened, data):
             share = float(shown(page, "share").removesuffix(" %"))
             assert share == pytest.approx(100 * setting["read_share"], abs=0.0501)  # rounded, halves either way
             assert page.locator("#ratio-value").inner_text() == str(ratio)
-            name = "never" if interval is None else f"{interval} tokens"
+            name = "never" if interval is None else f"every {interval} tokens"
             assert page.locator("#interval-value").inner_text() == name
             assert page.locator("#interval").get_attribute("aria-valuetext") == name
             text = page.locator("#text .token:not([hidden])").all_text_contents()
@@ -372,7 +372,7 @@ def test_the_keyboard_does_all(opened):
     assert reached[:8] == ["play", "forward", "scrub", "speed", "interval", "ratio", "blocks", "text"]
     page.locator("#interval").focus()
     press("ArrowRight")  # the slider's own
-    assert (page.locator("#interval-value").inner_text(), shown(page, "step")) == ("16 tokens", "0")
+    assert (page.locator("#interval-value").inner_text(), shown(page, "step")) == ("every 16 tokens", "0")
     page.locator("#scrub").focus()
     press("ArrowRight")
     assert shown(page, "step") == "1"

@@ -104,8 +104,9 @@ def test_what_is_checked_is_found_in_the_tokens():
     made = program(3, 700)
     found = is_checked(words(TOKENIZER), torch.tensor(made.tokens))
     assert found.nonzero()[:, 0].tolist() == [check.at for check in made.checks]
-    code = torch.tensor(TOKENIZER.encode_ordinary("if len(x) == 2 and index == 10:\n    pass\n"))
-    assert not is_checked(words(TOKENIZER), code).any()
+    code = "if len(x) == 2 and index == 10:\n    assert len(x) == len(y), 'message'\n    assert index == 10\n\n"
+    code += "    assert index == 1\n    pass\n"
+    assert not is_checked(words(TOKENIZER), torch.tensor(TOKENIZER.encode_ordinary(code))).any()
 
 
 @pytest.mark.parametrize("family", RETRIEVAL)

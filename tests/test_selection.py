@@ -14,7 +14,7 @@ from resa.reference.evals.selection import Step, certified_bound, in_eight_bits,
 
 SHAPE = Shape(seed=7)
 CONFIG = ReSAConfig(block_size=4, active_ratio=0.2, min_blocks=2)
-WAYS = ["pooled", "per head", "8 bits", "mean key", "newest", "best"]
+WAYS = ["pooled", "per-head", "8-bits", "mean-key", "newest", "best"]
 
 
 def drawn(seed, batch=2, kv_heads=2, group=3, tokens=37, size=8, scale=1.0):
@@ -55,17 +55,17 @@ def test_ways_are_what_they_are_called(seed):
     torch.testing.assert_close(found["pooled"], score_blocks(step.query, bounds, step.lengths, 4))
     torch.testing.assert_close(found["best"], mass.mean(dim=2))
     rounded = score_blocks(step.query, in_eight_bits(bounds), step.lengths, 4)
-    torch.testing.assert_close(found["8 bits"], rounded)
-    assert (found["8 bits"] >= found["pooled"]).all(), "bounds that are rounded outward score higher"
-    assert not torch.equal(found["8 bits"], found["pooled"])
+    torch.testing.assert_close(found["8-bits"], rounded)
+    assert (found["8-bits"] >= found["pooled"]).all(), "bounds that are rounded outward score higher"
+    assert not torch.equal(found["8-bits"], found["pooled"])
     for s, length in enumerate(step.lengths.tolist()):
         for i in range(-(-length // 4)):
             block = step.keys[s, :, 4 * i : min(4 * i + 4, length)]  # [Hkv, tokens, D]
             for h in range(2):
                 heads = step.query[s, 3 * h : 3 * h + 3]
                 upper = max(float(torch.maximum(q * block[h].amin(0), q * block[h].amax(0)).sum()) for q in heads)
-                assert found["per head"][s, h, i] == pytest.approx(upper * 8**-0.5)
-                assert found["mean key"][s, h, i] == pytest.approx(float(heads.mean(0) @ block[h].mean(0)))
+                assert found["per-head"][s, h, i] == pytest.approx(upper * 8**-0.5)
+                assert found["mean-key"][s, h, i] == pytest.approx(float(heads.mean(0) @ block[h].mean(0)))
         newest = found["newest"][s, 0]
         assert (newest.diff() > 0).all()
 

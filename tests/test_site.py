@@ -584,7 +584,7 @@ def test_pages_in_a_browser(site, visit, width, height):
     opened = visit(width, height)
     for name, parsed in site.items():
         if name.startswith("play/"):
-            continue  # a page of its own, shown within play.html
+            continue  # a page of its own
         opened.page.goto((SITE / name).as_uri())
         assert not opened.wrong, f"{name}: {opened.wrong}"
         assert opened.page.title().strip() == parsed.title.strip()

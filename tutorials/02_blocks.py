@@ -228,7 +228,7 @@ print("    rank   score  mass  block")
 for rank, index in enumerate(by_score, start=1):
     if rank > 6 and index != wanted:
         continue
-    value, share = scores[layer, at, head, index] * 64**-0.5, group_mass[layer, at, head, index]
+    value, share = scores[layer, at, head, index] * model.config.head_dim**-0.5, group_mass[layer, at, head, index]
     mark, shown = "->" if index == wanted else "  ", text_of(b * index, min(b * index + b, position + 1))
     print(f"{mark} {rank:5} {value:7.2f} {share:5.2f}  {index:5}  {shown}")
 
@@ -241,7 +241,7 @@ for rank, index in enumerate(by_score, start=1):
 
 # %%
 n_seen = scores.shape[-1]
-relative = (scores[layer, :, head] - scores[layer, :, head].amax(dim=-1, keepdim=True)) * 64**-0.5
+relative = (scores[layer, :, head] - scores[layer, :, head].amax(dim=-1, keepdim=True)) * model.config.head_dim**-0.5
 chosen = is_selected(scores[layer], lengths, config)[:, head]
 log_mass = group_mass[layer, :, head].clamp(min=1e-4).log10()
 panels = {

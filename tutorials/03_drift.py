@@ -221,7 +221,7 @@ print(f"of it drift {row['drift_kl']:.4f} [{low:.4f}, {high:.4f}], that is {shar
 assert 0 < low < row["drift_kl"] < 0.25 * row["kl"]
 
 # %% [markdown]
-# So drift costs this model something, and not much: a cache may be off by a third of its length and the predictions
+# So drift costs this model something, and not much: a cache may be off by two fifths of its length and the predictions
 # hardly care. [Evidence](../evidence.md) takes the loss apart further.
 #
 # ## Where drift matters

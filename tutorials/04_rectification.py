@@ -244,14 +244,14 @@ for interval in (None, 128, 64, 32, 16, 8, 4, 1):
 
 
 # %%
-def decode_fused(opened, logits, n_tokens, interval):
+def decode_fused(model, opened, logits, n_tokens, config):
     """The same loop, fused. Returns the tokens and the cache, and a letter per pass: s sparse, D dense."""
     cache, chosen, w, passes = opened.resized(opened.capacity), [], 0, ""
     while True:
         chosen.append(int(logits[0].argmax()))
         if len(chosen) == n_tokens:
             return chosen, cache, passes
-        if w + 1 == interval:
+        if w + 1 == config.interval:
             logits = rectify(model, [chosen[-(w + 1) :]], cache, window=torch.tensor([w]))  # w tokens, and one more
             w, passes = 0, passes + "D"
         else:
@@ -259,8 +259,9 @@ def decode_fused(opened, logits, n_tokens, interval):
             w, passes = w + 1, passes + "s"
 
 
-chosen, cache, passes = decode_fused(prefilled, logits, n_new, 16)
-fused = generate(model, [prompt], n_new, ReSAConfig(active_ratio=0.1, min_blocks=4, interval=16, schedule="fused"))
+own_schedule = ReSAConfig(active_ratio=0.1, min_blocks=4, interval=16, schedule="fused")
+chosen, cache, passes = decode_fused(model, prefilled, logits, n_new, own_schedule)
+fused = generate(model, [prompt], n_new, own_schedule)
 assert fused.tokens[0] == chosen
 assert torch.equal(fused.cache.keys, cache.keys)
 print("fused:", passes)

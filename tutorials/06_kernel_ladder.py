@@ -728,13 +728,12 @@ for row in recorded["rows"]:
 weights, values = torch.tensor([1.0, 0.0]), torch.tensor([5.0, float("nan")])
 print("a weight of zero times NaN:", (weights * values).sum().item())
 assert (weights * values).sum().isnan()
-
-# %% [markdown]
-# *Solution.* The position only has to be one that exists, so that the pointer stays inside the cache whatever the mask
+# The position only has to be one that exists, so that the pointer stays inside the cache whatever the mask
 # is worth to the compiler; with −1 it would point before the row. Without the mask, values past the end would be
 # loaded and multiplied by a weight of exactly zero. If one of them is NaN or infinite, the sum is NaN: 0 · NaN is NaN.
 # Setting the logit to −∞ protects the softmax, not the sum of values (law 5, inertness).
-#
+
+# %% [markdown]
 # **2.** Rung 3 loads one block of 16 tokens per iteration. Write a version of it that gathers `TOKENS` tokens at once,
 # several blocks of the list in one tile. (Token $t$ of a tile that begins at token $t_0$ of the list belongs to entry
 # $(t_0 + t) \mathbin{/\!/} b$.)
@@ -786,11 +785,10 @@ def by_wide_group(query, keys, values, indices, lengths, block_size):
 
 
 print(f"wide tiles: {check(by_wide_group, toy):.2f} roundings")
+# The list is loaded as a tile of entries with a mask of its own; −1 stands in for entries past its end.
+# This also lifts a limit of rungs 3 and 4: a matrix product needs at least 16 tokens, so they can't take blocks of 8.
 
 # %% [markdown]
-# *Solution.* The list is loaded as a tile of entries with a mask of its own; −1 stands in for entries past its end.
-# This also lifts a limit of rungs 3 and 4: a matrix product needs at least 16 tokens, so they can't take blocks of 8.
-#
 # **3.** Rung 4 merges by log-sum-exp. Let all logits of a list be equal and huge, and its parts of different sizes.
 # What should the output be, and what does rung 4 give?
 
@@ -807,11 +805,10 @@ by_halves = (huge.values[:, :, :48].mean(dim=2) + huge.values[:, :, 48:].mean(di
 assert distance(merged_by_lse, plain) > 0.01
 assert distance(merged_by_lse, by_halves) < 1e-5
 assert distance(own_kernel(*huge.arguments()), plain) < 1e-5
+# The mean of all values. Rung 4 gives the mean of the two parts' means, as if 48 tokens and 32 weighed the
+# same: beside m ≈ −10³⁶, float32 has no digits left for ln 48 or ln 32. Keeping m and
+# z apart costs one more number per row, and that is what the project's kernel does. Real logits are not that large;
+# a kernel that is to be trusted should not care.
 
 # %% [markdown]
-# *Solution.* The mean of all values. Rung 4 gives the mean of the two parts' means, as if 48 tokens and 32 weighed the
-# same: beside $m \approx -10^{36}$, float32 has no digits left for $\ln 48$ or $\ln 32$. Keeping $m$ and
-# $z$ apart costs one more number per row, and that is what the project's kernel does. Real logits are not that large;
-# a kernel that is to be trusted should not care.
-#
 # [Next: the rest of the fast path](07_fast_path.md)

@@ -271,7 +271,7 @@ for context in (2**12, 2**14, 2**16, 2**18):
 
 # %% [markdown]
 # Not quite 1: 224 operations per byte are near the balance of the machine, and what Triton makes of the kernel reaches
-# a little more than half of the matrix units' peak ([kernels](../kernels.md)). So the pass is limited by arithmetic,
+# about half of the matrix units' peak ([kernels](../kernels.md)). So the pass is limited by arithmetic,
 # and takes about 1.5 times as long as the dense step. Spread over 32 tokens that is still little. A larger f would cost
 # more arithmetic per pass and no more bytes, so beyond about 32 the cost per token falls more slowly than 1/f.
 #
@@ -425,11 +425,10 @@ forecast = Forecast([50], ReSAConfig(interval=4, schedule="paper"))
 kinds = [forecast.advance() for _ in range(8)]
 print([[name for name, is_on in vars(each).items() if is_on] for each in kinds])
 assert len(set(kinds)) == 2
+# Two: a sparse step, and a sparse step followed by a rectification whose logits are thrown away. Under
+# `"fused"` the second is a dense pass that also feeds the pending token, so a cycle has one sparse step fewer.
 
 # %% [markdown]
-# *Solution.* Two: a sparse step, and a sparse step followed by a rectification whose logits are thrown away. Under
-# `"fused"` the second is a dense pass that also feeds the pending token, so a cycle has one sparse step fewer.
-#
 # **2.** Bounds in 8 bits are rounded outward: `lo` down, `hi` up. Check on random keys that the scores from them are
 # never below the exact ones (law 1 survives), and count how many of the selected blocks are others.
 
@@ -444,11 +443,10 @@ scores = {
 chosen = {name: set(fast.select_blocks(row, end, ReSAConfig())[0, 0].tolist()) for name, row in scores.items()}
 print(f"{len(chosen['exact'] - chosen['8-bit'])} of {len(chosen['exact'])} selected blocks are others")
 assert (scores["8-bit"] >= scores["exact"] - 1e-4).all()
+# Random keys are the hard case: their blocks are so much alike that small
+# changes of the scores reorder them.
 
 # %% [markdown]
-# *Solution.* The cell above prints how many. Random keys are the hard case: their blocks are so much alike that small
-# changes of the scores reorder them.
-#
 # **3.** A window of f queries has $fG$ operations per byte. From which f on is a rectification limited by arithmetic
 # for $G = 7$, if matrix units reach 55 % of 989 TFLOP/s and memory 3.0 TB/s? And for $G = 1$?
 
@@ -459,10 +457,9 @@ measured = 4 * 32 * 28 * 128 * 8 * 2**18 / rows[2**18]["parts"]["rectify"]["us"]
 print(f"the recorded pass at 256K does {measured:.0f} TFLOP/s, the padding of 224 rows to 256 not counted")
 assert 24 < balance / 7 < 32
 assert 4 * 32 * 28 * 128 * 8 * 2**18 / floors(Shape(), ReSAConfig(), 8, 2**18)["rectify"] == 32 * 7
-
-# %% [markdown]
-# *Solution.* For G = 7 from a little below 32 on, the default. Without groups, f could be seven times as large before
+# For G = 7 from a little below 32 on, the default. Without groups, f could be seven times as large before
 # arithmetic mattered: sharing keys among more heads makes the dense step cheaper per head, and a window dearer beside
 # it.
-#
+
+# %% [markdown]
 # [Next: the roofline](08_roofline.md)

@@ -36,17 +36,19 @@ for name, result in models.items():
 # %% [markdown]
 # ## Two ceilings
 #
-# A kernel that moves $n$ bytes and does $a$ arithmetic operations can't take less time $t$ than either needs. With
-# memory bandwidth $v$ (bytes per second) and peak arithmetic $\pi$ (operations per second):
+# A kernel can't take less time than its bytes need at the memory's bandwidth (bytes per second), nor less than its
+# arithmetic operations need at the peak rate (operations per second):
 #
-# $$ t \ge \max\left(\frac{n}{v},\ \frac{a}{\pi}\right)
+# $$ \mathrm{time} \ge \max\left(\frac{\mathrm{bytes}}{\mathrm{bandwidth}},
+#    \frac{\mathrm{operations}}{\mathrm{peak}}\right)
 #    \qquad\Longleftrightarrow\qquad
-#    \frac{a}{t} \le \min\left(\frac{a}{n}\,v,\ \pi\right) $$
+#    \frac{\mathrm{operations}}{\mathrm{time}} \le
+#    \min\left(\frac{\mathrm{operations}}{\mathrm{bytes}} \cdot \mathrm{bandwidth}, \mathrm{peak}\right) $$
 #
-# $a / n$ is the *intensity*. Plotted over it on logarithmic axes, the bound on the right is a roof: a slope, where
-# memory limits, then a ceiling, where arithmetic does. Attention of f queries and G heads per cached token does $4 f G
-# D$ operations for $4 D$ bytes of 16-bit keys and values, an intensity of $fG$. Scoring does one multiplication and one
-# addition per bound of 2 bytes, an intensity of 1.
+# Operations per byte are the *intensity*. Plotted over it on logarithmic axes, the bound on the right is a roof: a
+# slope, where memory limits, then a ceiling, where arithmetic does. Attention of f queries and G heads per cached token
+# does $4 f G D$ operations for $4 D$ bytes of 16-bit keys and values, an intensity of $fG$. Scoring does one
+# multiplication and one addition per bound of 2 bytes, an intensity of 1.
 
 # %%
 PEAK = 989e12  # operations per second: the datasheet's for 16-bit matrix products
@@ -350,10 +352,9 @@ for weights in models:
     reached = measured[weights, 8, 2**18]["ratio"]
     print(f"{weights}: {size / loaded:.1f} by bytes, {ratio:.1f} by parts; measured, with attention, {reached:.2f}")
     assert ratio < size / loaded
+# By bytes (W + C) / W; by parts a good deal less, because products, elementwise work and sampling stay.
 
 # %% [markdown]
-# *Solution.* By bytes $(W + C) / W$; by parts a good deal less, because products, elementwise work and sampling stay.
-#
 # **2.** Bounds in 8 bits halve $\beta$. What do they promise for whole steps with 8 × 256K tokens, and what was
 # measured?
 
@@ -368,11 +369,11 @@ for weights in models:
         f" measured {row['resa']['us'] / row['resa, 8-bit bounds']['us']:.3f} times as fast"
     )
     assert 1 < row["resa"]["us"] / row["resa, 8-bit bounds"]["us"] < 1.1
+# A few per cent. With 16-bit weights about three quarters of it were measured, with 4-bit ones about half: part
+# of what scoring takes is not bytes. What it may cost is that other blocks are selected
+# (the last tutorial's exercise 2).
 
 # %% [markdown]
-# *Solution.* A few per cent, and a few per cent it is. What it may cost is that other blocks are selected
-# ([the last tutorial's](07_fast_path.md) exercise 2).
-#
 # **3.** With `interval` 64 instead of 32, by how much does the limit by bytes rise at 8 × 256K tokens and 4-bit
 # weights? Is that worth twice the window in which the cache may [drift](../glossary.md#drift)?
 
@@ -382,12 +383,11 @@ cached = size - loaded
 limits = {n: size / (loaded + kv_share(1 / (2 * b), p, n, "fused") * cached) for n in (8, 16, 32, 64, 128)}
 print({n: round(value, 2) for n, value in limits.items()})
 assert limits[64] / limits[32] < limits[16] / limits[8]
+# The printed limits rise ever more slowly: from 1/f there is less to save the smaller it is, beside
+# β + p. Whether the longer window is worth it is a question of quality (the page on evidence), not of
+# bytes.
 
 # %% [markdown]
-# *Solution.* The printed limits rise ever more slowly: from $1/f$ there is less to save the smaller it is, beside
-# $\beta + p$. Whether the longer window is worth it is a question of quality ([evidence](../evidence.md)), not of
-# bytes.
-#
 # **4.** By datasheet an A100 has 2.0 TB/s where an H100 has 3.35. What does that change in the limit by bytes? And
 # where would you expect the measured ratio to lie, beside an H100's, if all parts that are not bytes took as long as
 # here?
@@ -400,9 +400,8 @@ for bandwidth in (3.35, 2.0):
         by_bytes = step_bytes("int4", 8, 2**16)[way] / models["int4"]["copy_tbs"] / 1e6
         times[way] = slower * by_bytes + total("int4", 8, 2**16, way) - by_bytes
     print(f"{bandwidth} TB/s: limit {limit('int4', 8, 2**16):.2f}, expected {times['dense'] / times['resa']:.2f}")
+# Nothing: the limit is a ratio of bytes. With slower memory the fixed costs weigh less, so the ratio moves
+# towards the limit. (A real A100 is slower at everything else too.)
 
 # %% [markdown]
-# *Solution.* Nothing: the limit is a ratio of bytes. With slower memory the fixed costs weigh less, so the ratio moves
-# towards the limit. (A real A100 is slower at everything else too.)
-#
 # [Next: port it](09_port_it.md)

@@ -597,12 +597,11 @@ def interleaved(query, keys, values, lengths, **options):
 
 right_dense = dense_attention
 assert law_broken_by("dense_attention", interleaved) == "2.5 group order"
-
-# %% [markdown]
-# *Solution.* The case whose law is *group order*, `dense_groups`. Cases before it have one KV head, or one query head
+# The case whose law is *group order*, `dense_groups`. Cases before it have one KV head, or one query head
 # for each, where every order is the same. This is what is meant by a ladder: the first failure names the cause, not a
 # consequence.
-#
+
+# %% [markdown]
 # **2.** `write` rebuilds the bounds of the whole layer at every step. How many blocks can a window of $w$ tokens touch?
 # Rebuild only those, and let the kit check it.
 
@@ -623,10 +622,9 @@ thorough, SparseSequence = SparseSequence, Frugal
 assert is_passed(check_port(my_port, vectors))
 SparseSequence = thorough
 print("all cases pass")
+# At most ⌈(w − 1) / b⌉ + 1: w tokens that begin at the last slot of a block. Law 2 (online
+# = rebuilt) is what the kit checks here: bounds in the trace must be those of the port's own keys.
 
 # %% [markdown]
-# *Solution.* At most $\lceil (w - 1) / b \rceil + 1$: $w$ tokens that begin at the last slot of a block. Law 2 (online
-# = rebuilt) is what the kit checks here: bounds in the trace must be those of the port's own keys.
-#
 # **3.** Take another framework that you know, and start from an empty file. [Porting](../porting.md) has the order in
 # which to go and the traps; [a port to JAX](../examples/jax_port.py) was written from that page alone.

@@ -103,7 +103,7 @@
   }
 
   function intervalText(interval) {
-    return interval === null ? "never" : `${interval} tokens`;
+    return interval === null ? "never" : `every ${interval} tokens`;
   }
 
   // White space is written out, or else it could not be quoted.

@@ -7,7 +7,7 @@ The loss against dense decoding is split as everywhere: decode-only makes the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 
@@ -21,12 +21,10 @@ from torch import Tensor
 from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..model import GPT
-from ..parallel import block_upper_bounds, check_decoding, decode_at_once, pooled_scores
+from ..parallel import Score, block_upper_bounds, check_decoding, decode_at_once, pooled_scores
 from ..programs import UNSEEN, Program, alias_program
 from .selection import in_eight_bits
 from .statistics import bootstrap_ratio, with_intervals
-
-Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def per_head_scores(query: Tensor, bounds: Tensor) -> Tensor:

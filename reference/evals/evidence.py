@@ -24,20 +24,21 @@ CODE = {  # on the model of source code
     "selection": f"selection {DOCUMENTS} --tokens 16",
 }
 PROGRAMS = "--prompt-tokens 256 --min-blocks 4"
+SHORT = f"{PROGRAMS} --documents 8 --tokens 1792 --batch 2"
 CARRYING = {  # on the model of programs
-    "carried_small": f"carried {PROGRAMS} --documents 8 --tokens 1792 --batch 2 --intervals 8 32 --ratios 0.1",
+    "carried_small": f"carried {SHORT} --intervals 8 32 --ratios 0.1",
     "drift_carrying": CODE["drift"],
 }
-LONG = f"{PROGRAMS} --documents 24 --tokens 3840 --batch 8"
 INTERVALS, RATIOS = "8 16 32 64 128 256", "0.02 0.05 0.1 0.2 0.5 1"
 # For each size, by the shipped model that is measured: name of the part → words after `resa eval`.
 SIZES = {
     "small": {"model": CODE, "carrying": CARRYING},  # minutes on two CPU cores
     "full": {  # on one GPU; everything of the small size as well
         "carrying": {
-            "carried": f"carried {LONG} --intervals {INTERVALS} --ratios {RATIOS}",
-            "carried_fused": f"carried {LONG} --schedule fused --intervals 8 32 128 --ratios 0.1",
-            "carried_scores": f"carried {LONG} --scores pooled per-head 8-bits --intervals 32 --ratios 0.1",
+            "carried": f"carried {PROGRAMS} --documents 24 --tokens 3840 --batch 8 --intervals {INTERVALS}"
+            f" --ratios {RATIOS}",
+            "carried_fused": f"carried {SHORT} --schedule fused --intervals 8 32 128 --ratios 0.1",
+            "carried_scores": f"carried {SHORT} --scores pooled per-head 8-bits --intervals 32 --ratios 0.1",
             "written": f"written {PROGRAMS} --documents 32 --tokens 3840 --batch 32",
             **CARRYING,
         },
@@ -45,7 +46,7 @@ SIZES = {
             **CODE,
             "free": f"free {DOCUMENTS} --tokens 257 --intervals 32 128",
             "selection_4096": "selection --documents 8 --batch 8 --prompt-tokens 4096 --min-blocks 2 --tokens 16",
-            "sweep_wide": "sweep --documents 16 --batch 16 --prompt-tokens 1024 --min-blocks 2 --tokens 257",
+            "sweep_wide": f"sweep {DOCUMENTS} --tokens 257",
         },
     },
 }

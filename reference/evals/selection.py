@@ -5,9 +5,9 @@ of it a sparse step would have seen. That is the cause of step error, without it
 blocks are compared at the same number of blocks:
 
 - *pooled*: the specification's, an upper bound of the group's mean logit;
-- *per head*: the largest of its heads' own upper bounds;
-- *8 bits*: pooled, bounds rounded outward to 8-bit floats;
-- *mean key*: pooled query times the mean of the block's keys, no bound at all;
+- *per-head*: the largest of its heads' own upper bounds;
+- *8-bits*: pooled, bounds rounded outward to 8-bit floats;
+- *mean-key*: pooled query times the mean of the block's keys, no bound at all;
 - *newest*: no scores, the newest blocks;
 - *best*: the blocks of most mass, averaged over the group: the most that heads which share a selection can have.
 """
@@ -105,9 +105,9 @@ def scores_by_name(step: Step, mass: Tensor) -> dict[str, Tensor]:
     )
     return {
         "pooled": score_blocks(step.query, bounds, step.lengths, step.block_size),
-        "per head": upper_bounds(step, own).amax(dim=2),
-        "8 bits": score_blocks(step.query, in_eight_bits(bounds), step.lengths, step.block_size),
-        "mean key": _mean_keys(step),
+        "per-head": upper_bounds(step, own).amax(dim=2),
+        "8-bits": score_blocks(step.query, in_eight_bits(bounds), step.lengths, step.block_size),
+        "mean-key": _mean_keys(step),
         "newest": newest,
         "best": mass.mean(dim=2),
     }
