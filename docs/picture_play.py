@@ -1,7 +1,6 @@
 """Photographs the interactive page into images/play.png: python docs/picture_play.py (needs playwright, Chromium)."""
 
 import io
-import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).parent
 PLACE = "#interval=16&ratio=0.1&step=75"
-CHROMIUM = os.environ.get("RESA_CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
+CHROMIUM = shutil.which("chromium")
 
 
 def main() -> None:

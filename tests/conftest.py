@@ -8,6 +8,7 @@ RESA_TEST_DEVICE says where the Triton kernels run: `cpu` (default), in Triton's
 """
 
 import os
+import shutil
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -138,3 +139,19 @@ def fast(device):
         dense_attention=moved(attention.dense_attention),
         write_window=write_window,
     )
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium without a window; where there is none, a visible skip, and in continuous integration a failure."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None or find_spec("playwright") is None:
+        message = f"{'playwright' if path else 'Chromium'} is missing (docs/contributing.md): no page was looked at"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=[*quiet, "--disable-sync"])
+        yield chromium
+        chromium.close()

@@ -28,10 +28,10 @@ def programs(n, length, seed=0):
     return [alias_program(TOKENIZER, np.random.default_rng((seed, index)), length) for index in range(n)]
 
 
-@pytest.mark.parametrize("interval", [32, None])
-def test_marks_are_those_of_decoding_step_by_step(model, interval):
+@pytest.mark.parametrize(("schedule", "interval"), [("paper", 32), ("fused", 32), ("fused", 8), ("paper", None)])
+def test_marks_are_those_of_decoding_step_by_step(model, schedule, interval):
     """Trained weights, selection that leaves most blocks out, and the loop that generation runs on."""
-    config, prompt = replace(CONFIG, interval=interval), 64
+    config, prompt = replace(CONFIG, schedule=schedule, interval=interval), 64
     some = programs(2, 320)
     checks = Checks.of(some, prompt)
     marks = marked(model, some, checks, config, prompt, batch=1)

@@ -730,6 +730,18 @@ def test_eval_written(resa, long_path, library):
     assert set(result["ways"]) >= {"dense", "sparse", "ReSA", "decode-only"}
 
 
+def test_eval_free(resa, long_path, library):
+    command = ["eval", "free", "--model", long_path, "--documents", 2, "--prompt-tokens", 40, "--tokens", 9]
+    status, out, err = resa(*command, "--intervals", 4, "--min-blocks", 1, "--temperature", 0, "--batch", 2)
+    assert status == 0
+    assert "Traceback" not in err
+    result = json.loads(out)
+    assert (result["documents"], result["tokens_each"], result["temperature"]) == (2, 8, 0)
+    assert set(result["ways"]) == {"dense", "sparse", "ReSA f=4", "decode-only"}
+    assert result["ways"]["dense"]["likely"] == 1
+    assert_refused(resa(*command, "--temperature", -1), "eval", "temperature: got -1")
+
+
 def test_evidence_measures_every_part_on_its_model(resa, monkeypatch, tmp_path):
     """The parts about programs on the model of programs, whatever model is given for the others."""
     ran = []

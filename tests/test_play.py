@@ -5,7 +5,6 @@ Tests marked `site` drive Chromium (Debian's, or the one that RESA_CHROMIUM name
 
 import base64
 import hashlib
-import os
 import re
 import shutil
 import sys
@@ -185,29 +184,7 @@ def test_a_script_reads_back(tmp_path):
 
 # ---- The page --------------------------------------------------------------------------------------------------------
 
-CHROMIUM = os.environ.get("RESA_CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 WIDTHS = {"desktop": (1280, 800), "phone": (390, 844)}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium; where there is none a visible skip, in continuous integration a failure."""
-    missing = None
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing = "playwright is not installed"
-    if not Path(CHROMIUM).exists():
-        missing = f"there is no {CHROMIUM}"
-    if missing:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"the page is not looked at: {missing}")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

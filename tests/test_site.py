@@ -13,7 +13,6 @@ import inspect
 import os
 import re
 import shlex
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -283,6 +282,21 @@ def resolve(dotted):
     raise ModuleNotFoundError(dotted)
 
 
+OWNERS = {name: [getattr(reference, name)] for name in reference.__all__ if inspect.isclass(getattr(reference, name))}
+OWNERS |= {"config": [reference.ReSAConfig, reference.GPTConfig]}
+for file in ("blocks", "attention", "generate", "sampling"):  # as modules: `attention.sparse_attention`
+    OWNERS[file] = [
+        importlib.import_module(f"resa.{side}.{file}")
+        for side in ("reference", "fast")
+        if (ROOT / side / f"{file}.py").exists()
+    ]
+
+
+def has(owner, member):
+    """Whether a class or module has it; fields without a default are no attributes of their class."""
+    return hasattr(owner, member) or member in getattr(owner, "__annotations__", {})
+
+
 FOREIGN = {"custom_generate", "streamer", "assistant_model", "repetition_penalty", "warp_specialize"}  # of libraries
 
 
@@ -294,9 +308,17 @@ def test_names_in_code_marks_exist(page):
             resolve(dotted)
         for called in re.findall(r"(?:^|[(=,]\s*)([A-Za-z_]\w*)\(", code):
             assert called in known_calls(), code
-        for call in re.findall(r"(ReSAConfig|GPTConfig)\(([^)]*)\)", code):
-            fields = getattr(reference, call[0]).__dataclass_fields__
-            assert set(re.findall(r"(\w+)=", call[1])) <= fields.keys(), code
+        for name, arguments in re.findall(r"([A-Za-z_]\w*)\(([^()]*)\)", code):
+            if name in reference.__all__:
+                allowed = inspect.signature(getattr(reference, name)).parameters
+                assert set(re.findall(r"(\w+)=", arguments)) <= allowed.keys(), code
+        for owner, member in re.findall(r"(?<![\w.])(\w+)\.(\w+)(?![\w/.])", code):
+            if owner in OWNERS and member not in ("py", "json"):
+                assert any(has(each, member) for each in OWNERS[owner]), code
+        for word in re.findall(r"(?<![\w./-])[A-Z][a-z]+\w*[A-Z]\w*(?![\w/])", code):
+            assert word in known_calls() | known_names(), code
+        for path in re.findall(r"^(?:reference|fast|tests|docs|tutorials)/[\w./]+$", code):
+            assert (ROOT / path).exists(), code
         if not re.match(r"(resa|make|python|pytest|pip|apt|git|nvcc) ", code):
             for word in re.findall(r"(?<![\w/.])[A-Za-z]\w*_\w+(?![\w/])", code):
                 assert word in known_names() | FOREIGN, code
@@ -312,6 +334,12 @@ def test_a_wrong_name_would_be_seen(tmp_path):
         "`prefil(model)`",
         "`ReSAConfig(ratio=1)`",
         "`--activ-ratio`",
+        "`KVCache.comit`",
+        "`config.activ_ratio`",
+        "`ReSAConfg`",
+        "`attention.sparse_attn`",
+        "`reference/block.py`",
+        "`generate(model, promts=x)`",
     ):
         page.write_text(wrong)
         text_of.cache_clear(), prose.cache_clear()
@@ -426,10 +454,12 @@ def test_a_tutorials_page_is_the_one_of_its_script(script):
             before, found, rest = rest.partition(f"\n{source}\n")
             assert found, f"{page.name} is older than its script (make tutorials):\n{source[:200]}"
             between.append(before)
+            assert not source.startswith("*Solution"), "a solution that is not folded"
             if "hide-cell" in cell.metadata.get("tags", []):
                 assert before.rstrip().endswith("<details><summary>Solution</summary>")
     outputs = re.sub(r"^(`{3,})text\n.*?^\1$", "", "\n".join([*between, rest]), flags=re.MULTILINE | re.DOTALL)
-    outputs = re.sub(r"^!\[[^]\n]+\]\(images/\w+\.png\)$", "", outputs, flags=re.MULTILINE)
+    outputs, n_images = re.subn(r"^!\[[^]\n]+\]\(images/\w+\.png\)$", "", outputs, flags=re.MULTILINE)
+    assert n_images == len(re.findall(r"^\*Figure", text_of(page), re.MULTILINE)), "a figure without its image"
     outputs = outputs.replace("<details><summary>Solution</summary>", "").replace("</details>", "")
     assert not outputs.strip(), f"{page.name} has what its script has not: {outputs.strip()[:200]}"
     assert not re.search(r"(?<![\w.])/(?:tmp|root|home|usr|work)/", text_of(page)), "a folder of one machine"
@@ -526,30 +556,8 @@ def test_formulas_are_mathml_without_remains(site):
             assert not re.search(r"\$\$|\\(frac|sum|mathrm|max|bar)\b", re.sub(r"<[^>]*>", "", text)), name
 
 
-def find_chromium():
-    """The system's browser, or None."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    return next(filter(None, map(shutil.which, names)), None)
-
-
-@pytest.fixture(scope="module")
-def browser(site):
-    """Chromium without a window; where there is none, a skip, and in continuous integration a failure."""
-    path = find_chromium()
-    if path is None:
-        message = "no Chromium on this machine (apt-get install chromium): the site was not looked at"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=[*quiet, "--disable-sync"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
-def visit(browser):
+def visit(site, browser):
     """Open pages at a width and collect what goes wrong on them."""
     contexts = []
 

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,10 @@ from small_models import Shape
 from resa.reference import ReSAConfig, corpus
 from resa.reference import train as train_module
 from resa.reference.checkpoint import load_model, read_header
+from resa.reference.corpus import STANDARD_LIBRARY, Document
 from resa.reference.programs import words
+from resa.reference.tasks import RETRIEVAL
+from resa.reference.tasks import documents as write_tasks
 from resa.reference.tokenizer import VOCAB_SIZE, load_tokenizer
 from resa.reference.train import (
     Probe,
@@ -33,6 +37,7 @@ from resa.reference.train import (
     make_batch,
     make_probes,
     prefetch,
+    prepare_data,
     run,
     run_tokenizer,
     token_weights,
@@ -550,6 +555,22 @@ def test_rows_of_questions_are_stretches_of_what_was_written():
             assert any(row.tobytes() in task.astype(np.int64).tobytes() for task in stream.tasks)
     mixed = np.concatenate([make_batch(replace(config, task_fraction=0.5), stream, step) for step in range(1, 40)])
     assert 0.3 < (mixed.min(axis=1) >= 40).mean() < 0.7
+
+
+def test_data_has_rows_of_questions_and_keeps_them(monkeypatch, tmp_path):
+    code = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(120))
+    documents = [Document("a", code, STANDARD_LIBRARY)]
+    corpus = SimpleNamespace(train=documents, held_out=documents, statistics={"train_files": 1})
+    monkeypatch.setattr(train_module, "local_corpus", lambda **_: corpus)
+    shape = {"context": 256, "batch_tokens": 256, "short_context": 256, "lookup_fraction": 0.0}
+    config = TrainConfig(**shape, task_fraction=0.5, task_rows=3, seed=5)
+    made = prepare_data(config, tmp_path, progress=False)
+    assert made.tasks.shape == (3, 257)
+    assert made.statistics["task_tokens"] == made.tasks.size
+    assert (made.tasks == write_tasks(load_tokenizer(), 5, 3, 257, RETRIEVAL, [code], progress=False)).all()
+    assert made.digest != replace(made, tasks=made.tasks[:2]).digest
+    monkeypatch.setattr(train_module, "documents", lambda *_, **__: pytest.fail("not kept"))
+    assert (prepare_data(config, tmp_path, progress=False).tasks == made.tasks).all()
 
 
 def test_questions_that_are_missing_are_refused_before_the_run(tmp_path):

@@ -9,7 +9,7 @@
 # 2506.04108](https://arxiv.org/abs/2506.04108)): decoding that reads a small part of the cache at each step and puts
 # right, every now and then, what that did to the cache. This one is about the cache itself.
 #
-# **Time:** ten minutes to read, about fifteen seconds to run on one core. You should know PyTorch and have seen the
+# **Time:** ten minutes to read, less than half a minute to run. You should know PyTorch and have seen the
 # formula of attention.
 #
 # The model is a small GPT that comes with the project and continues Python source. The text is a module of Python's

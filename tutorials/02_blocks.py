@@ -6,7 +6,7 @@
 # [score](../glossary.md#block-score) of a block and the [selection](../glossary.md#selection); first by hand on five
 # tokens, then on a real Python file. And what a selection leaves out.
 #
-# **Time:** fifteen minutes to read, about ten seconds to run on one core. It builds on [the cache](01_cache.md).
+# **Time:** fifteen minutes to read, less than half a minute to run. It builds on [the cache](01_cache.md).
 #
 # Attention gives every cached token a weight, and most weights are tiny. If one knew beforehand which tokens get the
 # large ones, one would read only their keys and values. One does not: the weights follow from the keys. The way out,

@@ -6,7 +6,7 @@
 # error comes from, and tell drift from the other error of sparse decoding, [step error](../glossary.md#step-error).
 # Which of the two matters depends on the model, and you will see one of either kind.
 #
-# **Time:** fifteen minutes to read, about twenty seconds to run on one core. It builds on [blocks](02_blocks.md).
+# **Time:** fifteen minutes to read, less than half a minute to run. It builds on [blocks](02_blocks.md).
 
 # %%
 import json

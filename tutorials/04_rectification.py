@@ -6,7 +6,7 @@
 # lines. You will choose the [interval](../glossary.md#interval), see its price, and see what rectification cannot
 # repair.
 #
-# **Time:** twenty minutes to read, about fifteen seconds to run on one core. It builds on [drift](03_drift.md).
+# **Time:** twenty minutes to read, less than half a minute to run. It builds on [drift](03_drift.md).
 
 # %%
 import json

@@ -6,7 +6,7 @@
 # derive this [certified bound](../glossary.md#certified-bound), see it work where keys are clustered, and see it say
 # nothing on a real model, and why.
 #
-# **Time:** fifteen minutes to read, about ten seconds to run on one core. It builds on [blocks](02_blocks.md).
+# **Time:** fifteen minutes to read, less than half a minute to run. It builds on [blocks](02_blocks.md).
 
 # %%
 from dataclasses import replace

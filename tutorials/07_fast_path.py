@@ -12,8 +12,9 @@
 #   token,
 # - what a [CUDA graph](../glossary.md#cuda-graph) holds, and how decoding goes on without ever waiting for the host.
 #
-# It takes half an hour to read and some seconds to run. Kernels run in Triton's interpreter, on a CPU, because this
-# tutorial looks at what they do; how long they take on a GPU is read from the recorded results of the benchmark.
+# It takes half an hour to read and less than half a minute to run. Kernels run in Triton's interpreter, on a CPU,
+# because this tutorial looks at what they do; how long they take on a GPU is read from the recorded results of the
+# benchmark.
 
 # %%
 import os

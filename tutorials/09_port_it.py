@@ -11,8 +11,8 @@
 # - where the traps are: partial blocks, ties, 0 · ∞, exact products, the window of a rectification,
 # - how to read a report, by making mistakes on purpose.
 #
-# It takes an hour to work through, and some seconds to run. [Porting](../porting.md) is the specification in full;
-# section numbers in reports are that page's. Nothing here imports a finished implementation, only the kit.
+# It takes an hour to work through, and less than half a minute to run. [Porting](../porting.md) is the specification in
+# full; section numbers in reports are that page's. Nothing here imports a finished implementation, only the kit.
 
 # %%
 import math
