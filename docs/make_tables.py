@@ -439,7 +439,7 @@ def evidence_selection() -> str:
     for name, row in (*result["mass_left_out"].items(), ("certified bound of pooled", result["certified_bound"])):
         layers = row["layers"]
         lines.append(
-            [name, within(row, "mean"), f"{min(layers):.3f}", f"{max(layers):.3f}", str(1 + layers.index(max(layers)))]
+            [name, within(row, "mean"), f"{min(layers):.3f}", f"{max(layers):.3f}", str(layers.index(max(layers)))]
         )
     head = ["blocks by", "mass left out", "best layer", "worst layer", "which"]
     note = f"{result['documents']} documents, {result['tokens_each']} tokens each{settings_of(result['config'])}"

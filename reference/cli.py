@@ -677,7 +677,8 @@ def _run_evidence(options: argparse.Namespace) -> None:
             digests = {"checkpoint_sha256": hashlib.sha256(model.read_bytes()).hexdigest()}
             digests["source_sha256"] = source_digest()
             is_default = model == shipped_checkpoint()
-            more = ["--device", options.device, *([] if is_default else ["--model", str(model)])]
+            # Relative, because the command is recorded and the folder is this machine's.
+            more = ["--device", options.device, *([] if is_default else ["--model", os.path.relpath(model)])]
             run_parts(parts, options.out, more, digests)
     except subprocess.CalledProcessError as error:
         raise ValueError(f"a part failed, see above: {shlex.join(error.cmd)}") from None
