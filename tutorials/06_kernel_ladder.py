@@ -14,10 +14,13 @@
 # | 4 | many programs per sequence: a split list, merged by [log-sum-exp](../glossary.md#log-sum-exp) |
 # | 5 | the project's own kernel, imported |
 #
-# You will learn what limits such a kernel, how to write it so that it can be checked anywhere, and how to time it. You
-# should know PyTorch; [Triton](../glossary.md#triton) is explained as it comes. It takes half an hour to read and less
-# than half a minute to run. No GPU is needed: without one the kernels run in Triton's interpreter, one program after
-# another in NumPy, which is exact and slow. With one they are compiled, and timed at the end.
+# **What you will learn:** what limits such a kernel, how to write it so that it can be checked anywhere, and how to
+# time it.
+#
+# **Time:** half an hour to read, less than half a minute to run. You should know PyTorch;
+# [Triton](../glossary.md#triton) is explained as it comes. No GPU is needed: without one the kernels run in Triton's
+# interpreter, one program after another in NumPy, which is exact and slow. With one they are compiled, and timed at
+# the end.
 #
 # Triton decides whether to interpret when it is imported, so the choice comes first.
 

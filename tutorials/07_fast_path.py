@@ -3,8 +3,9 @@
 #
 # [The last tutorial](06_kernel_ladder.md) built the kernel that attends. A [sparse step](../glossary.md#sparse-step)
 # has three more things to do before it, a [rectification](../glossary.md#rectification) comes every f tokens, and
-# around all of it somebody has to decide what happens next. At short contexts these decide how fast decoding is. You
-# will learn
+# around all of it somebody has to decide what happens next. At short contexts these decide how fast decoding is.
+#
+# **What you will learn:**
 #
 # - how a selection is made without sorting,
 # - why half of the [block bounds](../glossary.md#block-bounds) are never read,
@@ -12,9 +13,8 @@
 #   token,
 # - what a [CUDA graph](../glossary.md#cuda-graph) holds, and how decoding goes on without ever waiting for the host.
 #
-# It takes half an hour to read and less than half a minute to run. Kernels run in Triton's interpreter, on a CPU,
-# because this tutorial looks at what they do; how long they take on a GPU is read from the recorded results of the
-# benchmark.
+# **Time:** half an hour to read, less than half a minute to run. Kernels run in Triton's interpreter, on a CPU, because
+# this tutorial looks at what they do; how long they take on a GPU is read from the recorded results of the benchmark.
 
 # %%
 import os

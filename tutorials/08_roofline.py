@@ -3,14 +3,16 @@
 #
 # How much faster should rectified sparse decoding be? The answer can be computed before a line of code is written, from
 # bytes alone. This tutorial does that, then lays the prediction beside what was measured on a GPU, finds where they
-# part, and accounts for the difference to within a few per cent. You will learn
+# part, and accounts for the difference to within a few per cent.
+#
+# **What you will learn:**
 #
 # - what a [roofline](../glossary.md#roofline) is, and which side of it each part of decoding lies on,
 # - the cost model of the paper (its equation 6) and what it leaves out: weights, and everything that is not bytes,
 # - how to predict whole steps from timings of parts, and how to read what is left over.
 #
-# It takes half an hour to read and a few seconds to run. Nothing is timed here: the measurements are the recorded ones
-# of [performance](../performance.md), read from their files. How they were made is told there.
+# **Time:** half an hour to read, a few seconds to run. Nothing is timed here: the measurements are the recorded ones of
+# [performance](../performance.md), read from their files. How they were made is told there.
 
 # %%
 import json

@@ -5,13 +5,15 @@
 # 78 cases with inputs and expected results, and a command that says of a failing port not only *that* it is wrong but
 # which rule of the specification it breaks. In this tutorial you start with an empty file and end with a whole port of
 # rectified sparse decoding to NumPy: the five operations, the model, the decode loop. After every step the kit says
-# what is still missing. You will learn
+# what is still missing.
+#
+# **What you will learn:**
 #
 # - what a port has to offer, and how the cases lead from one requirement to the next,
 # - where the traps are: partial blocks, ties, 0 · ∞, exact products, the window of a rectification,
 # - how to read a report, by making mistakes on purpose.
 #
-# It takes an hour to work through, and less than half a minute to run. [Porting](../porting.md) is the specification in
+# **Time:** an hour to work through, less than half a minute to run. [Porting](../porting.md) is the specification in
 # full; section numbers in reports are that page's. Nothing here imports a finished implementation, only the kit.
 
 # %%
