@@ -108,16 +108,8 @@ class TrainConfig:
     eval_every: int = 500  # steps
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_tokens",
-            "context",
-            "lookup_rows",
-            "program_rows",
-            "task_rows",
-            "log_every",
-            "eval_every",
-        ):
+        distinct = ("lookup_rows", "program_rows", "task_rows")
+        for name in ("steps", "batch_tokens", "context", *distinct, "log_every", "eval_every"):
             require(is_integer(getattr(self, name), 1), name, getattr(self, name), "an integer ≥ 1")
         for name in ("warmup_steps", "sparse_interval", "seed"):
             require(is_integer(getattr(self, name), 0), name, getattr(self, name), "an integer ≥ 0")

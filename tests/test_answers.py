@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from small_models import Shape
 
@@ -96,6 +97,20 @@ def test_shares_are_of_all_examples_by_each_way(monkeypatch):
         assert row["dense"]["right"] == (1 if spoilt is None else 2 / 3)
         assert row["dense"]["last_line"] == 1
         assert row["sparse"]["right"] < row["dense"]["right"]
+
+
+def test_no_question_that_is_asked_is_one_of_training(monkeypatch):
+    """Training draws row i from (seed, i), and zeros at a seed's end do not count: (0, 30, 0) would be its row 30."""
+    drawn = []
+
+    def family(tokenizer, rng, length, code):
+        drawn.append(rng.random())
+        return example(SHAPE.tokens(19, 1), SHAPE.tokens(9, 2), 2)
+
+    monkeypatch.setattr(answers, "FAMILIES", {"own": family})
+    measure_answers(SHAPE.model(), None, ["own"], [30], 3, CONFIG, progress=False)
+    assert len(set(drawn)) == 3
+    assert not set(drawn) & {np.random.default_rng((0, row)).random() for row in range(64)}
 
 
 def test_shares_by_hand():

@@ -13,7 +13,7 @@ from resa.reference.evals import carried, written
 from resa.reference.evals.carried import SCORES, Checks, marked, measure_carried
 from resa.reference.evals.written import Line, asserted_lines, measure_written
 from resa.reference.generate import decode_along
-from resa.reference.programs import alias_program, program_rows
+from resa.reference.programs import UNSEEN, alias_program, program_rows
 
 TOKENIZER = load_tokenizer()
 CONFIG = ReSAConfig(block_size=16, active_ratio=0.1, min_blocks=2, interval=32, schedule="paper")
@@ -75,6 +75,21 @@ def test_per_head_scores_select_as_decoding_step_by_step_does(model):
     ]
     assert marks.right.tolist() == expected
     assert marked(model, some, checks, config, prompt, 2).right.tolist() != expected
+
+
+def test_every_score_has_rows_of_its_own(model):
+    """As `marked` finds them; two rows of one ratio differ in nothing but the score."""
+    options = {"intervals": [32], "ratios": [0.05], "prompt_tokens": 64, "progress": False}
+    result = measure_carried(model, TOKENIZER, 2, 321, CONFIG, scores=["pooled", "per-head"], **options)
+    rows = {(row["score"], row["interval"]): row["right"] for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 6
+    some = [alias_program(TOKENIZER, np.random.default_rng((0, 321, index, UNSEEN)), 321) for index in range(2)]
+    checks = Checks.of(some, 64)
+    for (score, interval), right in rows.items():
+        way = {"decode-only": {"interval": 1}, "never": {"interval": None}}.get(interval, {"interval": interval})
+        own = marked(model, some, checks, replace(CONFIG, active_ratio=0.05, **way), 64, 2, SCORES[score])
+        assert right == pytest.approx(checks.per_program(own.right.astype(float)).mean())
+    assert any(rows["pooled", interval] != rows["per-head", interval] for interval in ("decode-only", "never", 32))
 
 
 def test_every_score_is_an_upper_bound():

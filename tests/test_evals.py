@@ -102,7 +102,8 @@ def test_the_cost_model_by_hand(change, expected):
 
 
 def test_the_cost_model_gives_the_specifications_number():
-    assert round(read_ratio(ReSAConfig(block_size=16, active_ratio=0.1, interval=32, schedule="paper")), 3) == 0.194
+    config = ReSAConfig(block_size=16, active_ratio=0.1, interval=32, schedule="paper")
+    assert [round(read_ratio(config, bounds), 3) for bounds in (1, 1 / 2, 1 / 4)] == [0.194, 0.163, 0.147]
 
 
 def test_variants_are_the_corners_and_one_per_interval():

@@ -5,6 +5,7 @@ import torch
 
 from resa.reference import GPT, GPTConfig, ReSAConfig, generate, load_model, load_tokenizer
 from resa.reference.demo import demo_prompt
+from resa.reference.evals import free
 from resa.reference.evals.free import measure_free, written_text
 
 CONFIG = ReSAConfig(block_size=16, active_ratio=0.1, min_blocks=1, interval=8, schedule="paper")
@@ -46,6 +47,21 @@ def test_dense_decoding_agrees_with_itself_and_sparse_drifts(model, prompts):
     assert ways["decode-only"]["kl"] > 1e-3
     assert ways["sparse"]["mean_drift"] > ways["ReSA f=8"]["mean_drift"] > 0.01
     assert len(ways["sparse"]["by_position"]) == 1
+
+
+def test_a_prompt_writes_the_same_in_any_batch_and_curves_are_its_parts(model, prompts, monkeypatch):
+    monkeypatch.setattr(free, "WIDTH", 4)
+    alone, together = (
+        measure_free(model, prompts, 10, CONFIG, [8], batch=batch, progress=False)["ways"] for batch in (1, 2)
+    )
+    for name, way in together.items():
+        assert way["surprise"] == pytest.approx(alone[name]["surprise"], rel=1e-3)
+        assert [part["likely"] for part in way["by_position"]] == [
+            part["likely"] for part in alone[name]["by_position"]
+        ]
+        surprise = [part["surprise"] for part in way["by_position"]]
+        assert len(set(surprise)) == 3
+        assert way["surprise"] == pytest.approx((4 * surprise[0] + 4 * surprise[1] + 2 * surprise[2]) / 10)
 
 
 def test_all_blocks_write_what_dense_decoding_writes(model, prompts):

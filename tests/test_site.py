@@ -473,6 +473,35 @@ def test_images_of_tutorials_exist_are_used_and_are_small():
     assert all(size <= 100_000 for size in there.values()), there
 
 
+GOOD = "# %%\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()\nprint(1)\n"
+GOOD += "\n# %% [markdown]\n# *Figure: two.*\n"
+
+
+@pytest.mark.site
+@pytest.mark.parametrize(
+    ("script", "complaint"),
+    [
+        (GOOD, None),
+        (GOOD + "\n# %%\nassert 1 == 2, 'so it is not'\n", r"99_try.py, code cell 2:[\s\S]*so it is not"),
+        (
+            GOOD.replace("print(1)", "import sys; print(1, file=sys.stderr)"),
+            "99_try.py, code cell 1 prints",
+        ),
+        (GOOD.replace("*Figure: two.*", "Two."), r"99_try.py, code cell 1: a figure without \*Figure"),
+    ],
+    ids=["good", "false", "noisy", "no caption"],
+)
+def test_a_tutorial_that_became_false_is_named(tmp_path, monkeypatch, script, complaint):
+    monkeypatch.syspath_prepend(str(DOCS))
+    run_tutorials = importlib.import_module("run_tutorials")
+    (tmp_path / "99_try.py").write_text(script)
+    if complaint is None:
+        assert len(run_tutorials.figures(run_tutorials.execute(tmp_path / "99_try.py"))) == 1
+    else:
+        with pytest.raises(RuntimeError, match=complaint):
+            run_tutorials.execute(tmp_path / "99_try.py")
+
+
 # ---- The built site --------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@
 
 # %%
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,6 +24,7 @@ import matplotlib.pyplot as plt
 import resa.reference
 from resa.fast.bench.layer import Shape, floors
 from resa.reference import ReSAConfig
+from resa.reference.evals.fidelity import read_ratio
 
 plt.style.use("resa.reference.assets.figure")
 RESULTS = Path(resa.reference.__file__).parents[1] / "docs" / "results"
@@ -105,20 +107,16 @@ plt.show()
 #
 # Bounds are two numbers per channel and block where keys and values are $2b$, so $\beta = 1/b$ if both are read,
 # $1/(2b)$ if [only the one needed](07_fast_path.md) is, and half of that again in 8 bits.
-
+# `read_ratio` is this formula; its second argument is how much is read of what both bounds are.
 
 # %%
-def kv_share(beta: float, p: float, f: int, schedule: str) -> float:
-    """Bytes of the KV cache per token, relative to dense decoding (eq. 6)."""
-    return beta + p + 1 / f if schedule == "paper" else ((f - 1) * (beta + p) + 1) / f
-
-
 b, p, f = config.block_size, config.active_ratio, config.interval
-for text, beta in {"both bounds": 1 / b, "the one needed": 1 / (2 * b), "that in 8 bits": 1 / (4 * b)}.items():
-    paper, fused = (kv_share(beta, p, f, schedule) for schedule in ("paper", "fused"))
+schedules = [replace(config, schedule=schedule) for schedule in ("paper", "fused")]
+for text, bounds in {"both bounds": 1, "the one needed": 1 / 2, "that in 8 bits": 1 / 4}.items():
+    paper, fused = (read_ratio(each, bounds) for each in schedules)
     print(f"{text:15} paper {paper:.3f}, fused {fused:.3f}: at most {1 / fused:.1f} times as fast")
-assert round(kv_share(1 / b, p, f, "paper"), 3) == 0.194
-assert round(kv_share(1 / (4 * b), p, f, "paper"), 3) == 0.147
+assert round(read_ratio(schedules[0]), 3) == round(1 / b + p + 1 / f, 3) == 0.194
+assert round(read_ratio(schedules[0], 1 / 4), 3) == 0.147
 
 # %% [markdown]
 # The benchmark counts bytes with a function of its own, `floors`, block by block. They agree where the formula holds,
@@ -130,7 +128,7 @@ print("context   counted   eq. 6   measured (attention alone)")
 for context in (2**10, 2**12, 2**14, 2**16, 2**18):
     parts = floors(shape, config, 8, context)
     counted = ((f - 1) * (parts["score"] + parts["attend"]) + parts["rectify"]) / f / parts["rectify"]
-    predicted = kv_share(1 / (2 * b), p, f, "fused")
+    predicted = read_ratio(schedules[1], 1 / 2)
     measured = rows[8, context]["resa_us"] / rows[8, context]["dense_us"]
     print(f"{context // 1024:6}K   {counted:7.3f} {predicted:7.3f}   {measured:.3f}")
     if p * context / b >= config.min_blocks:
@@ -382,7 +380,9 @@ for weights in models:
 # %% tags=["hide-cell"]
 loaded, size = models["int4"]["weights"]["int4"]["bytes"], step_bytes("int4", 8, 2**18)["dense"]
 cached = size - loaded
-limits = {n: size / (loaded + kv_share(1 / (2 * b), p, n, "fused") * cached) for n in (8, 16, 32, 64, 128)}
+limits = {}
+for n in (8, 16, 32, 64, 128):
+    limits[n] = size / (loaded + read_ratio(replace(schedules[1], interval=n), 1 / 2) * cached)
 print({n: round(value, 2) for n, value in limits.items()})
 assert limits[64] / limits[32] < limits[16] / limits[8]
 # The printed limits rise ever more slowly: from 1/f there is less to save the smaller it is, beside

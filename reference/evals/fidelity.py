@@ -40,13 +40,15 @@ def decoding_variants(config: ReSAConfig, intervals: Sequence[int]) -> dict[str,
     return variants
 
 
-def read_ratio(config: ReSAConfig) -> float:
-    """KV bytes that a layer reads per token relative to dense decoding, by the cost model (eq. 6; both bounds read).
+def read_ratio(config: ReSAConfig, bounds: float = 1.0) -> float:
+    """KV bytes that a layer reads per token relative to dense decoding, by the cost model (eq. 6).
+
+    `bounds`: what is read of both 16-bit bounds, 1/2 for the one that each channel needs, 1/4 where that has 8 bits.
 
     >>> round(read_ratio(ReSAConfig(schedule="paper")), 3), round(read_ratio(ReSAConfig(interval=None)), 4)
     (0.194, 0.1625)
     """
-    step = 1 / config.block_size + config.active_ratio
+    step = bounds / config.block_size + config.active_ratio
     if config.interval is None:
         return step
     if config.schedule == "paper":
