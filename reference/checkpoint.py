@@ -6,6 +6,7 @@ A checkpoint is one file, replaced in one step, so a crash leaves the old one or
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -24,11 +25,12 @@ from .model import GPT, Operations
 
 MODEL_FORMAT = "resa model"
 EIGHT_BIT_FORMAT = "resa model, matrices in 8 bits"
+PARTS = {"all": "", "attention": ".attn."}  # of a model: what the names of its weights have in common
 STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 def shipped_checkpoint(name: str = "model") -> Path:
-    """Path of a model that comes with the package: "model", of source code, or "carrying", of programs (evidence)."""
+    """Path of a model that comes with the package: "model", of source code; "carrying", of programs; "retrieval"."""
     return Path(__file__).parent / "assets" / f"{name}.safetensors"
 
 
@@ -38,6 +40,8 @@ def save_model(
     *,
     dtype: torch.dtype = torch.bfloat16,
     eight_bits: bool = False,
+    part: str = "all",
+    base: str | os.PathLike | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the model's weights in `dtype`, with its configuration; a tied output projection is not stored twice.
@@ -45,18 +49,33 @@ def save_model(
     With `eight_bits` every matrix [m, n] is stored as whole numbers −127 … 127 and a float32 scale [m] per row, rounded
     to nearest: half the size, and another model, to be measured as it is stored.
 
-    Errors: ValueError for a weight that is not finite in `dtype`; OSError if the disk refuses, and then the file that
-    was there before is untouched.
+    With `part="attention"` only the attention's weights are stored; the others are taken from `base`, a model's file in
+    the same folder that is named in this one together with its SHA-256.
+
+    Errors: ValueError for a weight that is not finite in `dtype`, or a part without a base and vice versa; OSError if
+    the disk refuses, and then the file that was there before is untouched.
     """
     require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))
-    tensors = {name: parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()}
+    require(part in PARTS, "part", repr(part), ", ".join(PARTS))
+    require((part == "all") == (base is None), "base", base, "None for all of a model, else the file of the rest")
+    stored = {name: parameter.detach().cpu() for name, parameter in model.named_parameters() if PARTS[part] in name}
+    tensors = {name: parameter.to(dtype) for name, parameter in stored.items()}
     if eight_bits:
-        for name, parameter in model.named_parameters():
+        for name, parameter in stored.items():
             if parameter.dim() == 2:
-                tensors[name], tensors[name + SCALE] = rounded_rows(parameter.detach().cpu().float())
+                tensors[name], tensors[name + SCALE] = rounded_rows(parameter.float())
     form = EIGHT_BIT_FORMAT if eight_bits else MODEL_FORMAT
     header = {"format": form, "config": json.dumps(asdict(model.config))}
+    if base is not None:
+        in_folder = Path(base).resolve().parent == Path(path).resolve().parent
+        require(in_folder, "base", base, f"a file beside {path}")
+        header |= {"part": part, "base": Path(base).name, "base_sha256": file_digest(base)}
     save_tensors(path, tensors, {**(metadata or {}), **header})
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 SCALE = ".scale"  # after a matrix's name
@@ -68,9 +87,21 @@ def rounded_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix / scale[:, None]).round().to(torch.int8), scale
 
 
-def read_weights(path: str | os.PathLike, form: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors named in `shapes` of a file of either format, as floats."""
-    if form == MODEL_FORMAT:
+def read_weights(
+    path: str | os.PathLike, header: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """The tensors named in `shapes` of a file of either format, as floats; those it lacks by design are its base's."""
+    if "base" in header:
+        part, base = header.get("part"), Path(path).parent / header["base"]
+        require(part in PARTS, f"{path}: part", repr(part), ", ".join(PARTS))
+        require(base.name == header["base"], f"{path}: base", repr(header["base"]), "the name of a file beside it")
+        base_header = read_header(base, MODEL_FORMAT, EIGHT_BIT_FORMAT)
+        found, wanted = file_digest(base), header.get("base_sha256")
+        require(found == wanted, f"{path}: base", f"{base} with SHA-256 {found}", f"the one with {wanted}")
+        rest = read_weights(base, base_header, shapes)
+        own = {name: shape for name, shape in shapes.items() if PARTS[part] in name}
+        return rest | read_weights(path, {"format": header["format"]}, own)
+    if header["format"] == MODEL_FORMAT:
         return read_tensors(path, shapes)
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     scales = {name + SCALE: shapes[name][:1] for name in matrices}
@@ -102,7 +133,7 @@ def load_model(
     with torch.device("meta"):  # shapes without memory
         model = GPT(config) if ops is None else GPT(config, ops=ops)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tensors = read_weights(path, header["format"], shapes)
+    tensors = read_weights(path, header, shapes)
     placed = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     for name, tensor in placed.items():
         require(bool(tensor.isfinite().all()), f"{path}: tensor {name}", "values too large", f"what fits {dtype}")

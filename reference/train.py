@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from .checkpoint import load_model, read_header, read_tensors, save_model, save_tensors
+from .checkpoint import PARTS, file_digest, load_model, read_header, read_tensors, save_model, save_tensors
 from .checks import checked_device, is_integer, require
 from .config import GPTConfig, ReSAConfig
 from .corpus import (
@@ -102,12 +102,14 @@ class TrainConfig:
     # The last steps may decode every row sparsely beside the dense pass, and learn from both; see parallel.py.
     sparse_share: float = 0.0  # those steps' share
     sparse_interval: int = 32  # tokens between rectifications in such a step; 0: never
+    part: str = "all"  # of the model that is trained, see checkpoint.PARTS; the rest stays as it begins
     seed: int = 0
     checkpoint_seconds: float = 60.0
     log_every: int = 20  # steps
     eval_every: int = 500  # steps
 
     def __post_init__(self) -> None:
+        require(self.part in PARTS, "part", repr(self.part), ", ".join(PARTS))
         distinct = ("lookup_rows", "program_rows", "task_rows")
         for name in ("steps", "batch_tokens", "context", *distinct, "log_every", "eval_every"):
             require(is_integer(getattr(self, name), 1), name, getattr(self, name), "an integer ≥ 1")
@@ -368,7 +370,9 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to use up
             torch.manual_seed(config.seed)
             self.model = GPT(model_config).to(device)
-        parameters = list(self.model.parameters())
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(PARTS[config.part] in name)
+        parameters = list(self.trained().values())
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -385,6 +389,10 @@ class Trainer:
     @property
     def path(self) -> Path:
         return self.out / "checkpoint.safetensors"
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that steps change."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def take_step(self, rows: Tensor) -> None:
         """One optimizer step on `rows` [R, context + 1]; the loss stays on the device, so nothing waits for it."""
@@ -448,10 +456,9 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the state to one file in one step."""
-        tensors = {}
-        for name, parameter in self.model.named_parameters():
+        tensors = {"model." + name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        for name, parameter in self.trained().items():
             state = self.optimizer.state[parameter]
-            tensors["model." + name] = parameter.detach()
             tensors["optimizer.exp_avg." + name] = state["exp_avg"]
             tensors["optimizer.exp_avg_sq." + name] = state["exp_avg_sq"]
         loss = {"loss_sum": self.loss_sum.item(), "loss_steps": self.loss_steps}
@@ -467,15 +474,17 @@ class Trainer:
             stored, wanted = given.get(name), expected.get(name)
             hint = f"{stored}, as in {self.path}, or a fresh start"
             require(stored == wanted, name, wanted, hint)
-        parameters = dict(self.model.named_parameters())
-        kinds = ("model.", "optimizer.exp_avg.", "optimizer.exp_avg_sq.")
-        shapes = {kind + name: tuple(p.shape) for kind in kinds for name, p in parameters.items()}
+        parameters, trained = dict(self.model.named_parameters()), self.trained()
+        shapes = {"model." + name: tuple(p.shape) for name, p in parameters.items()}
+        for kind in ("optimizer.exp_avg.", "optimizer.exp_avg_sq."):
+            shapes |= {kind + name: tuple(p.shape) for name, p in trained.items()}
         tensors = read_tensors(self.path, shapes)
         progress = json.loads(header["progress"])
         self.step, self.seconds, self.loss_steps = (progress[key] for key in ("step", "seconds", "loss_steps"))
         self.loss_sum.fill_(progress["loss_sum"])
         for name, parameter in parameters.items():
             parameter.data.copy_(tensors["model." + name])
+        for name, parameter in trained.items():
             moments = {key: tensors[f"optimizer.{key}.{name}"].to(self.device) for key in ("exp_avg", "exp_avg_sq")}
             # The fused optimizer counts steps on the device, the plain one on the CPU.
             count_device = self.device if self.device.type == "cuda" else "cpu"
@@ -506,13 +515,14 @@ def train(
     """
     device = checked_device("device", device)
     check_run(model_config, config, data)
+    require(config.part == "all" or init is not None, "part", repr(config.part), "'all' where there is no init")
     weights = None if init is None else initial_weights(init, model_config)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model_config, config, data, out, device)
     if weights is not None:
         trainer.model.load_state_dict(weights)
-        trainer.init = hashlib.sha256(Path(init).read_bytes()).hexdigest()
+        trainer.init = file_digest(init)
     if resume and trainer.path.is_file():
         trainer.restore()
     trim_log(out / "log.jsonl", trainer.step)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from small_models import Shape, shapes
 
 from resa.reference import REFERENCE_OPS, RopeScaling
-from resa.reference.checkpoint import load_model, read_header, read_tensors, save_model, save_tensors
+from resa.reference.checkpoint import file_digest, load_model, read_header, read_tensors, save_model, save_tensors
 from resa.reference.files import write_atomically
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -330,3 +330,70 @@ def test_whole_numbers_are_refused_where_floats_belong(tmp_path):
     )
     with pytest.raises(ValueError, match=r"embed\.weight: got I8"):
         load_model(tmp_path / "m.safetensors")
+
+
+# ---- A part of a model ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parted(tmp_path):
+    """A model's file, and beside it another's attention; that other model, and both paths."""
+    whole, other = (Shape(seed=seed, qk_norm=True).model(torch.float32) for seed in (1, 2))
+    base, path = tmp_path / "base.safetensors", tmp_path / "part.safetensors"
+    save_model(base, whole, eight_bits=True)
+    save_model(path, other, dtype=torch.float32, part="attention", base=base)
+    return other, base, path
+
+
+def test_a_part_is_taken_from_its_own_file_and_the_rest_from_the_base(parted):
+    other, base, path = parted
+    stored, own, loaded = (dict(m.named_parameters()) for m in (load_model(base), other, load_model(path)))
+    names = set(safetensors.torch.load_file(path))
+    assert names == {name for name in own if ".attn." in name}
+    assert {name.split(".")[3] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+    for name, weight in loaded.items():
+        assert torch.equal(weight, own[name] if name in names else stored[name]), name
+    assert path.stat().st_size < base.stat().st_size * 2
+    save_model(path, other, eight_bits=True, part="attention", base=base)
+    rounded = dict(load_model(path).named_parameters())
+    assert (rounded["layers.0.attn.q_proj.weight"] - own["layers.0.attn.q_proj.weight"]).abs().max() > 0
+    assert torch.equal(rounded["embed.weight"], stored["embed.weight"])
+
+
+def test_a_base_that_is_another_or_missing_is_refused(parted):
+    other, base, path = parted
+    digest = file_digest(base)
+    save_model(base, other)
+    with pytest.raises(ValueError, match=rf"part\.safetensors: base: got .*base\.safetensors.*; allowed: .*{digest}"):
+        load_model(path)
+    base.unlink()
+    with pytest.raises(FileNotFoundError, match=r"base\.safetensors: no such file"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"part": "mlp"}, "part: got 'mlp'; allowed: all, attention"), ({"base": "../base"}, "base: got '../base'")],
+)
+def test_a_header_that_leads_elsewhere_is_refused(parted, change, message):
+    *_, path = parted
+    header = read_header(path, "resa model")
+    del header["tensors"]
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, {**header, **change})
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
+
+
+def test_a_part_needs_a_base_beside_it(parted, tmp_path):
+    other, base, path = parted
+    for options, named in (
+        ({"part": "attention"}, "base: got None"),
+        ({"base": base}, "base: got"),
+        ({"part": "mlp", "base": base}, "part: got 'mlp'; allowed: all, attention"),
+        (
+            {"part": "attention", "base": tmp_path / "elsewhere" / "m.safetensors"},
+            "base: got .*; allowed: a file beside",
+        ),
+    ):
+        with pytest.raises(ValueError, match=named):
+            save_model(path, other, **options)

@@ -659,3 +659,36 @@ def test_asserted_digits_weigh_more():
     assert weights.sum().item() == pytest.approx(3.0)
     alone = torch.tensor([tokenizer.encode_ordinary("index = 5\n")])
     assert token_weights(alone, words(tokenizer), 2.0).sum().item() == pytest.approx(1.0)
+
+
+# ---- Training a part -----------------------------------------------------------------------------------------------
+
+ATTENTION = replace(CONFIG, part="attention")
+
+
+def test_the_attention_alone_is_trained(tmp_path, uncut):
+    init = uncut / "model.safetensors"
+    before = dict(load_model(init).named_parameters())
+    after = dict(trained(tmp_path, ATTENTION, init=init).named_parameters())
+    for name, weight in after.items():
+        assert torch.equal(weight, before[name]) == (".attn." not in name), name
+    assert log(tmp_path)[-1]["loss"] < log(tmp_path)[0]["loss"]
+
+
+def test_a_run_of_a_part_goes_on_as_if_uncut(monkeypatch, tmp_path, uncut):
+    init = uncut / "model.safetensors"
+    trained(tmp_path / "whole", ATTENTION, init=init)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "loss_of", interrupted_after(4, loss_of))
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "cut", replace(ATTENTION, checkpoint_seconds=0.0), init=init)
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    trained(tmp_path / "cut", ATTENTION, init=init)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_part_needs_the_rest(tmp_path):
+    with pytest.raises(ValueError, match=r"part: got 'attention'; allowed: 'all' where there is no init"):
+        trained(tmp_path, ATTENTION)
+    with pytest.raises(ValueError, match="part: got 'mlp'; allowed: all, attention"):
+        TrainConfig(part="mlp")
