@@ -13,7 +13,6 @@ import argparse
 import codecs
 import contextlib
 import ctypes
-import hashlib
 import json
 import os
 import platform
@@ -29,13 +28,14 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 
-from .checkpoint import load_model, shipped_checkpoint
+from .checkpoint import file_digest, load_model, shipped_checkpoint
 from .checks import checked_device, require
 from .config import SCHEDULES, GPTConfig, ReSAConfig
 from .evals.evidence import SIZES, without
 from .files import source_digest, write_atomically
 from .generate import Generation, generate
 from .model import GPT, REFERENCE_OPS, Operations
+from .tasks import RETRIEVAL
 from .tokenizer import END_OF_TEXT, load_tokenizer, shipped_ranks
 
 
@@ -86,11 +86,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+DESCRIPTION = (
+    "Rectified sparse attention: decode by reading a tenth of the KV cache per token (sparse steps), and every few"
+    " tokens make the cache exact again by one dense pass (rectification)."
+)
+
+
 def build_parser(
     backends: Mapping[str, Backend] = BACKENDS, more: Sequence[Callable[[argparse._SubParsersAction], None]] = ()
 ) -> argparse.ArgumentParser:
     """Every command and its arguments."""
-    parser = _Parser(prog="resa", description="Rectified sparse attention, from one readable reference.")
+    parser = _Parser(prog="resa", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands, backends)
     _add_generate(commands, backends)
@@ -104,11 +110,17 @@ def build_parser(
     return parser
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for those that a help text gives itself, and those that are nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says_itself = "(default:" in action.help or action.default is None or action.default == []
+        return action.help if says_itself else super()._get_help_string(action)
+
+
 def add_command(commands: argparse._SubParsersAction, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
     """A command whose --help shows defaults, first sentence in the list, the whole text on its own page."""
-    parser = commands.add_parser(
-        name, help=text.split(". ")[0], description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = commands.add_parser(name, help=text.split(". ")[0], description=text, formatter_class=_Defaults)
     parser.set_defaults(run=run)
     return parser
 
@@ -120,7 +132,7 @@ def _add_model(parser: argparse.ArgumentParser, *, folders: bool = False) -> Non
     text = "checkpoint (safetensors)" + (", or the folder of a Qwen2, Qwen3 or Llama 3 model" if folders else "")
     parser.add_argument("--model", type=Path, default=shipped_checkpoint(), help=text)
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=found, help="cpu or cuda (default: cuda where there is a GPU)")
+    parser.add_argument("--device", default=found, help="cpu or cuda, which is the default where there is one")
 
 
 def _load(options: argparse.Namespace) -> GPT:
@@ -177,10 +189,19 @@ def _add_sparsity(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sparse attention")
     group.add_argument("--block-size", type=int, default=default.block_size, help="tokens per block")
     group.add_argument("--active-ratio", type=float, default=default.active_ratio, help="share of blocks attended")
-    group.add_argument("--min-blocks", type=int, default=default.min_blocks, help="fewest blocks attended")
+    text = "fewest blocks attended, however small the ratio: a cache of no more is read whole"
+    group.add_argument("--min-blocks", type=int, default=default.min_blocks, help=text)
     group.add_argument("--local-blocks", type=int, default=default.local_blocks, help="newest blocks always attended")
     text = "first layers that attend to everything"
     group.add_argument("--dense-layers", type=int, default=default.dense_layers, help=text)
+
+
+def _add_schedule(parser: argparse.ArgumentParser, *, default: str) -> None:
+    text = (
+        "paper: a dense pass after every f sparse steps repairs their cache, and predicts nothing; fused: after f - 1"
+    )
+    text += " steps it takes the next token along, and predicts the one after it"
+    parser.add_argument("--schedule", choices=SCHEDULES, default=default, help=text)
 
 
 def _seed(text: str) -> int:
@@ -191,6 +212,8 @@ def _seed(text: str) -> int:
 
 
 def _interval(text: str) -> int | None:
+    if text != "never" and not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"got {text}; allowed: an integer ≥ 1, or never")
     return None if text == "never" else int(text)
 
 
@@ -236,7 +259,7 @@ def _provenance(options: argparse.Namespace) -> dict[str, str]:
     is_gpu = torch.device(device).type == "cuda"
     return {
         "command": shlex.join(["resa", *without(sys.argv[1:], ["--out"])]),
-        "checkpoint_sha256": hashlib.sha256(options.model.read_bytes()).hexdigest(),
+        "checkpoint_sha256": file_digest(options.model),
         "source_sha256": source_digest(),
         "device": torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -258,7 +281,7 @@ def _add_demo(commands: argparse._SubParsersAction, backends: Mapping[str, Backe
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="take at most this many of the file's tokens")
     parser.add_argument("--tokens", type=int, default=512, help="how many tokens to write")
     parser.add_argument("--intervals", type=int, nargs="+", default=[8, 32, 128], help="tokens per rectification")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="paper", help="when the dense pass comes")
+    _add_schedule(parser, default="paper")
     parser.add_argument("--temperature", type=float, default=0.5, help="0 takes the most likely token")
     parser.add_argument("--seed", type=_seed, default=0, help="of the random numbers")
     parser.add_argument("--figure", type=Path, default=Path("out/demo.png"), help="where to draw the figure")
@@ -312,8 +335,9 @@ def _add_generate(commands: argparse._SubParsersAction, backends: Mapping[str, B
     source.add_argument("prompt", nargs="?", default="def fibonacci(n):\n", help="the text to continue")
     source.add_argument("--prompt-file", type=Path, help="continue this file instead")
     parser.add_argument("--tokens", type=int, default=128, help="how many tokens to write")
-    parser.add_argument("--interval", type=_interval, default=32, help="tokens per rectification, or never; 1 is dense")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="fused", help="when the dense pass comes")
+    text = "tokens per rectification, or never; 1 is dense decoding (with --schedule paper: decode-only)"
+    parser.add_argument("--interval", type=_interval, default=32, help=text)
+    _add_schedule(parser, default="fused")
     text = "caches shorter than this decode densely; auto is the backend's measured crossover, 0 for the reference"
     parser.add_argument("--dense-below", type=_dense_below, default="auto", help=text)
     _add_sparsity(parser)
@@ -447,6 +471,7 @@ FIELD_HELP = {
     "checked_weight": "of the own mean loss of what is asserted, added to that of all tokens",
     "sparse_share": "share of steps, the last ones, that decode sparsely beside the dense pass and learn from both",
     "sparse_interval": "tokens between rectifications in those steps; 0: never",
+    "part": "what is trained: all of the model, or its attention alone, the rest staying as in --init",
     "seed": "of weights and batches",
     "checkpoint_seconds": "between checkpoints",
     "log_every": "steps per line of the log",
@@ -560,21 +585,20 @@ def _add_eval(commands: argparse._SubParsersAction, backends: Mapping[str, Backe
         default=[8, 32, 128],
         help="fidelity, speculation, carried, free: between rectifications",
     )
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="carried: active ratios")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="carried, tasks: active ratios"
+    )
     parser.add_argument("--scores", nargs="+", default=["pooled"], help="carried: by pooled, per-head, 8-bits")
     parser.add_argument(
         "--seed", type=int, default=0, help="carried, written: of the programs; free: of what is sampled"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="free: 0 is greedy")
-    parser.add_argument(
-        "--schedule", choices=SCHEDULES, default="paper", help="when the dense pass comes (not language)"
-    )
+    _add_schedule(parser, default="paper")
     parser.add_argument("--probes", type=int, default=64, help="language: lookups per distance")
     parser.add_argument(
         "--distances", type=int, nargs="+", default=[256, 1024, 4096, 7680], help="language: tokens to look back"
     )
-    families = ["single_needle", "multi_key", "multi_query", "variable_tracking"]
-    parser.add_argument("--families", nargs="+", default=families, help="tasks: kinds of questions")
+    parser.add_argument("--families", nargs="+", default=list(RETRIEVAL), help="tasks: kinds of questions")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tasks: tokens of an example")
     parser.add_argument("--examples", type=int, default=32, help="tasks: questions per kind and length")
     parser.add_argument("--batch", type=int, default=8, help="sequences decoded at a time")
@@ -597,8 +621,8 @@ def _run_eval(options: argparse.Namespace) -> None:
     from .evals.written import measure_written
 
     config = _sparsity(options, schedule=options.schedule)
-    is_used = options.backend == "auto" or options.question == "written"
-    require(is_used, "--backend", options.backend, "auto: only `written` has a choice")
+    is_used = options.backend == "auto" or options.question in ("written", "tasks")
+    require(is_used, "--backend", options.backend, "auto: only `written` and `tasks` have a choice")
     if options.out is not None:
         _writable("--out", options.out)
     for name in ("probes", "batch", "documents", "tokens", "prompt_tokens"):
@@ -615,7 +639,10 @@ def _run_eval(options: argparse.Namespace) -> None:
     elif options.question == "tasks":
         code = [document.text for document in held_out]
         kinds = options.families, options.lengths, options.examples
-        result = measure_answers(model, tokenizer, *kinds, config, code=code, batch=options.batch)
+        amounts = {"ratios": options.ratios, "code": code, "batch": options.batch}
+        name = _chosen_backend(options)
+        model = model.with_ops(options.backends[name].operations())
+        result = {**measure_answers(model, tokenizer, *kinds, config, **amounts), "backend": name}
     elif options.question == "carried":
         length = options.prompt_tokens + options.tokens
         amounts = {"intervals": options.intervals, "ratios": options.ratios, "prompt_tokens": options.prompt_tokens}
@@ -663,23 +690,25 @@ def _add_evidence(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, "evidence", _run_evidence, text)
     parser.add_argument("--size", choices=SIZES, default="small", help="small: minutes on two CPU cores")
     parser.add_argument("--out", type=Path, default=Path("out/evidence"), help="folder for the JSON files")
+    parser.add_argument("--jobs", type=int, default=1, help="parts that run side by side; a GPU waits for one alone")
     _add_model(parser)
 
 
 def _run_evidence(options: argparse.Namespace) -> None:
-    from .evals.evidence import run_parts
+    from .evals.evidence import Part, run_parts
 
     _load(options)  # refused before the first part
     options.out.mkdir(parents=True, exist_ok=True)
+    parts = {}
+    for name, commands in SIZES[options.size].items():
+        model = options.model if name == "model" else shipped_checkpoint(name)
+        digests = {"checkpoint_sha256": file_digest(model), "source_sha256": source_digest()}
+        is_default = model == shipped_checkpoint()
+        # Relative, because the command is recorded and the folder is this machine's.
+        more = ["--device", options.device, *([] if is_default else ["--model", os.path.relpath(model)])]
+        parts |= {part: Part(words, more, digests) for part, words in commands.items()}
     try:
-        for name, parts in SIZES[options.size].items():
-            model = options.model if name == "model" else shipped_checkpoint(name)
-            digests = {"checkpoint_sha256": hashlib.sha256(model.read_bytes()).hexdigest()}
-            digests["source_sha256"] = source_digest()
-            is_default = model == shipped_checkpoint()
-            # Relative, because the command is recorded and the folder is this machine's.
-            more = ["--device", options.device, *([] if is_default else ["--model", os.path.relpath(model)])]
-            run_parts(parts, options.out, more, digests)
+        run_parts(parts, options.out, jobs=options.jobs)
     except subprocess.CalledProcessError as error:
         raise ValueError(f"a part failed, see above: {shlex.join(error.cmd)}") from None
 

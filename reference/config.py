@@ -1,7 +1,7 @@
 """The two configurations: the shape of a GPT and how it decodes.
 
 Both are frozen and checked on construction, so that everything to the right of this file
-(`cache → blocks → attention → model → generate`) can rely on them.
+(`cache → blocks → attention → model → sampling → speculate → generate`) can rely on them.
 """
 
 from __future__ import annotations

@@ -72,9 +72,36 @@ def test_a_family_is_measured_over_all_its_examples():
     result = measure_answers(model, tokenizer, ["single_needle", "tracing"], [256], 3, config, batch=2, progress=False)
     json.dumps(result, allow_nan=False)
     assert [(row["family"], row["length"]) for row in result["rows"]] == [("single_needle", 256), ("tracing", 256)]
-    assert set(result["rows"][0]) == {"family", "length", *ways_to_decode(config)}
+    assert set(result["rows"][0]) == {"family", "length", "longest_answer", "ratio", *ways_to_decode(config)}
+    assert [row["ratio"] for row in result["rows"]] == [0.1, 0.1], "the configuration's own"
     found = [row[name]["right"] for row in result["rows"] for name in ways_to_decode(config)]
     assert set(found) == {0}, "nobody trained it"
+
+
+def test_every_ratio_is_asked_and_equal_ways_once(monkeypatch):
+    """An answer that takes all blocks is right when all are read; dense decoding is the same for every ratio."""
+    model, dense = SHAPE.model(), ways_to_decode(CONFIG)["dense"]
+    asked = []
+
+    def family(tokenizer, rng, length, code):
+        prompt = SHAPE.tokens(19, 0)
+        return example(prompt, generate(model, [prompt], 9, dense).tokens[0], 2)
+
+    def counted(model, opening, last, n_tokens, config, run=continued):
+        asked.append(config)
+        return run(model, opening, last, n_tokens, config)
+
+    monkeypatch.setattr(answers, "FAMILIES", {"own": family})
+    monkeypatch.setattr(answers, "continued", counted)
+    result = measure_answers(model, None, ["own"], [30], 1, CONFIG, ratios=[0.1, 1.0], progress=False)
+    some, all_blocks = result["rows"]
+    assert (some["ratio"], all_blocks["ratio"], some["longest_answer"]) == (0.1, 1.0, 9)
+    assert some["sparse"]["right"] == 0
+    assert some["dense"]["right"] == all_blocks["dense"]["right"] == all_blocks["sparse"]["right"] == 1
+    assert len(asked) == len(set(asked)) == 9
+    asked.clear()
+    measure_answers(model, None, ["own"], [30], 1, replace(CONFIG, interval=10), ratios=[0.1, 1.0], progress=False)
+    assert len(asked) == 7, "answers of 9 tokens end before the first rectification"
 
 
 def test_shares_are_of_all_examples_by_each_way(monkeypatch):

@@ -11,7 +11,7 @@ from resa.reference.blocks import block_bounds
 from resa.reference.checkpoint import shipped_checkpoint
 from resa.reference.evals import carried, written
 from resa.reference.evals.carried import SCORES, Checks, marked, measure_carried
-from resa.reference.evals.written import Line, asserted_lines, measure_written
+from resa.reference.evals.written import Line, asserted_lines, measure_written, summarise
 from resa.reference.generate import decode_along
 from resa.reference.programs import UNSEEN, alias_program, program_rows
 
@@ -189,8 +189,24 @@ def test_written_programs_are_checked_for_every_way(model):
     assert set(ways) == {"dense", "sparse", "sparse, 2 dense layers", "ReSA", "decode-only"}
     # All blocks are attended: all write the same.
     assert len({str(row["by_position"]) for row in ways.values()}) == 1
-    assert ways["sparse"]["drift"] == ways["sparse"]["step_error"] == 0
+    assert ways["sparse"]["below_dense"] == ways["sparse"]["below_decode_only"] == 0
     assert ways["dense"]["checked"] > 0
+
+
+def test_written_programs_are_compared_by_hand():
+    """Four assertions per program and way; one that has nothing to check in one way is left out of all."""
+    right = {"dense": (4, 4, 4), "sparse": (1, 2, 4), "ReSA": (2, 3, 4), "decode-only": (3, 3, 4)}
+    marks = {name: [[Line(i, i < n) for i in range(4)] for n in counts] for name, counts in right.items()}
+    marks["sparse"][2] = [Line(0, None)]
+    rows = summarise(marks, 512)
+    assert rows["sparse"]["right"] == pytest.approx(1.5 / 4)
+    assert rows["sparse"]["below_dense"] == pytest.approx(2.5 / 4)
+    assert rows["sparse"]["below_decode_only"] == pytest.approx(1.5 / 4)
+    assert rows["ReSA"]["below_decode_only"] == pytest.approx(0.5 / 4)
+    assert rows["ReSA"]["recovered"] == pytest.approx(2 / 3)  # one of two, and one of one
+    assert rows["ReSA"]["recovered_95"] == pytest.approx([1 / 2, 1])
+    assert [rows[name]["recovered"] for name in ("dense", "sparse", "decode-only")] == [None] * 3
+    assert rows["dense"]["by_position"] == [1.0]
 
 
 def test_written_programs_use_the_generator_given(model):

@@ -476,7 +476,7 @@ def test_the_demo_in_json(resa, path, prompt_file, tmp_path):
     [
         (["--tokens", 1], "tokens: got 1; allowed: an integer ≥ 2"),
         (["--tokens", 100], "--prompt-tokens .* --tokens: got 140; allowed: ≤ 128"),
-        (["--intervals", 0], "interval: got 0"),
+        (["--intervals", 0], r"intervals: got \(0,\)"),
         (["--figure", "figure.bmp"], r"--figure: got figure.bmp; allowed: .*\.png"),
         (["--figure", "figure"], "--figure: got figure"),
         (["--active-ratio", 2], "active_ratio: got 2"),
@@ -692,7 +692,8 @@ def test_eval_tasks(resa, long_path, library):
     assert status == 0
     assert "Traceback" not in err
     result = json.loads(out)
-    assert [(row["family"], row["length"]) for row in result["rows"]] == [("multi_key", 256), ("multi_key", 300)]
+    expected = [("multi_key", length, ratio) for length in (256, 300) for ratio in (0.05, 0.1, 0.2)]
+    assert [(row["family"], row["length"], row["ratio"]) for row in result["rows"]] == expected
     assert_refused(resa(*command, "--families", "riddles"), "eval", r"families: got \['riddles'\]")
     assert_refused(resa(*command, "--examples", 0), "eval", "n_examples: got 0")
 
@@ -745,15 +746,17 @@ def test_eval_free(resa, long_path, library):
 def test_evidence_measures_every_part_on_its_model(resa, monkeypatch, tmp_path):
     """The parts about programs on the model of programs, whatever model is given for the others."""
     ran = []
-    monkeypatch.setattr(evidence, "run_parts", lambda *arguments: ran.append(arguments))
-    assert resa("evidence", "--size", "full", "--out", tmp_path)[0] == 0
-    carrying = cli.shipped_checkpoint("carrying")
-    digest = hashlib.sha256(carrying.read_bytes()).hexdigest()
-    assert [set(parts) for parts, *_ in ran] == [set(parts) for parts in evidence.SIZES["full"].values()]
-    for name, (_, out, more, digests) in zip(evidence.SIZES["full"], ran, strict=True):
-        assert out == tmp_path
-        assert (digests["checkpoint_sha256"] == digest) == (name == "carrying")
-        assert more == ["--device", "cpu", *(["--model", os.path.relpath(carrying)] if name == "carrying" else [])]
+    monkeypatch.setattr(evidence, "run_parts", lambda *arguments, **more: ran.append((*arguments, more)))
+    assert resa("evidence", "--size", "full", "--out", tmp_path, "--jobs", 3)[0] == 0
+    ((parts, out, options),) = ran
+    assert (out, options) == (tmp_path, {"jobs": 3})
+    for name, commands in evidence.SIZES["full"].items():
+        path = cli.shipped_checkpoint(name)
+        for part, words in commands.items():
+            assert parts[part].words == words
+            assert parts[part].digests["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+            named = [] if name == "model" else ["--model", os.path.relpath(path)]
+            assert parts[part].more == ["--device", "cpu", *named]
     small, full = ({name for parts in evidence.SIZES[size].values() for name in parts} for size in ("small", "full"))
     assert small < full
 

@@ -18,12 +18,12 @@ from resa.reference import ReSAConfig, demo
 from resa.reference.corpus import is_held_out
 from resa.reference.demo import (
     DEMO_MODULE,
-    SIDE_BY_SIDE,
     DemoOptions,
     common_prefix,
     demo_prompt,
     draw_figure,
     run_demo,
+    shown_beside,
     side_by_side,
     summarise,
     verdict,
@@ -73,10 +73,11 @@ def measured(model, prompt):
     """The same run from the measurements themselves."""
     teacher = teach(model, [prompt], OPTIONS.n_tokens, CONFIG, temperature=0.8, seed=3)
     variants = decoding_variants(CONFIG, OPTIONS.intervals)
+    shown = shown_beside(variants)
     return (
         teacher,
         variants,
-        {name: follow(model, teacher, config, own_choice=name in SIDE_BY_SIDE) for name, config in variants.items()},
+        {name: follow(model, teacher, config, own_choice=name in shown) for name, config in variants.items()},
     )
 
 
@@ -178,7 +179,7 @@ def test_where_nothing_is_left_out_nothing_is_lost(model, tokenizer, prompt, sch
     [
         ({"n_tokens": 1}, "tokens: got 1; allowed: an integer ≥ 2"),
         ({"n_tokens": 8.0}, "tokens: got 8.0; allowed: an integer ≥ 2"),
-        ({"intervals": ()}, r"intervals: got \(\); allowed: at least one"),
+        ({"intervals": ()}, r"intervals: got \(\); allowed: integers ≥ 1, at least one"),
     ],
 )
 def test_options_are_refused_by_name(change, message):
@@ -208,9 +209,24 @@ def test_the_log_goes_to_standard_error(model, tokenizer, prompt, measured, caps
         assert any(name in line and f"{loss:.4f} nats" in line for line in err.splitlines()), name
 
 
-@pytest.mark.parametrize(("kl", "step_error", "share"), [(0.4, 0.1, "25%"), (0.2, 0.2, "100%"), (0.0, 0.0, "0%")])
+@pytest.mark.parametrize(("kl", "step_error", "share"), [(0.4, 0.1, "25%"), (0.2, 0.19, "95%"), (0.2, 0.0, "0%")])
 def test_the_verdict_gives_the_share_of_step_error(kl, step_error, share):
     assert f" {share} " in verdict({"sparse": {"kl": kl, "step_error": step_error}})
+
+
+@pytest.mark.parametrize(("kl", "step_error"), [(0.2, 0.2), (0.2, 0.5), (0.0, 0.0)])
+def test_the_verdict_claims_no_drift_where_none_is_seen(kl, step_error):
+    said = verdict({"sparse": {"kl": kl, "step_error": step_error}})
+    assert "%" not in said
+    assert "no loss to drift is seen" in said
+
+
+def test_a_rectified_text_is_shown_whatever_the_intervals(model, tokenizer, prompt):
+    console = Console(file=io.StringIO(), width=120, highlight=False)
+    run_demo(model, tokenizer, prompt, replace(OPTIONS, n_tokens=4, intervals=(2, 3)), console)
+    shown = next(line for line in console.file.getvalue().splitlines() if "dense" in line)
+    assert [word for word in shown.split() if word.isascii()] == ["dense", "sparse", "ReSA", "f=3"]
+    assert "Other intervals: --intervals" in console.file.getvalue()
 
 
 def test_a_common_prefix_by_hand():

@@ -4,16 +4,21 @@ import json
 import shlex
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from resa.reference.cli import build_parser
 from resa.reference.evals import evidence
-from resa.reference.evals.evidence import SIZES, is_done, run_parts, without
+from resa.reference.evals.evidence import SIZES, Part, is_done, run_parts, without
 
 DIGESTS = {"checkpoint_sha256": "abc", "source_sha256": "def"}
-PARTS = {"first": "fidelity --tokens 9", "second": "sweep --no-grid"}
+WORDS = {"first": "fidelity --tokens 9", "second": "sweep --no-grid"}
+
+
+def parts(words=WORDS, more=(), digests=DIGESTS):
+    return {name: Part(own, more, digests) for name, own in words.items()}
 
 
 @pytest.fixture
@@ -24,7 +29,7 @@ def out(tmp_path):
 def written(ran, digest="abc", fails_at=None):
     """A runner that leaves what `resa eval` leaves, and what it was asked."""
 
-    def run(words):
+    def run(words, is_alone):
         ran.append(words)
         if len(ran) == fails_at:
             raise subprocess.CalledProcessError(1, words)
@@ -38,29 +43,68 @@ def written(ran, digest="abc", fails_at=None):
 
 def test_every_part_is_run_once(out, capsys):
     ran = []
-    assert run_parts(PARTS, out, ["--device", "cpu"], DIGESTS, run=written(ran)) == ["first", "second"]
+    assert run_parts(parts(more=["--device", "cpu"]), out, run=written(ran)) == ["first", "second"]
     assert ran[0] == ["eval", "fidelity", "--tokens", "9", "--device", "cpu", "--out", str(out / "first.json")]
     assert "part 2 of 2: second (resa eval sweep --no-grid)" in capsys.readouterr().err
-    assert run_parts(PARTS, out, ["--device", "cuda"], DIGESTS, run=written(ran)) == []
+    assert run_parts(parts(more=["--device", "cuda"]), out, run=written(ran)) == []
     assert len(ran) == 2
     assert "all 2 parts are done" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_goes_on(out):
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_an_interrupted_run_goes_on(out, jobs):
     ran = []
     with pytest.raises(subprocess.CalledProcessError):
-        run_parts(PARTS, out, [], DIGESTS, run=written(ran, fails_at=2))
-    assert run_parts(PARTS, out, [], DIGESTS, run=written(ran)) == ["second"]
+        run_parts(parts(), out, run=written(ran, fails_at=2), jobs=jobs)
+    (left,) = {"first", "second"} - {path.stem for path in out.iterdir()}
+    assert run_parts(parts(), out, run=written(ran), jobs=jobs) == [left]
+
+
+def test_parts_run_side_by_side(out):
+    """Two at a time: each waits until another runs, and no third does."""
+    together, running, most = threading.Barrier(2), set(), []
+    lock = threading.Lock()
+
+    def run(words, is_alone):
+        assert not is_alone
+        with lock:
+            running.add(words[-1])
+            most.append(len(running))
+        together.wait(timeout=60)
+        with lock:
+            running.remove(words[-1])
+
+    many = {str(number): "selection" for number in range(6)}
+    assert set(run_parts(parts(many), out, run=run, jobs=2)) == set(many)
+    assert max(most) == 2
+
+
+def test_after_a_failure_nothing_is_begun(out):
+    ran = []
+    with pytest.raises(subprocess.CalledProcessError):
+        run_parts(parts({str(i): "selection" for i in range(9)}), out, run=written(ran, fails_at=2))
+    assert len(ran) == 2
+
+
+def test_what_a_part_says_is_shown_where_it_fails(out, capfd):
+    with pytest.raises(subprocess.CalledProcessError):
+        run_parts(parts({"one": "selection --tokens 0"}), out, jobs=2)
+    assert "resa eval: --tokens: got 0" in capfd.readouterr().err
+
+
+def test_jobs_are_counted_from_one(out):
+    with pytest.raises(ValueError, match="jobs: got 0; allowed: an integer ≥ 1"):
+        run_parts(parts(), out, jobs=0)
 
 
 def test_another_command_or_checkpoint_is_another_result(out):
-    run_parts(PARTS, out, [], DIGESTS, run=written([]))
+    run_parts(parts(), out, run=written([]))
     path = out / "first.json"
     assert is_done(path, ["fidelity", "--tokens", "9"], DIGESTS)
     for name in DIGESTS:
         assert not is_done(path, ["fidelity", "--tokens", "9"], DIGESTS | {name: "abd"})
     assert not is_done(path, ["fidelity", "--tokens", "8"], DIGESTS)
-    assert run_parts(PARTS | {"first": "fidelity --tokens 8"}, out, [], DIGESTS, run=written([])) == ["first"]
+    assert run_parts(parts(WORDS | {"first": "fidelity --tokens 8"}), out, run=written([])) == ["first"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"command": 3, "checkpoint_sha256": "abc"}'])

@@ -7,7 +7,7 @@ sparse decoding does the looking up itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from .statistics import wilson
 def ways_to_decode(config: ReSAConfig) -> dict[str, ReSAConfig]:
     """What is compared: both ends, rectification between them, and the paper's other remedy, dense first layers."""
     return {
-        "dense": replace(config, interval=1, schedule="fused"),
+        "dense": replace(config, active_ratio=1.0, interval=1, schedule="fused"),  # of all ratios the same
         "sparse": replace(config, interval=None),
         "sparse, 2 dense layers": replace(config, interval=None, dense_layers=2),
         "ReSA": config,
@@ -59,18 +59,26 @@ def marks(tokens: Sequence[int], example: Example) -> tuple[bool, bool]:
 
 
 def answered(
-    model: GPT, examples: Sequence[Example], configs: Mapping[str, ReSAConfig]
-) -> dict[str, list[tuple[bool, bool]]]:
-    """The marks of every example under every configuration; prompts are read once."""
+    model: GPT, examples: Sequence[Example], configs: Mapping[Hashable, ReSAConfig]
+) -> dict[Hashable, list[tuple[bool, bool]]]:
+    """The marks of every example under every configuration; prompts are read once.
+
+    Configurations that can't differ are run once: where no answer reaches the first rectification, it is as if there
+    were none.
+    """
     first = next(iter(configs.values()))
     opening = generate(model, [example.prompt[:-1] for example in examples], 0, first)
     last = [example.prompt[-1] for example in examples]
     longest = max(len(example.answer) for example in examples)
+    run = {
+        name: config if config.interval is None or config.interval <= longest else replace(config, interval=None)
+        for name, config in configs.items()
+    }
     found = {}
-    for name, config in configs.items():
+    for config in dict.fromkeys(run.values()):
         texts = continued(model, opening, last, longest, config)
-        found[name] = [marks(*pair) for pair in zip(texts, examples, strict=True)]
-    return found
+        found[config] = [marks(*pair) for pair in zip(texts, examples, strict=True)]
+    return {name: found[config] for name, config in run.items()}
 
 
 def measure_answers(
@@ -81,12 +89,15 @@ def measure_answers(
     n_examples: int,
     config: ReSAConfig,
     *,
+    ratios: Sequence[float] = (),
     code: Sequence[str] = (),
     batch: int = 8,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, object]:
-    """Shares of right answers per family, length and way to decode, with 95 % intervals over examples; JSON-ready.
+    """Shares of right answers per family, length, ratio and way to decode, JSON-ready; 95 % intervals over examples.
+
+    `ratios` take the place of the configuration's own.
 
     Raises `ValueError` before any work starts.
     """
@@ -98,7 +109,12 @@ def measure_answers(
     require(config.interval is not None, "config.interval", None, "an integer: it is compared with never")
     context = model.config.context
     require(max(lengths) <= context, "lengths", max(lengths), f"≤ {context}, the model's context")
-    configs = ways_to_decode(config)
+    ratios = list(ratios) or [config.active_ratio]
+    configs = {
+        (ratio, name): way
+        for ratio in ratios
+        for name, way in ways_to_decode(replace(config, active_ratio=ratio)).items()
+    }
     drawn = {
         (family, length): [
             FAMILIES[family](tokenizer, np.random.default_rng((seed, length, index, UNSEEN)), length, code)
@@ -111,13 +127,17 @@ def measure_answers(
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("Tasks", total=len(drawn) * n_examples)
         for (family, length), examples in drawn.items():
-            found: dict[str, list[tuple[bool, bool]]] = {name: [] for name in configs}
+            found: dict[Hashable, list[tuple[bool, bool]]] = {key: [] for key in configs}
             for start in range(0, n_examples, batch):
                 some = examples[start : start + batch]
-                for name, own in answered(model, some, configs).items():
-                    found[name].extend(own)
+                for key, own in answered(model, some, configs).items():
+                    found[key].extend(own)
                 bar.advance(task, len(some))
-            rows.append({"family": family, "length": length, **{name: shares(own) for name, own in found.items()}})
+            longest = max(len(example.answer) for example in examples)
+            about = {"family": family, "length": length, "longest_answer": longest}
+            for ratio in ratios:
+                ways = {name: shares(own) for (of, name), own in found.items() if of == ratio}
+                rows.append({**about, "ratio": ratio, **ways})
     return {"examples": n_examples, "config": asdict(config), "rows": rows}
 
 

@@ -11,12 +11,19 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-DOCUMENTS = "--documents 8 --batch 8 --prompt-tokens 1024 --min-blocks 2"
+from ..checks import is_integer, require
+
+CODE_PROMPTS = "--prompt-tokens 1024 --min-blocks 2"
+DOCUMENTS, MORE_DOCUMENTS = f"--documents 8 --batch 8 {CODE_PROMPTS}", f"--documents 24 --batch 24 {CODE_PROMPTS}"
 CODE = {  # on the model of source code
     "drift": f"fidelity {DOCUMENTS} --tokens 257 --intervals 32 128",
     "sweep": f"sweep {DOCUMENTS} --tokens 129 --no-grid",
@@ -24,7 +31,7 @@ CODE = {  # on the model of source code
     "selection": f"selection {DOCUMENTS} --tokens 16",
 }
 PROGRAMS = "--prompt-tokens 256 --min-blocks 4"
-SHORT = f"{PROGRAMS} --documents 8 --tokens 1792 --batch 2"
+SHORT, LONG = f"{PROGRAMS} --documents 8 --tokens 1792 --batch 2", f"{PROGRAMS} --documents 48 --tokens 3840 --batch 4"
 CARRYING = {  # on the model of programs
     "carried_small": f"carried {SHORT} --intervals 8 32 --ratios 0.1",
     "drift_carrying": CODE["drift"],
@@ -35,21 +42,33 @@ SIZES = {
     "small": {"model": CODE, "carrying": CARRYING},  # minutes on two CPU cores
     "full": {  # on one GPU; everything of the small size as well
         "carrying": {
-            "carried": f"carried {PROGRAMS} --documents 24 --tokens 3840 --batch 8 --intervals {INTERVALS}"
-            f" --ratios {RATIOS}",
-            "carried_fused": f"carried {SHORT} --schedule fused --intervals 8 32 128 --ratios 0.1",
-            "carried_scores": f"carried {SHORT} --scores pooled per-head 8-bits --intervals 32 --ratios 0.1",
-            "written": f"written {PROGRAMS} --documents 32 --tokens 3840 --batch 32",
+            "carried": f"carried {LONG} --intervals {INTERVALS} --ratios {RATIOS}",
+            "written": f"written {PROGRAMS} --documents 128 --tokens 3840 --batch 128",
+            "carried_fused": f"carried {LONG} --schedule fused --intervals 8 32 128 --ratios 0.1",
+            "carried_scores": f"carried {LONG} --scores pooled per-head 8-bits --intervals 32 --ratios 0.1",
             **CARRYING,
         },
         "model": {
+            "sweep_wide": f"sweep {MORE_DOCUMENTS} --tokens 257",
+            "free": f"free {MORE_DOCUMENTS} --tokens 257 --intervals 32 128",
             **CODE,
-            "free": f"free {DOCUMENTS} --tokens 257 --intervals 32 128",
             "selection_4096": "selection --documents 8 --batch 8 --prompt-tokens 4096 --min-blocks 2 --tokens 16",
-            "sweep_wide": f"sweep {DOCUMENTS} --tokens 257",
+        },
+        "retrieval": {
+            "retrieval": "tasks --lengths 2048 4096 8192 16384 --examples 32 --batch 32 --min-blocks 4"
+            " --ratios 0.05 0.1 0.2",
         },
     },
 }
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command."""
+
+    words: str  # after `resa eval`
+    more: Sequence[str]  # words that say where it runs, not what
+    digests: Mapping[str, str]  # SHA-256 of what it is measured with, as in its file
 
 
 def is_done(path: Path, words: Sequence[str], digests: Mapping[str, str]) -> bool:
@@ -69,34 +88,62 @@ def without(words: Sequence[str], options: Sequence[str]) -> list[str]:
 
 
 def run_parts(
-    parts: Mapping[str, str],
+    parts: Mapping[str, Part],
     out: Path,
-    more: Sequence[str],
-    digests: Mapping[str, str],
     *,
-    run: Callable[[Sequence[str]], None] | None = None,
+    jobs: int = 1,
+    run: Callable[[Sequence[str], bool], None] | None = None,
 ) -> list[str]:
     """Run every part that is not done, each in a process of its own; returns the names of those that were run.
 
-    parts: name → words after `resa eval`; `more` words for all of them, as `--model FILE`; `digests` as in the files.
-    Raises `subprocess.CalledProcessError` where one fails; what was written stays.
+    `jobs` run side by side; then what a part says itself is shown only if it fails. Raises
+    `subprocess.CalledProcessError` where one fails: no other is begun, those that run end, what was written stays.
     """
+    require(is_integer(jobs, 1), "jobs", jobs, "an integer ≥ 1")
     run = run or _run
     console = Console(stderr=True)
     files = {name: out / f"{name}.json" for name in parts}
-    todo = {name: words for name, words in parts.items() if not is_done(files[name], shlex.split(words), digests)}
-    for i, (name, words) in enumerate(todo.items()):
-        console.print(f"part {i + 1} of {len(todo)}: {name} (resa eval {words})", highlight=False)
-        run(["eval", *shlex.split(words), *more, "--out", str(files[name])])
+    todo = {
+        name: part for name, part in parts.items() if not is_done(files[name], shlex.split(part.words), part.digests)
+    }
     if not todo:
         console.print(f"all {len(parts)} parts are done, in {out}", highlight=False)
+        return []
+    numbers = {name: f"part {i + 1} of {len(todo)}: {name}" for i, name in enumerate(todo)}
+
+    failed = threading.Event()
+
+    def work(name: str) -> None:
+        if failed.is_set():
+            return
+        part, started = todo[name], time.monotonic()
+        console.print(f"{numbers[name]} (resa eval {part.words})", highlight=False)
+        try:
+            run(["eval", *shlex.split(part.words), *part.more, "--out", str(files[name])], jobs == 1)
+        except BaseException:
+            failed.set()
+            raise
+        console.print(f"{numbers[name]} is done, {time.monotonic() - started:.0f} s", highlight=False)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for _ in pool.map(work, todo):
+                pass
+        finally:  # when it is interrupted as well
+            failed.set()
     return list(todo)
 
 
-def _run(words: Sequence[str]) -> None:
+def _run(words: Sequence[str], is_alone: bool) -> None:
     # Single tokens are too little work for two threads: they wait for one another, far longer on a busy machine.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    subprocess.run([*_program(), *words], check=True, stdout=subprocess.DEVNULL, env=environment)
+    command = [*_program(), *words]
+    said = None if is_alone else subprocess.PIPE
+    try:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=said, env=environment, text=True)
+    except subprocess.CalledProcessError as error:
+        print(error.stderr or "", file=sys.stderr, end="")
+        raise
 
 
 def _program() -> list[str]:

@@ -99,7 +99,11 @@ def measure_written(
 
 
 def summarise(marks: dict[str, list[list[Line]]], n_tokens: int) -> dict[str, dict[str, object]]:
-    """Per way: shares per program, averaged; the loss split by pairs of programs with the same prompt and numbers."""
+    """Per way: shares per program, averaged, and how far they lie below dense decoding's and decode-only's.
+
+    Differences are of programs with the same prompt and random numbers; `recovered` is the share of what sparse
+    decoding loses to decode-only. From the first other token on, two ways write different programs.
+    """
     nothing = float("nan")
     share = {
         name: np.array([nothing if (own := share_right(lines)) is None else own for lines in several])
@@ -108,10 +112,10 @@ def summarise(marks: dict[str, list[list[Line]]], n_tokens: int) -> dict[str, di
     in_all = np.isfinite(np.stack(list(share.values()))).all(axis=0)  # programs with something to check in every way
     require(bool(in_all.any()), "n_tokens", n_tokens, "more: in no program is there something to check")
     share = {name: own[in_all] for name, own in share.items()}
-    total = share["decode-only"] - share["sparse"]
+    to_recover = share["decode-only"] - share["sparse"]
     rows = {}
     for name, own in share.items():
-        lost = {"right": own, "step_error": share["dense"] - share["decode-only"], "drift": share["decode-only"] - own}
+        lost = {"right": own, "below_dense": share["dense"] - own, "below_decode_only": share["decode-only"] - own}
         rows[name] = with_intervals(lost)
         rows[name]["asserted"] = float(np.mean([len(lines) for lines in marks[name]]))
         rows[name]["checked"] = float(np.mean([sum(x.is_right is not None for x in lines) for lines in marks[name]]))
@@ -119,9 +123,10 @@ def summarise(marks: dict[str, list[list[Line]]], n_tokens: int) -> dict[str, di
             share_right([line for lines in marks[name] for line in lines if start <= line.at < start + WIDTH])
             for start in range(0, n_tokens, WIDTH)
         ]
-        is_told = name not in ("decode-only", "sparse", "dense") and total.mean() > 0
-        rows[name]["recovered"] = 1 - lost["drift"].mean() / total.mean() if is_told else None
-        rows[name]["recovered_95"] = bootstrap_ratio(total - lost["drift"], total) if is_told else None
+        is_told = name not in ("decode-only", "sparse", "dense") and to_recover.mean() > 0
+        gained = own - share["sparse"]
+        rows[name]["recovered"] = gained.mean() / to_recover.mean() if is_told else None
+        rows[name]["recovered_95"] = bootstrap_ratio(gained, to_recover) if is_told else None
     return rows
 
 
