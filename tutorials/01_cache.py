@@ -3,9 +3,10 @@
 #
 # **What you will learn:** how a transformer decodes token by token, what it keeps in its
 # [KV cache](../glossary.md#kv-cache), how many bytes of it every new token reads, and why that makes long contexts
-# slow. All of it is measured on the machine that runs this page.
+# slow. What is timed is timed on the machine that runs this page; numbers of a GPU are read from files, and the text
+# says so.
 #
-# The first five tutorials lead to *rectified sparse attention* (ReSA, [arXiv
+# The first four tutorials lead to *rectified sparse attention* (ReSA, [arXiv
 # 2506.04108](https://arxiv.org/abs/2506.04108)): decoding that reads a small part of the cache at each step and puts
 # right, every now and then, what that did to the cache. This one is about the cache itself.
 #
@@ -75,7 +76,7 @@ print(repr(tokenizer.decode(anew[len(prompt) :])))
 # `[layer, B, Hkv, T_max, D]`, with $B$ sequences in the batch, and the values another one.
 
 # %%
-cache = model.new_cache(batch=1, capacity=len(prompt) + 16, block_size=16)
+cache = model.new_cache(batch=1, capacity=len(prompt) + 16, block_size=16)  # blocks: tutorial 2
 logits = prefill(model, [prompt], cache)  # [B, V]; the whole prompt at once
 print("keys", list(cache.keys.shape), "  values", list(cache.values.shape), "  length", cache.lengths.tolist())
 

@@ -110,7 +110,8 @@ plt.show()
 # In blocks 0 and 2 there is a key at the star, so the score is exact. In block 1 there is none: its score is 0, but the
 # best of its keys reaches only −1. A score may promise too much and never too little. That is the first
 # [law](../glossary.md#law) of this project: the score of a block is at least $\bar q \cdot k$ for each of its keys. A
-# block of low score can be skipped with good conscience; a block of high score may disappoint.
+# block of low score holds no key that the group wants on average (a single head may still want it: exercise 2); a block
+# of high score may disappoint.
 #
 # Selection takes the newest block in any case ([`local_blocks`](../glossary.md#local-blocks) is 1: what was said last
 # nearly always matters), then the highest scores, $n$ blocks in all:
@@ -338,8 +339,9 @@ ones = torch.tensor([5], dtype=torch.int32)
 exact = score_blocks(torch.tensor([[[2.0, -1.0], [0.0, -1.0]]]), block_bounds(keys, ones, 1), ones, 1)
 print(exact[0, 0].tolist())
 assert torch.equal(exact[0, 0], true_products)
-# lo = hi = the key: the score is the product itself. But the bounds are then as large as all keys, so a step reads half
-# of the cache before it has selected anything. The cost of the bounds falls as 1/b, their precision falls as well.
+# lo = hi = the key: the score is the product itself. But lo and hi together are then as large as all keys and values,
+# so a step reads as much as a dense one before it has selected anything (half, if it reads only the bound that each
+# channel needs). The cost of the bounds falls as 1/b, their precision falls as well.
 
 # %% [markdown]
 # ### 2. Two heads that disagree
@@ -381,8 +383,9 @@ for size in (4, 16, 64):
 # %% tags=["hide-cell"]
 rank = by_score.index(wanted)
 total = int(newest[at]) + 1
-print(f"rank {rank + 1} of {total}: it is read from p = {(rank + 1) / total:.3f} on")
-assert rank < total // 2
+print(f"rank {rank + 1} of {total}: n = ⌈p · {total}⌉ must be {rank + 1}, so it is missed up to p = {rank / total:.3f}")
+just, over = (active_blocks(total, ReSAConfig(16, rank / total + more, 1)) for more in (-1e-6, 1e-6))
+assert (just, over) == (rank, rank + 1)
 
 # %% [markdown]
 # **Next:** [what errors do to the cache](03_drift.md).

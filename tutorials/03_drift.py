@@ -209,7 +209,8 @@ assert step_loss.mean() > 0.5 * sparse_loss.mean(), "most of the loss is step er
 # lines is the part of the loss that drift causes, and the most that any repair of the cache can win back.*
 #
 # Most of the loss is step error. How large the rest is, 128 tokens of one file are too few to tell. The project ships a
-# measurement over 16 files, with intervals that hold the true mean in about 95 % of cases; it is read from a file here:
+# measurement over 16 files, with bootstrap intervals (nominally of 95 %; of so few files they are a little too narrow);
+# it is read from a file here:
 
 # %%
 results = Path(resa.reference.__file__).parents[1] / "docs" / "results"
@@ -221,8 +222,8 @@ print(f"of it drift {row['drift_kl']:.4f} [{low:.4f}, {high:.4f}], that is {shar
 assert 0 < low < row["drift_kl"] < 0.25 * row["kl"]
 
 # %% [markdown]
-# So drift costs this model something, and not much: a cache may be off by two fifths of its length and the predictions
-# hardly care. [Evidence](../evidence.md) takes the loss apart further.
+# So drift costs this model something, and not much: keys and values may be off by two fifths of their norm and the
+# predictions hardly care. [Evidence](../evidence.md) takes the loss apart further.
 #
 # ## Where drift matters
 #
@@ -232,7 +233,7 @@ assert 0 < low < row["drift_kl"] < 0.25 * row["kl"]
 # %%
 carrying = load_model(shipped_checkpoint("carrying"))
 n_opening = 256
-seeds = [(0, 1025, index, UNSEEN) for index in range(4)]
+seeds = [(0, 1025, index, UNSEEN) for index in range(4)]  # UNSEEN: numbers that training never drew
 programs = [alias_program(tokenizer, np.random.default_rng(seed), 1025) for seed in seeds]
 print(tokenizer.decode(programs[0].tokens[-60:]))
 
@@ -249,6 +250,7 @@ print(tokenizer.decode(programs[0].tokens[-60:]))
 checks = Checks.of(programs, n_opening)
 ways = {
     "sparse": ReSAConfig(active_ratio=0.1, min_blocks=4, interval=None, schedule="paper"),
+    # Repaired after every token. (Under the default schedule an interval of 1 is dense decoding: tutorial 4.)
     "decode-only": ReSAConfig(active_ratio=0.1, min_blocks=4, interval=1, schedule="paper"),
 }
 found = {name: marked(carrying, programs, checks, way, n_opening, batch=4) for name, way in ways.items()}

@@ -101,6 +101,8 @@ print("a window of NaN is rectified to the same keys and values, bit for bit")
 # values follow from the ids. They are written first, then the window's tokens attend, densely, to the cache before the
 # window and to the window itself, both exact. So what flows on to layer 1 is exact, so are its keys and values, and so
 # on to the last layer. A rectification is nothing else than one more chunk of a chunked prefill; it only comes late.
+# (A prefill may be cut anywhere: attention is causal, so a token sees the same keys and values whether they were
+# computed in the same pass or before. The sixteen steps of tutorial 1 were chunks of one token.)
 #
 # And 2 *is* exact, by induction over windows. At the beginning the cache holds the prompt, taken in densely: exact. If
 # the cache is exact up to a window, rectifying the window makes it exact up to the window's end, which is where the
@@ -275,7 +277,12 @@ print("paper:", ("s" * 16 + "D") * 2 + "s" * 7)
 # A sparse step loses twice. *Drift* is what its predecessors left in the cache. Rectification wipes that out, except
 # for the newest tokens, fewer than $f$, that still wait for it. *Step error* is what the step itself does not read.
 # Rectification comes after the step and cannot touch it: even over an exact cache, a step that attends to a tenth of
-# the blocks predicts with a tenth of the blocks. What decode-only loses is the floor.
+# the blocks predicts with a tenth of the blocks. What decode-only loses is the floor of the paper's schedule; of the
+# fused one's predictions, one in $f$ is dense and has no step error.
+#
+# Nor does rectification take a token back. What a sparse step chose stays in the text, and the cache becomes exact *for
+# that text*: equal to dense prefill of the tokens that were written, which may be others than dense decoding would have
+# written. (Checking the choices too is self-speculation, `generate(…, speculate=True)`, and costs more.)
 #
 # How much of the loss is which depends on the model and the text. The project ships two models and measurements of both
 # with 95 % intervals; the next cell reads them from its files.
@@ -335,7 +342,7 @@ assert low > 0.5
 # - Every $f$ tokens, one dense pass computes the newest tokens' keys and values anew and overwrites them in every
 #   layer.
 # - It reads only token ids and a cache that is exact already, so the cache is exact afterwards, each time.
-# - That repairs drift. It does not repair step error.
+# - That repairs drift. It repairs neither step error nor tokens that were chosen already.
 #
 # ## Exercises
 #

@@ -190,9 +190,10 @@ assert certificates[-1].median() > 0.99, "spread like the centres: the bound is 
 # *Figure: left, median over 64 heads of the mass left out and of its bound; right, the error of the output and its
 # bound $2\varepsilon \max\lVert v \rVert$, one dot per head; on the grey line they would be equal.*
 #
-# Without spread, the box around a block is a point, $u$ is the logit itself, and the bound equals the truth. With
-# little spread it is useful. With much, it rises to 1, and "at most everything is left out" is true and worthless. The
-# truth itself hardly moves meanwhile: what fails is the bound, not the selection.
+# Without spread, the box around a block is a point, $u$ is the logit itself, and the bound of the mass (left) equals
+# the truth; that of the output (right) still has its factor $2\max\lVert v \rVert$. With little spread it is useful.
+# With much, it rises to 1, and "at most everything is left out" is true and worthless. The truth itself hardly moves
+# meanwhile: what fails is the bound, not the selection.
 #
 # ## On the model
 #
