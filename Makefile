@@ -10,7 +10,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: help install demo test test-gpu docs tutorials sanitize bench evidence evidence-small lint clean
+.PHONY: help install demo test test-gpu docs tutorials sanitize bench evidence evidence-small evidence-check lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -59,6 +59,9 @@ evidence-small: install  ## what docs/evidence.md says, measured again: minutes 
 
 evidence: install  ## the same and more, on one GPU, part by part; resumable
 	$(PYTHON) -m resa.fast evidence --size full --device cuda --jobs 4 $(ARGS)
+
+evidence-check: install  ## how many of the recorded numbers a run in out/evidence gives again
+	$(PYTHON) docs/compare_evidence.py out/evidence
 
 lint: install  ## style and import rules
 	$(PYTHON) -m ruff check .

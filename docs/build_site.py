@@ -144,8 +144,18 @@ def assemble() -> None:
         notebook_page(site, path)
     shutil.copytree(DOCS / "images", SOURCE / "images")
     shutil.copytree(DOCS / "play", EXTRA / "play")
+    link_back(EXTRA / "play" / "index.html")
     write("index.md", (SOURCE / "index.md").read_text(encoding="utf-8") + navigation())
     site.copies()
+
+
+def link_back(page: Path) -> None:
+    """Links the interactive page to the documentation, which lies beside it in the site alone."""
+    text, mark = page.read_text(encoding="utf-8"), "<!-- documentation: the site puts a link here -->"
+    if text.count(mark) != 1:
+        raise ValueError(f"{page}: got {text.count(mark)} places for the link; allowed: 1, {mark}")
+    link = '<p>More: <a href="../play.html">about this page</a>, <a href="../index.html">the documentation</a>.</p>'
+    page.write_text(text.replace(mark, link), encoding="utf-8")
 
 
 def toctree(caption: str, pages: Sequence[str]) -> str:

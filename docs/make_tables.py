@@ -547,14 +547,40 @@ def evidence_written() -> str:
     result = evidence("written")
     lines = []
     for name, row in result["ways"].items():
-        drift = within(row, "drift") if name.startswith(("sparse", "ReSA")) else "–"
+        below = within(row, "below_decode_only") if name.startswith(("sparse", "ReSA")) else "–"
         curve = " / ".join(f"{share:.2f}" for share in row["by_position"][1::2])
-        lines.append([name, within(row, "right"), drift, f"{row['checked']:.1f}", curve])
-    head = ["decoding", "right", "less than decode-only by", "checked per program", "right along the text"]
+        share = recovered(row["recovered"], row["recovered_95"])
+        lines.append([name, within(row, "right"), below, share, f"{row['checked']:.1f}", curve])
+    head = ["decoding", "right", "less than decode-only by", "of that recovered", "checked per program"]
+    head += ["right along the text"]
     note = (
         f"{result['programs']} programs, {result['tokens_each']:,} tokens each after {result['prompt_tokens']}, "
         f"sampled at temperature 1 with the same random numbers{settings_of(result['config'])} Along the text: every "
         f"second stretch of {result['width']} tokens. Backend {result['backend']}."
+    )
+    return markdown(head, lines) + f"\n\n{note} {measured(result)}"
+
+
+def evidence_retrieval() -> str:
+    """Questions answered exactly, by family, length and ratio."""
+    result = evidence("retrieval")
+    ratios = sorted({row["ratio"] for row in result["rows"]}, reverse=True)
+    lines = []
+    for family in dict.fromkeys(row["family"] for row in result["rows"]):
+        rows = {(row["length"], row["ratio"]): row for row in result["rows"] if row["family"] == family}
+        for length in sorted({length for length, _ in rows}):
+            dense = rows[length, ratios[0]]["dense"]
+            own = [rows[length, ratio]["ReSA"] for ratio in ratios]
+            exact = rows[length, 0.1]["decode-only"]
+            cells = [f"{each['right']:.2f} {interval(each['right_95'], 2)}" for each in (dense, *own, exact)]
+            lines.append([family.replace("_", " "), f"{length:,}", *cells])
+    longest = max(row["longest_answer"] for row in result["rows"])
+    head = ["family", "tokens", "dense", *(f"ReSA, p = {ratio}" for ratio in ratios), "decode-only, p = 0.1"]
+    config = result["config"]
+    note = (
+        f"{result['examples']} questions each, answers of at most {longest} tokens; block size {config['block_size']}, "
+        f"at least {config['min_blocks']} blocks, interval {config['interval']}; shares answered exactly, Wilson's "
+        "intervals [95 %]."
     )
     return markdown(head, lines) + f"\n\n{note} {measured(result)}"
 
@@ -581,12 +607,12 @@ def evidence_training() -> str:
 
 TABLES = {
     "evidence_carried": evidence_carried,
-    "evidence_unseen": partial(evidence_carried, "carried_unseen"),
     "evidence_fused": partial(evidence_carried, "carried_fused"),
     "evidence_scores": evidence_scores,
     "evidence_free": evidence_free,
     "evidence_layers": evidence_layers,
     "evidence_written": evidence_written,
+    "evidence_retrieval": evidence_retrieval,
     "evidence_training": evidence_training,
     "evidence_paired": evidence_paired,
     "evidence_drift": evidence_drift,

@@ -1,7 +1,9 @@
 """What the pages say is so: the example runs as written, tables and figures equal their files. More in test_site.py."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +36,31 @@ def test_tables_are_what_their_files_say():
 def test_figures_are_what_their_files_say():
     done = run("docs/make_figures.py", "--check")
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_a_run_is_compared_with_what_is_recorded(tmp_path):
+    """By every number that has an interval: in rows, in nested parts, in lists of intervals."""
+    folder = ROOT / "docs" / "results" / "evidence"
+    files = ("carried_small", "selection", "sweep", "drift")
+    for name in files:
+        shutil.copy(folder / f"{name}.json", tmp_path)
+    done = run("docs/compare_evidence.py", tmp_path)
+    assert done.returncode == 0, done.stdout
+    counts = [int(n) for n in re.findall(r"(\d+) of \d+ numbers", done.stdout)]
+    assert len(counts) == len(files)
+    assert min(counts) >= 18
+    assert f"{sum(counts)} of {sum(counts)}" in done.stdout
+    other = json.loads((folder / "carried_small.json").read_text())
+    for row in other["rows"]:
+        row["right"] = row["right_95"][1] + 0.01
+    (tmp_path / "carried_small.json").write_text(json.dumps(other))
+    done = run("docs/compare_evidence.py", tmp_path)
+    assert f"/rows/0/right = {other['rows'][0]['right']:.4f}, not in [" in done.stdout
+    for name in files[1:]:
+        (tmp_path / f"{name}.json").unlink()
+    assert run("docs/compare_evidence.py", tmp_path).returncode == 1, "a quarter is outside"
+    (tmp_path / "carried_small.json").unlink()
+    assert run("docs/compare_evidence.py", tmp_path).returncode == 1, "nothing to compare"
 
 
 def test_no_result_names_a_folder_of_one_machine():

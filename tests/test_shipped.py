@@ -95,7 +95,7 @@ def test_the_record_describes_the_model_of_questions():
 
 def test_the_results_about_programs_are_of_that_model():
     record = json.loads(shipped_checkpoint("carrying").with_suffix(".json").read_text())
-    for name in ("carried", "carried_unseen", "carried_small", "written", "drift_carrying"):
+    for name in ("carried", "carried_fused", "carried_scores", "carried_small", "written", "drift_carrying"):
         result = json.loads((RESULTS / "evidence" / f"{name}.json").read_text())
         assert result["checkpoint_sha256"] == record["sha256"]
 

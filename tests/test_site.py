@@ -569,6 +569,7 @@ def test_every_page_is_in_the_site(site):
         assert f"tutorials/{script.stem}.html" in site
     for package, name in api_names():
         assert f"{package}.{name}" in site["api.html"].ids
+    assert {"../play.html", "../index.html"} <= set(site["play/index.html"].links), "no way back"
 
 
 @pytest.mark.site

@@ -263,11 +263,11 @@ assert right["dense"] > right["decode-only"] > right["sparse"]
 
 # %% [markdown]
 # A good part of the loss is drift: values that an exact cache would have given right. These programs are few and short;
-# the shipped measurement has 24 of them, four times as long:
+# the shipped measurement has 48 of them, four times as long:
 
 # %%
-measured = json.loads((results / "evidence" / "carried_unseen.json").read_text())
-rows = {row["interval"]: row for row in measured["rows"]}
+measured = json.loads((results / "evidence" / "carried.json").read_text())
+rows = {row["interval"]: row for row in measured["rows"] if row["ratio"] == 0.1}
 sparse_row = rows["never"]
 low, high = sparse_row["drift_95"]
 print(f"{measured['programs']} programs, {measured['checks']} values: dense {sparse_row['dense']:.1%} right, ", end="")

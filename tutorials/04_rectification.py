@@ -290,7 +290,7 @@ print("paper:", ("s" * 16 + "D") * 2 + "s" * 7)
 # %%
 results = Path(resa.reference.__file__).parents[1] / "docs" / "results"
 code = json.loads((results / "fidelity.json").read_text())
-values = json.loads((results / "evidence" / "carried_unseen.json").read_text())
+values = json.loads((results / "evidence" / "carried.json").read_text())
 
 names = ["sparse", "ReSA f=128", "ReSA f=32", "ReSA f=8", "decode-only"]
 rows = [code["variants"][name] for name in names]
@@ -301,7 +301,7 @@ left.barh(names, [row["drift_kl"] for row in rows], left=step_error, color="C1",
 left.set(xlabel="KL from dense per token [nats]", title="source code")
 
 ways = {"sparse": "never", "ReSA f=32": 32, "decode-only": "decode-only"}
-found = {row["interval"]: row for row in values["rows"]}
+found = {row["interval"]: row for row in values["rows"] if row["ratio"] == 0.1}
 step_error = found["decode-only"]["step_error"]
 right.barh(list(ways), [100 * step_error] * len(ways), color="0.75", label="step error")
 right.barh(
