@@ -5,11 +5,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from small_models import Shape
 
 from resa.reference import ReSAConfig, generate, load_tokenizer
 from resa.reference.evals import answers
-from resa.reference.evals.answers import answered, continued, marks, measure_answers, shares, ways_to_decode
+from resa.reference.evals.answers import (
+    answered,
+    continued,
+    marks,
+    measure_answers,
+    read_prompts,
+    shares,
+    ways_to_decode,
+)
 from resa.reference.tasks import Example
 
 CONFIG = ReSAConfig(block_size=2, min_blocks=2, interval=3)
@@ -51,6 +60,20 @@ def test_continuations_are_those_of_generation(name):
         assert alone == [tokens]
     if name == "sparse":
         assert found != continued(model, opening, [p[-1] for p in prompts], 12, ways_to_decode(CONFIG)["dense"])
+
+
+def test_prompts_are_read_as_prefill_reads_them():
+    model, prompts = SHAPE.model(torch.float64), SHAPE.prompts((19, 4, 11))
+    found, expected = read_prompts(model, prompts, 4), generate(model, prompts, 0, ReSAConfig(block_size=4))
+    assert torch.equal(found.cache.lengths, expected.cache.lengths)
+    for name in ("keys", "values"):
+        ours, theirs = getattr(found.cache, name), getattr(expected.cache, name)
+        for s, prompt in enumerate(prompts):
+            torch.testing.assert_close(ours[:, s, :, : len(prompt)], theirs[:, s, :, : len(prompt)], rtol=0, atol=1e-12)
+    for s, prompt in enumerate(prompts):
+        blocks = -(-len(prompt) // 4)
+        ours, theirs = (each.cache.bounds[:, s, ..., :blocks] for each in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_answers_are_marked_by_what_each_way_says():

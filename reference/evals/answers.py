@@ -15,11 +15,12 @@ import tiktoken
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from ..checks import is_integer, require
 from ..config import ReSAConfig
-from ..generate import Generation, decode_step, generate
-from ..model import GPT
+from ..generate import Generation, decode_step
+from ..model import GPT, causal_attention
 from ..programs import UNSEEN
 from ..tasks import FAMILIES, Example
 from .statistics import wilson
@@ -34,6 +35,30 @@ def ways_to_decode(config: ReSAConfig) -> dict[str, ReSAConfig]:
         "ReSA": config,
         "decode-only": replace(config, interval=1, schedule="paper"),
     }
+
+
+@torch.no_grad()
+def read_prompts(model: GPT, prompts: Sequence[Sequence[int]], block_size: int) -> Generation:
+    """Prefill of fresh caches in one pass, by torch's fused attention: long prompts take minutes in chunks.
+
+    Right of a shorter prompt stands padding, which no token of the prompt sees.
+    """
+    device = model.embed.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=device)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    cache = model.new_cache(*tokens.shape, block_size)
+    window = cache.open_window(cache.lengths, lengths, tokens.shape[1])
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        cache.write(layer, key, value, window)
+        return causal_attention(layer, query, key, value)
+
+    model.transform(tokens, torch.arange(tokens.shape[1], device=device).expand_as(tokens), attend)
+    cache.commit(window)
+    nothing = torch.zeros_like(lengths)
+    return Generation([[] for _ in prompts], cache, nothing, nothing)
 
 
 @torch.no_grad()
@@ -66,8 +91,8 @@ def answered(
     Configurations that can't differ are run once: where no answer reaches the first rectification, it is as if there
     were none.
     """
-    first = next(iter(configs.values()))
-    opening = generate(model, [example.prompt[:-1] for example in examples], 0, first)
+    (block_size,) = {config.block_size for config in configs.values()}
+    opening = read_prompts(model, [example.prompt[:-1] for example in examples], block_size)
     last = [example.prompt[-1] for example in examples]
     longest = max(len(example.answer) for example in examples)
     run = {

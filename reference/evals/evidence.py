@@ -55,8 +55,8 @@ SIZES = {
             "selection_4096": "selection --documents 8 --batch 8 --prompt-tokens 4096 --min-blocks 2 --tokens 16",
         },
         "retrieval": {
-            "retrieval": "tasks --lengths 2048 4096 8192 16384 --examples 32 --batch 32 --min-blocks 4"
-            " --ratios 0.05 0.1 0.2",
+            "retrieval": "tasks --lengths 2048 4096 8192 --examples 24 --batch 24 --min-blocks 4 --ratios 0.05 0.1 0.2",
+            "retrieval_16384": "tasks --lengths 16384 --examples 12 --batch 12 --min-blocks 4 --ratios 0.05 0.1 0.2",
         },
     },
 }
