@@ -384,7 +384,8 @@ for size in (4, 16, 64):
 rank = by_score.index(wanted)
 total = int(newest[at]) + 1
 print(f"rank {rank + 1} of {total}: n = ⌈p · {total}⌉ must be {rank + 1}, so it is missed up to p = {rank / total:.3f}")
-just, over = (active_blocks(total, ReSAConfig(16, rank / total + more, 1)) for more in (-1e-6, 1e-6))
+cached = torch.tensor([16 * total])
+just, over = (int(active_blocks(cached, ReSAConfig(16, rank / total + more, 1))) for more in (-1e-6, 1e-6))
 assert (just, over) == (rank, rank + 1)
 
 # %% [markdown]
