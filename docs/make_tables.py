@@ -563,26 +563,26 @@ def evidence_written() -> str:
 
 def evidence_retrieval() -> str:
     """Questions answered exactly, by family, length and ratio."""
-    result = evidence("retrieval")
-    ratios = sorted({row["ratio"] for row in result["rows"]}, reverse=True)
+    results = [evidence("retrieval"), evidence("retrieval_16384")]
+    all_rows = [row for result in results for row in result["rows"]]
+    ratios = sorted({row["ratio"] for row in all_rows}, reverse=True)
     lines = []
-    for family in dict.fromkeys(row["family"] for row in result["rows"]):
-        rows = {(row["length"], row["ratio"]): row for row in result["rows"] if row["family"] == family}
+    for family in dict.fromkeys(row["family"] for row in all_rows):
+        rows = {(row["length"], row["ratio"]): row for row in all_rows if row["family"] == family}
         for length in sorted({length for length, _ in rows}):
-            dense = rows[length, ratios[0]]["dense"]
-            own = [rows[length, ratio]["ReSA"] for ratio in ratios]
-            exact = rows[length, 0.1]["decode-only"]
-            cells = [f"{each['right']:.2f} {interval(each['right_95'], 2)}" for each in (dense, *own, exact)]
+            ways = [rows[length, ratios[0]]["dense"], *(rows[length, ratio]["ReSA"] for ratio in ratios)]
+            ways.append(rows[length, 0.1]["decode-only"])
+            cells = [f"{way['right']:.2f} {interval(way['right_95'], 2)}" for way in ways]
             lines.append([family.replace("_", " "), f"{length:,}", *cells])
-    longest = max(row["longest_answer"] for row in result["rows"])
     head = ["family", "tokens", "dense", *(f"ReSA, p = {ratio}" for ratio in ratios), "decode-only, p = 0.1"]
-    config = result["config"]
+    config, (fewer, most) = results[0]["config"], (result["examples"] for result in results)
     note = (
-        f"{result['examples']} questions each, answers of at most {longest} tokens; block size {config['block_size']}, "
-        f"at least {config['min_blocks']} blocks, interval {config['interval']}; shares answered exactly, Wilson's "
-        "intervals [95 %]."
+        f"{fewer} questions each, {most} at 16,384 tokens; answers of at most "
+        f"{max(row['longest_answer'] for row in all_rows)} tokens; block size {config['block_size']}, at least "
+        f"{config['min_blocks']} blocks, interval {config['interval']}; shares answered exactly, Wilson's intervals "
+        "[95 %]."
     )
-    return markdown(head, lines) + f"\n\n{note} {measured(result)}"
+    return markdown(head, lines) + f"\n\n{note} " + " ".join(measured(result) for result in results)
 
 
 def evidence_training() -> str:
