@@ -284,8 +284,8 @@ print("paper:", ("s" * 16 + "D") * 2 + "s" * 7)
 # that text*: equal to dense prefill of the tokens that were written, which may be others than dense decoding would have
 # written. (Checking the choices too is self-speculation, `generate(…, speculate=True)`, and costs more.)
 #
-# How much of the loss is which depends on the model and the text. The project ships two models and measurements of both
-# with 95 % intervals; the next cell reads them from its files.
+# How much of the loss is which depends on the model and the text. The next cell reads measurements of two of the
+# project's models, with 95 % intervals, from its files.
 
 # %%
 results = Path(resa.reference.__file__).parents[1] / "docs" / "results"
