@@ -17,20 +17,33 @@ SHARE_OUTSIDE = 0.05  # as large as the error of intervals of 95 %
 
 
 def numbers(recorded: object, found: object, path: str = "") -> Iterator[tuple[str, float, list[float]]]:
-    """(name, the new number, the recorded interval) of all that have an interval in both; lists go by place."""
-    if isinstance(recorded, dict) and isinstance(found, dict):
+    """(name, the new number, the recorded interval) of all that have one; NaN where the new run lacks the number.
+
+    Lists go by place.
+    """
+    if isinstance(recorded, dict):
+        others = found if isinstance(found, dict) else {}
         for name, value in recorded.items():
-            ends = recorded.get(f"{name}_95")
+            ends, new = recorded.get(f"{name}_95"), others.get(name)
             if ends is None:
-                yield from numbers(value, found.get(name), f"{path}/{name}")
+                yield from numbers(value, new, f"{path}/{name}")
             elif isinstance(value, list):  # one interval each
-                each = zip(value, found.get(name) or [], ends, strict=False)
-                yield from ((f"{path}/{name}/{i}", new, own) for i, (_, new, own) in enumerate(each))
-            elif isinstance(value, int | float) and None not in ends and isinstance(found.get(name), int | float):
-                yield f"{path}/{name}", found[name], ends
-    elif isinstance(recorded, list) and isinstance(found, list):
-        for i, pair in enumerate(zip(recorded, found, strict=False)):
-            yield from numbers(*pair, f"{path}/{i}")
+                yield from ((f"{path}/{name}/{i}", number(item(new, i)), own) for i, own in enumerate(ends))
+            elif value is not None and None not in ends:
+                yield f"{path}/{name}", number(new), ends
+    elif isinstance(recorded, list):
+        for i, own in enumerate(recorded):
+            yield from numbers(own, item(found, i), f"{path}/{i}")
+
+
+def item(values: object, index: int) -> object:
+    """Of a list, None where there is none."""
+    return values[index] if isinstance(values, list) and index < len(values) else None
+
+
+def number(value: object) -> float:
+    """The number, NaN where it is none."""
+    return value if isinstance(value, int | float) else math.nan
 
 
 def main(folder: Path, recorded: Path = RECORDED) -> int:
@@ -44,7 +57,7 @@ def main(folder: Path, recorded: Path = RECORDED) -> int:
         outside, n = [], 0
         for name, new, (low, high) in numbers(before, now):
             n += 1
-            if not low - ROUNDING <= new <= high + ROUNDING or math.isnan(new):
+            if not low - ROUNDING <= new <= high + ROUNDING:  # NaN is not either
                 outside.append(f"{name} = {new:.4f}, not in [{low:.4f}, {high:.4f}]")
         print(f"{path.stem:16} {n - len(outside)} of {n} numbers in the recorded intervals ({before['device']})")
         for line in outside[:5]:

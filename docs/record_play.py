@@ -9,7 +9,6 @@ lies from the dense one. About a minute on one CPU core; nothing is drawn from a
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import platform
 import sys
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from resa.reference import GPT, KVCache, ReSAConfig, generate, load_model, load_tokenizer
-from resa.reference.checkpoint import shipped_checkpoint
+from resa.reference.checkpoint import file_digest, shipped_checkpoint
 from resa.reference.demo import DEMO_MODULE, demo_prompt, one_torch_thread
 from resa.reference.evals.fidelity import read_ratio
 from resa.reference.files import source_digest, write_atomically
@@ -178,7 +177,7 @@ def measure() -> dict[str, object]:
         settings.append(setting(tokenizer, record(model, prompt, NEW_TOKENS, config), config))
     return {
         "command": "python docs/record_play.py",
-        "checkpoint_sha256": hashlib.sha256(shipped_checkpoint().read_bytes()).hexdigest(),
+        "checkpoint_sha256": file_digest(shipped_checkpoint()),
         "source_sha256": source_digest(),
         "device": f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

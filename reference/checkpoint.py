@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -52,8 +52,9 @@ def save_model(
     With `part="attention"` only the attention's weights are stored; the others are taken from `base`, a model's file in
     the same folder that is named in this one together with its SHA-256.
 
-    Errors: ValueError for a weight that is not finite in `dtype`, or a part without a base and vice versa; OSError if
-    the disk refuses, and then the file that was there before is untouched.
+    Errors: ValueError for a weight that is not finite in `dtype`, a part without a base and vice versa, or a base that
+    lies elsewhere or has another shape; OSError if the disk refuses, and then the file that was there before is
+    untouched.
     """
     require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))
     require(part in PARTS, "part", repr(part), ", ".join(PARTS))
@@ -67,8 +68,11 @@ def save_model(
     form = EIGHT_BIT_FORMAT if eight_bits else MODEL_FORMAT
     header = {"format": form, "config": json.dumps(asdict(model.config))}
     if base is not None:
-        in_folder = Path(base).resolve().parent == Path(path).resolve().parent
-        require(in_folder, "base", base, f"a file beside {path}")
+        base, path = Path(base), Path(path)
+        is_beside = base.absolute().parent == path.absolute().parent and base.name != path.name
+        require(is_beside, "base", base, f"another file beside {path}")
+        shape = replace(load_model(base).config, context=model.config.context)  # no weight depends on the context
+        require(shape == model.config, "base", base, "a model of the same shape")
         header |= {"part": part, "base": Path(base).name, "base_sha256": file_digest(base)}
     save_tensors(path, tensors, {**(metadata or {}), **header})
 
@@ -90,11 +94,15 @@ def rounded_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def read_weights(
     path: str | os.PathLike, header: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """The tensors named in `shapes` of a file of either format, as floats; those it lacks by design are its base's."""
+    """The tensors named in `shapes` of a file of either format, as floats; those it lacks by design are its base's.
+
+    Errors: as `read_tensors`, and ValueError if the base is another file than the one named.
+    """
     if "base" in header:
         part, base = header.get("part"), Path(path).parent / header["base"]
         require(part in PARTS, f"{path}: part", repr(part), ", ".join(PARTS))
-        require(base.name == header["base"], f"{path}: base", repr(header["base"]), "the name of a file beside it")
+        is_name = base.name == header["base"] != ".."
+        require(is_name, f"{path}: base", repr(header["base"]), "the name of a file beside it")
         base_header = read_header(base, MODEL_FORMAT, EIGHT_BIT_FORMAT)
         found, wanted = file_digest(base), header.get("base_sha256")
         require(found == wanted, f"{path}: base", f"{base} with SHA-256 {found}", f"the one with {wanted}")
@@ -120,8 +128,10 @@ def load_model(
 ) -> GPT:
     """The model that `save_model` wrote, the shipped one by default, in eval mode; `ops` as in `GPT`.
 
-    Errors: FileNotFoundError if there is no such file; ValueError naming the file or the tensor if it is damaged, from
-    elsewhere, or does not match its own configuration.
+    A file of a part is read together with its base beside it.
+
+    Errors: FileNotFoundError if there is no such file, or no such base; ValueError naming the file or the tensor if it
+    is damaged, from elsewhere, or does not match its own configuration.
     """
     path = shipped_checkpoint() if path is None else path
     require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))

@@ -25,12 +25,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
+import tiktoken
 import torch
 from rich.console import Console
 
 from .checkpoint import file_digest, load_model, shipped_checkpoint
 from .checks import checked_device, require
 from .config import SCHEDULES, GPTConfig, ReSAConfig
+from .corpus import Document
 from .evals.evidence import SIZES, without
 from .files import source_digest, write_atomically
 from .generate import Generation, generate
@@ -558,46 +560,27 @@ def _run_tokenizer(options: argparse.Namespace) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction, backends: Mapping[str, Backend]) -> None:
-    text = "Measure a checkpoint. `language`: held-out code against xz, use of context, lookups; `fidelity`: how close"
-    text += " sparse and rectified decoding stay to dense decoding along held-out code; `sweep`: what the interval, the"
-    text += (
-        " active ratio, the block size and the length of the sparse suffix do to accuracy; `speculation`: what a dense"
-    )
-    text += (
-        " pass yields if it only confirms; `selection`: the attention mass that is left out, layer by layer; `tasks`:"
-    )
-    text += " questions whose answers can be checked by running them; `carried`: values that must be carried through"
-    text += " what is decoded, for every interval and ratio; `written`: how many assertions hold in programs that the"
-    text += " model writes by itself; `free`: what dense decoding thinks of the text that every way writes by itself."
-    parser = add_command(commands, "eval", _run_eval, text)
-    questions = ("language", "fidelity", "sweep", "speculation", "selection", "tasks", "carried", "written", "free")
-    parser.add_argument("question", choices=questions, help="what to measure")
+    told = "; ".join(f"`{name}`: {text}" for name, (text, _) in QUESTIONS.items())
+    parser = add_command(commands, "eval", _run_eval, f"Measure a checkpoint. {told}.")
+    parser.add_argument("question", choices=QUESTIONS, help="what to measure")
     parser.add_argument("--out", type=Path, help="write the JSON result to this file too")
     parser.add_argument("--json", action="store_true", help="accepted for uniformity: the result is printed as JSON")
     parser.add_argument("--documents", type=int, default=16, help="how many held-out documents, or programs")
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="tokens before the first step (not language)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens decoded per document (not language)")
     parser.add_argument("--no-grid", action="store_true", help="sweep: one factor at a time alone")
-    parser.add_argument(
-        "--intervals",
-        type=int,
-        nargs="+",
-        default=[8, 32, 128],
-        help="fidelity, speculation, carried, free: between rectifications",
-    )
-    parser.add_argument(
-        "--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="carried, tasks: active ratios"
-    )
+    text = "fidelity, speculation, carried, free: between rectifications"
+    parser.add_argument("--intervals", type=int, nargs="+", default=[8, 32, 128], help=text)
+    text = "active ratios of carried (default: 0.05 0.1 0.2) and of tasks (default: --active-ratio)"
+    parser.add_argument("--ratios", type=float, nargs="+", help=text)
     parser.add_argument("--scores", nargs="+", default=["pooled"], help="carried: by pooled, per-head, 8-bits")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="carried, written: of the programs; free: of what is sampled"
-    )
+    text = "carried, written: of the programs; tasks: of the questions; free: of what is sampled"
+    parser.add_argument("--seed", type=int, default=0, help=text)
     parser.add_argument("--temperature", type=float, default=1.0, help="free: 0 is greedy")
     _add_schedule(parser, default="paper")
     parser.add_argument("--probes", type=int, default=64, help="language: lookups per distance")
-    parser.add_argument(
-        "--distances", type=int, nargs="+", default=[256, 1024, 4096, 7680], help="language: tokens to look back"
-    )
+    text = "language: tokens to look back"
+    parser.add_argument("--distances", type=int, nargs="+", default=[256, 1024, 4096, 7680], help=text)
     parser.add_argument("--families", nargs="+", default=list(RETRIEVAL), help="tasks: kinds of questions")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tasks: tokens of an example")
     parser.add_argument("--examples", type=int, default=32, help="tasks: questions per kind and length")
@@ -610,15 +593,6 @@ def _add_eval(commands: argparse._SubParsersAction, backends: Mapping[str, Backe
 
 def _run_eval(options: argparse.Namespace) -> None:
     from .corpus import held_out_library, local_corpus
-    from .evals.answers import measure_answers
-    from .evals.carried import measure_carried
-    from .evals.fidelity import measure_fidelity
-    from .evals.free import measure_free
-    from .evals.language import measure_language
-    from .evals.selection import measure_selection
-    from .evals.speculation import measure_speculation
-    from .evals.sweep import Setting, measure_sweep
-    from .evals.written import measure_written
 
     config = _sparsity(options, schedule=options.schedule)
     is_used = options.backend == "auto" or options.question in ("written", "tasks")
@@ -633,50 +607,118 @@ def _run_eval(options: argparse.Namespace) -> None:
         held_out = local_corpus(packages=options.packages, folders=options.folder).held_out
     else:
         held_out = held_out_library()
-    if options.question == "language":
-        amounts = {"distances": options.distances, "n_probes": options.probes, "batch": options.batch}
-        result = measure_language(model, held_out, tokenizer, config, **amounts)
-    elif options.question == "tasks":
-        code = [document.text for document in held_out]
-        kinds = options.families, options.lengths, options.examples
-        amounts = {"ratios": options.ratios, "code": code, "batch": options.batch}
-        name = _chosen_backend(options)
-        model = model.with_ops(options.backends[name].operations())
-        result = {**measure_answers(model, tokenizer, *kinds, config, **amounts), "backend": name}
-    elif options.question == "carried":
-        length = options.prompt_tokens + options.tokens
-        amounts = {"intervals": options.intervals, "ratios": options.ratios, "prompt_tokens": options.prompt_tokens}
-        amounts |= {"scores": options.scores, "batch": options.batch, "seed": options.seed}
-        result = measure_carried(model, tokenizer, options.documents, length, config, **amounts)
-    elif options.question == "written":
-        name = _chosen_backend(options)
-        amounts = {"prompt_tokens": options.prompt_tokens, "batch": options.batch, "seed": options.seed}
-        amounts["decode"] = options.backends[name].generate
-        result = measure_written(model, tokenizer, options.documents, options.tokens, config, **amounts)
-        result["backend"] = name
-    else:
-        length = options.prompt_tokens + options.tokens
-        require(length <= model.config.context, "--prompt-tokens + --tokens", length, f"≤ {model.config.context}")
-        encoded = [tokenizer.encode_ordinary(document.text) for document in held_out]
-        long = [tokens[:length] for tokens in encoded if len(tokens) >= length][: options.documents]
-        require(len(long) > 0, "--prompt-tokens", options.prompt_tokens, "less than the longest held-out document")
-        if options.question == "fidelity":
-            result = measure_fidelity(model, long, options.tokens, config, options.intervals, batch=options.batch)
-        elif options.question == "sweep":  # of the tokens of a document the last one is predicted only
-            base = Setting(replace(config, interval=32), options.tokens - 1)
-            result = measure_sweep(model, long, base, grid=not options.no_grid, batch=options.batch)
-        elif options.question == "speculation":
-            prompts = [tokens[: options.prompt_tokens] for tokens in long]
-            amounts = {"intervals": options.intervals, "batch": options.batch}
-            result = measure_speculation(model, prompts, options.tokens, config, **amounts)
-        elif options.question == "free":
-            prompts = [tokens[: options.prompt_tokens] for tokens in long]
-            amounts = {"temperature": options.temperature, "batch": options.batch, "seed": options.seed}
-            result = measure_free(model, prompts, options.tokens - 1, config, options.intervals, **amounts)
-        else:
-            result = measure_selection(model, long, options.tokens, config, batch=options.batch)
+    _, measure = QUESTIONS[options.question]
+    result = measure(options, _Subject(model, tokenizer, held_out, config))
     seconds = round(time.perf_counter() - started, 1)
     _report({"question": options.question, **result, **_provenance(options), "seconds": seconds}, options.out)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured."""
+
+    model: GPT
+    tokenizer: tiktoken.Encoding
+    held_out: Sequence[Document]
+    config: ReSAConfig
+
+    def documents(self, options: argparse.Namespace) -> list[list[int]]:
+        """Beginnings of the held-out documents that are long enough, as tokens."""
+        length, context = options.prompt_tokens + options.tokens, self.model.config.context
+        require(length <= context, "--prompt-tokens + --tokens", length, f"≤ {context}")
+        encoded = [self.tokenizer.encode_ordinary(document.text) for document in self.held_out]
+        long = [tokens[:length] for tokens in encoded if len(tokens) >= length][: options.documents]
+        require(len(long) > 0, "--prompt-tokens", options.prompt_tokens, "less than the longest held-out document")
+        return long
+
+    def prompts(self, options: argparse.Namespace) -> list[list[int]]:
+        """The same, but for the tokens to be decoded."""
+        return [tokens[: options.prompt_tokens] for tokens in self.documents(options)]
+
+
+def _eval_language(options: argparse.Namespace, of: _Subject) -> dict[str, object]:
+    from .evals.language import measure_language
+
+    amounts = {"distances": options.distances, "n_probes": options.probes, "batch": options.batch}
+    return measure_language(of.model, of.held_out, of.tokenizer, of.config, **amounts)
+
+
+def _eval_fidelity(options: argparse.Namespace, of: _Subject) -> dict[str, object]:
+    from .evals.fidelity import measure_fidelity
+
+    amounts = options.tokens, of.config, options.intervals
+    return measure_fidelity(of.model, of.documents(options), *amounts, batch=options.batch)
+
+
+def _eval_sweep(options: argparse.Namespace, of: _Subject) -> dict[str, object]:
+    from .evals.sweep import Setting, measure_sweep
+
+    # Of the tokens of a document the last one is predicted only.
+    base = Setting(replace(of.config, interval=32), options.tokens - 1)
+    return measure_sweep(of.model, of.documents(options), base, grid=not options.no_grid, batch=options.batch)
+
+
+def _eval_speculation(options: argparse.Namespace, of: _Subject) -> dict[str, object]:
+    from .evals.speculation import measure_speculation
+
+    amounts = {"intervals": options.intervals, "batch": options.batch}
+    return measure_speculation(of.model, of.prompts(options), options.tokens, of.config, **amounts)
+
+
+def _eval_selection(options: argparse.Namespace, of: _Subject) -> dict[str, object]:
+    from .evals.selection import measure_selection
+
+    return measure_selection(of.model, of.documents(options), options.tokens, of.config, batch=options.batch)
+
+
+def _eval_tasks(options: argparse.Namespace, of: _Subject) -> dict[str, object]:
+    from .evals.answers import measure_answers
+
+    name = _chosen_backend(options)
+    model = of.model.with_ops(options.backends[name].operations())
+    kinds = options.families, options.lengths, options.examples
+    amounts = {"ratios": options.ratios or (), "batch": options.batch, "seed": options.seed}
+    amounts["code"] = [document.text for document in of.held_out]
+    return {**measure_answers(model, of.tokenizer, *kinds, of.config, **amounts), "backend": name}
+
+
+def _eval_carried(options: argparse.Namespace, of: _Subject) -> dict[str, object]:
+    from .evals.carried import measure_carried
+
+    length, ratios = options.prompt_tokens + options.tokens, options.ratios or [0.05, 0.1, 0.2]
+    amounts = {"intervals": options.intervals, "ratios": ratios, "prompt_tokens": options.prompt_tokens}
+    amounts |= {"scores": options.scores, "batch": options.batch, "seed": options.seed}
+    return measure_carried(of.model, of.tokenizer, options.documents, length, of.config, **amounts)
+
+
+def _eval_written(options: argparse.Namespace, of: _Subject) -> dict[str, object]:
+    from .evals.written import measure_written
+
+    name = _chosen_backend(options)
+    amounts = {"prompt_tokens": options.prompt_tokens, "batch": options.batch, "seed": options.seed}
+    amounts["decode"] = options.backends[name].generate
+    result = measure_written(of.model, of.tokenizer, options.documents, options.tokens, of.config, **amounts)
+    return {**result, "backend": name}
+
+
+def _eval_free(options: argparse.Namespace, of: _Subject) -> dict[str, object]:
+    from .evals.free import measure_free
+
+    amounts = {"temperature": options.temperature, "batch": options.batch, "seed": options.seed}
+    return measure_free(of.model, of.prompts(options), options.tokens - 1, of.config, options.intervals, **amounts)
+
+
+QUESTIONS = {  # of `resa eval`: what it measures, and by what
+    "language": ("held-out code against xz, use of context, lookups", _eval_language),
+    "fidelity": ("how close sparse and rectified decoding stay to dense along held-out code", _eval_fidelity),
+    "sweep": ("what interval, active ratio, block size and length of the sparse suffix do to accuracy", _eval_sweep),
+    "speculation": ("what a dense pass yields if it only confirms", _eval_speculation),
+    "selection": ("the attention mass that is left out, layer by layer", _eval_selection),
+    "tasks": ("questions whose answers can be checked by running them", _eval_tasks),
+    "carried": ("values that must be carried through what is decoded, for every interval and ratio", _eval_carried),
+    "written": ("how many assertions hold in programs that the model writes by itself", _eval_written),
+    "free": ("what dense decoding thinks of the text that every way writes by itself", _eval_free),
+}
 
 
 # ---- evidence --------------------------------------------------------------------------------------------------------

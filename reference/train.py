@@ -533,7 +533,7 @@ def train(
     with tf32_products(device):
         run_steps(trainer, progress)
         export(trainer)
-    return trainer.model.eval()
+    return trainer.model.requires_grad_(True).eval()  # all of it, whatever part was trained here
 
 
 def initial_weights(path: str | os.PathLike, model_config: GPTConfig) -> dict[str, Tensor]:

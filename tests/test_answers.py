@@ -125,6 +125,29 @@ def test_every_ratio_is_asked_and_equal_ways_once(monkeypatch):
     asked.clear()
     measure_answers(model, None, ["own"], [30], 1, replace(CONFIG, interval=10), ratios=[0.1, 1.0], progress=False)
     assert len(asked) == 7, "answers of 9 tokens end before the first rectification"
+    asked.clear()
+    measure_answers(model, None, ["own"], [30], 1, replace(CONFIG, interval=9), ratios=[0.1, 1.0], progress=False)
+    assert len(asked) == 9, "the ninth prediction of the fused schedule is dense"
+
+
+def test_the_longest_answer_of_a_batch_decides(monkeypatch):
+    """What no answer reaches is as if there were none; a short one beside a long one changes nothing."""
+    model, dense = SHAPE.model(), ways_to_decode(CONFIG)["dense"]
+    sizes, asked = iter((5, 9)), []
+
+    def family(tokenizer, rng, length, code):
+        prompt = SHAPE.tokens(19, 0)
+        return example(prompt, generate(model, [prompt], next(sizes), dense).tokens[0], 2)
+
+    def counted(model, opening, last, n_tokens, config, run=continued):
+        asked.append((n_tokens, config.interval))
+        return run(model, opening, last, n_tokens, config)
+
+    monkeypatch.setattr(answers, "FAMILIES", {"own": family})
+    monkeypatch.setattr(answers, "continued", counted)
+    (row,) = measure_answers(model, None, ["own"], [30], 2, replace(CONFIG, interval=7), progress=False)["rows"]
+    assert row["longest_answer"] == 9
+    assert (9, 7) in asked, "the longer answer is rectified"
 
 
 def test_shares_are_of_all_examples_by_each_way(monkeypatch):

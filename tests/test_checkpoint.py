@@ -373,7 +373,11 @@ def test_a_base_that_is_another_or_missing_is_refused(parted):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"part": "mlp"}, "part: got 'mlp'; allowed: all, attention"), ({"base": "../base"}, "base: got '../base'")],
+    [
+        ({"part": "mlp"}, "part: got 'mlp'; allowed: all, attention"),
+        ({"base": "../base"}, "base: got '../base'"),
+        ({"base": ".."}, "base: got '..'"),
+    ],
 )
 def test_a_header_that_leads_elsewhere_is_refused(parted, change, message):
     *_, path = parted
@@ -386,14 +390,25 @@ def test_a_header_that_leads_elsewhere_is_refused(parted, change, message):
 
 def test_a_part_needs_a_base_beside_it(parted, tmp_path):
     other, base, path = parted
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "link.safetensors").symlink_to(base)
+    save_model(tmp_path / "wide.safetensors", Shape(context=64, group=3).model())
     for options, named in (
         ({"part": "attention"}, "base: got None"),
         ({"base": base}, "base: got"),
         ({"part": "mlp", "base": base}, "part: got 'mlp'; allowed: all, attention"),
         (
             {"part": "attention", "base": tmp_path / "elsewhere" / "m.safetensors"},
-            "base: got .*; allowed: a file beside",
+            "base: got .*; allowed: another file beside",
         ),
+        ({"part": "attention", "base": tmp_path / "far" / "link.safetensors"}, "allowed: another file beside"),
+        ({"part": "attention", "base": path}, "allowed: another file beside"),
+        ({"part": "attention", "base": tmp_path / "none.safetensors"}, "no such file"),
+        ({"part": "attention", "base": tmp_path / "wide.safetensors"}, "allowed: a model of the same shape"),
     ):
-        with pytest.raises(ValueError, match=named):
+        with pytest.raises((ValueError, FileNotFoundError), match=named):
             save_model(path, other, **options)
+    near = tmp_path / "near.safetensors"
+    near.symlink_to(tmp_path / "far" / "link.safetensors")
+    save_model(path, other, part="attention", base=near)
+    assert torch.equal(load_model(path).embed.weight, load_model(base).embed.weight)

@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from small_models import Shape
 
-from resa.reference import ReSAConfig, cli, generate, load_model, save_model
+from resa.reference import REFERENCE_OPS, ReSAConfig, cli, generate, load_model, save_model
 from resa.reference import corpus as corpus_module
 from resa.reference import train as train_module
 from resa.reference.corpus import STANDARD_LIBRARY, Corpus, Document
@@ -146,7 +146,9 @@ def test_help_of_a_command_explains_and_shows_defaults(resa, command, monkeypatc
     text = re.sub(r"\s+", " ", out)
     for flag, default in some.items():
         assert re.search(rf"{flag} .*?\(default: {re.escape(str(default))}\)", text), flag
-    assert "==SUPPRESS==" not in out
+    for nothing in ("==SUPPRESS==", "(default: None)", "(default: [])"):
+        assert nothing not in out
+    assert not re.search(r"\(default: [^)]*\) \(default:", text), "a default stands there twice"
 
 
 def test_the_defaults_are_those_of_the_configuration(resa):
@@ -692,10 +694,28 @@ def test_eval_tasks(resa, long_path, library):
     assert status == 0
     assert "Traceback" not in err
     result = json.loads(out)
-    expected = [("multi_key", length, ratio) for length in (256, 300) for ratio in (0.05, 0.1, 0.2)]
-    assert [(row["family"], row["length"], row["ratio"]) for row in result["rows"]] == expected
+    rows = [("multi_key", length, 0.1) for length in (256, 300)]
+    assert [(row["family"], row["length"], row["ratio"]) for row in result["rows"]] == rows, "--active-ratio's own"
+    assert result["backend"] == "reference"
+    result = json.loads(resa(*command, "--examples", 1, "--ratios", 0.05, 0.2, "--backend", "reference")[1])
+    assert [row["ratio"] for row in result["rows"]] == [0.05, 0.2] * 2
     assert_refused(resa(*command, "--families", "riddles"), "eval", r"families: got \['riddles'\]")
     assert_refused(resa(*command, "--examples", 0), "eval", "n_examples: got 0")
+
+
+def test_questions_are_answered_by_the_backend_that_was_chosen(long_path, library, capsys):
+    calls = []
+
+    def score_blocks(*arguments):
+        calls.append(arguments)
+        return REFERENCE_OPS.score_blocks(*arguments)
+
+    own = replace(cli.REFERENCE, operations=lambda: replace(REFERENCE_OPS, score_blocks=score_blocks))
+    words = ["eval", "tasks", "--model", long_path, "--families", "multi_key", "--lengths", 256, "--examples", 1]
+    words = [str(word) for word in (*words, *SPARSE, "--backend", "own")]
+    assert cli.main(words, backends={"own": own, **cli.BACKENDS}) == 0
+    assert json.loads(capsys.readouterr().out)["backend"] == "own"
+    assert calls
 
 
 def test_eval_carried(resa, long_path, library, monkeypatch, tmp_path):

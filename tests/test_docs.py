@@ -51,14 +51,20 @@ def test_a_run_is_compared_with_what_is_recorded(tmp_path):
     assert min(counts) >= 18
     assert f"{sum(counts)} of {sum(counts)}" in done.stdout
     other = json.loads((folder / "carried_small.json").read_text())
-    for row in other["rows"]:
-        row["right"] = row["right_95"][1] + 0.01
+    for i, row in enumerate(other["rows"]):
+        row["right"] = row["right_95"][1] + 0.01 if i % 2 else row["right_95"][0] - 0.01
     (tmp_path / "carried_small.json").write_text(json.dumps(other))
     done = run("docs/compare_evidence.py", tmp_path)
-    assert f"/rows/0/right = {other['rows'][0]['right']:.4f}, not in [" in done.stdout
+    for i in (0, 1):
+        assert f"/rows/{i}/right = {other['rows'][i]['right']:.4f}, not in [" in done.stdout
     for name in files[1:]:
         (tmp_path / f"{name}.json").unlink()
     assert run("docs/compare_evidence.py", tmp_path).returncode == 1, "a quarter is outside"
+    del other["rows"][1:]
+    (tmp_path / "carried_small.json").write_text(json.dumps(other))
+    done = run("docs/compare_evidence.py", tmp_path)
+    assert done.returncode == 1
+    assert "/rows/1/right = nan, not in [" in done.stdout, "what is missing is not given again"
     (tmp_path / "carried_small.json").unlink()
     assert run("docs/compare_evidence.py", tmp_path).returncode == 1, "nothing to compare"
 

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from resa.reference.cli import build_parser
 from resa.reference.evals import evidence
 from resa.reference.evals.evidence import SIZES, Part, is_done, run_parts, without
 
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "evidence"
 DIGESTS = {"checkpoint_sha256": "abc", "source_sha256": "def"}
 WORDS = {"first": "fidelity --tokens 9", "second": "sweep --no-grid"}
 
@@ -92,6 +94,17 @@ def test_what_a_part_says_is_shown_where_it_fails(out, capfd):
     assert "resa eval: --tokens: got 0" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("3", "3")])
+def test_parts_have_one_thread_unless_told(out, monkeypatch, given, expected):
+    seen = []
+    monkeypatch.setattr(evidence.subprocess, "run", lambda *_, env, **__: seen.append(env["OMP_NUM_THREADS"]))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    run_parts(parts({"one": "selection"}), out)
+    assert seen == [expected]
+
+
 def test_jobs_are_counted_from_one(out):
     with pytest.raises(ValueError, match="jobs: got 0; allowed: an integer ≥ 1"):
         run_parts(parts(), out, jobs=0)
@@ -104,6 +117,8 @@ def test_another_command_or_checkpoint_is_another_result(out):
     for name in DIGESTS:
         assert not is_done(path, ["fidelity", "--tokens", "9"], DIGESTS | {name: "abd"})
     assert not is_done(path, ["fidelity", "--tokens", "8"], DIGESTS)
+    other = DIGESTS | {"checkpoint_sha256": "abd"}
+    assert run_parts(parts(digests=other), out, run=written([])) == ["first", "second"], "nothing is of that checkpoint"
     assert run_parts(parts(WORDS | {"first": "fidelity --tokens 8"}), out, run=written([])) == ["first"]
 
 
@@ -140,3 +155,13 @@ def test_options_and_their_values_are_left_out():
 def test_every_part_is_a_command(words):
     options = build_parser().parse_args(["eval", *shlex.split(words)])
     assert options.question == shlex.split(words)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [part for models in SIZES["full"].values() for part in models.items()],
+    ids=lambda each: each[:20],
+)
+def test_recorded_files_are_of_these_commands(name, words):
+    command = json.loads((RESULTS / f"{name}.json").read_text())["command"]
+    assert without(shlex.split(command)[2:], ["--device", "--model"]) == shlex.split(words)

@@ -173,3 +173,14 @@ def test_examples_in_docstrings_are_true(name):
 def test_there_are_examples_at_all():
     finder = doctest.DocTestFinder(exclude_empty=True)
     assert sum(len(test.examples) for name in MODULES for test in finder.find(importlib.import_module(name))) > 0
+
+
+def test_the_tree_stays_small():
+    """What a clone holds: no file over 12 MB, all of them within 25."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a clone")
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
+    assert len(sizes) > 200
+    assert max(sizes.values()) <= 12_000_000
+    assert sum(sizes.values()) <= 25_000_000

@@ -670,6 +670,7 @@ def test_the_attention_alone_is_trained(tmp_path, uncut):
     init = uncut / "model.safetensors"
     before = dict(load_model(init).named_parameters())
     after = dict(trained(tmp_path, ATTENTION, init=init).named_parameters())
+    assert all(weight.requires_grad for weight in after.values()), "whoever trains on trains all of it"
     for name, weight in after.items():
         assert torch.equal(weight, before[name]) == (".attn." not in name), name
     assert log(tmp_path)[-1]["loss"] < log(tmp_path)[0]["loss"]

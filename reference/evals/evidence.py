@@ -113,9 +113,9 @@ def run_parts(
 
     failed = threading.Event()
 
-    def work(name: str) -> None:
+    def work(name: str) -> str:
         if failed.is_set():
-            return
+            return name
         part, started = todo[name], time.monotonic()
         console.print(f"{numbers[name]} (resa eval {part.words})", highlight=False)
         try:
@@ -124,14 +124,10 @@ def run_parts(
             failed.set()
             raise
         console.print(f"{numbers[name]} is done, {time.monotonic() - started:.0f} s", highlight=False)
+        return name
 
     with ThreadPoolExecutor(jobs) as pool:
-        try:
-            for _ in pool.map(work, todo):
-                pass
-        finally:  # when it is interrupted as well
-            failed.set()
-    return list(todo)
+        return list(pool.map(work, todo))
 
 
 def _run(words: Sequence[str], is_alone: bool) -> None:
