@@ -730,7 +730,8 @@ def _add_evidence(commands: argparse._SubParsersAction) -> None:
         " run goes on where it stopped."
     )
     parser = add_command(commands, "evidence", _run_evidence, text)
-    parser.add_argument("--size", choices=SIZES, default="small", help="small: minutes on two CPU cores; full: for a GPU")
+    text = "small: minutes on two CPU cores; full: for a GPU"
+    parser.add_argument("--size", choices=SIZES, default="small", help=text)
     parser.add_argument("--out", type=Path, default=Path("out/evidence"), help="folder for the JSON files")
     parser.add_argument("--jobs", type=int, default=1, help="parts that run side by side")
     _add_model(parser)
