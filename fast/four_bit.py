@@ -1,7 +1,7 @@
 """Weights in 4 bits, for the same model: whole numbers −8 … 7 with one scale per 128 neighbours of a row.
 
 What a weight is rounded to is decided here, in the open; the products are those of the library `humming`
-(`pip install 'resa[four-bit]'`), which compiles them for the GPU on first use and is fast for the few rows of
+(`pip install humming-kernels`), which compiles them for the GPU on first use and is fast for the few rows of
 a step and for the 256 of a rectification alike. Where there is no GPU the rounded weights are multiplied as they are.
 """
 
@@ -73,7 +73,7 @@ class LibraryProduct:
         try:
             from humming.layer import HummingLayer
         except ImportError:
-            needed = "4-bit weights on a GPU need the package `humming-kernels`: pip install 'resa[four-bit]'"
+            needed = "4-bit weights on a GPU need the package `humming-kernels`: pip install humming-kernels"
             raise ImportError(needed) from None
         self.rows, columns = codes.shape
         missing = -self.rows % TILE_ROWS  # rows of zeros, which the library's tiles need

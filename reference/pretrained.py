@@ -299,7 +299,7 @@ class PretrainedTokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise ImportError("tokenizer.json needs the package `tokenizers`: pip install 'resa[models]'") from None
+            raise ImportError("tokenizer.json needs the package `tokenizers`: pip install tokenizers") from None
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower

@@ -127,7 +127,7 @@ def learn_merges(texts: Iterable[str], size: int, progress: bool) -> Tokenizer:
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError:
-        raise ImportError("training a tokenizer needs the package `tokenizers`: pip install 'resa[train]'") from None
+        raise ImportError("training a tokenizer needs the package `tokenizers`: pip install tokenizers") from None
     tokenizer = Tokenizer(models.BPE())
     bytes_as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")

@@ -381,12 +381,13 @@ for size in (4, 16, 64):
 # would it be missed?
 
 # %% tags=["hide-cell"]
-rank = by_score.index(wanted)
-total = int(newest[at]) + 1
-print(f"rank {rank + 1} of {total}: n = ⌈p · {total}⌉ must be {rank + 1}, so it is missed up to p = {rank / total:.3f}")
-cached = torch.tensor([16 * total])
-just, over = (int(active_blocks(cached, ReSAConfig(16, rank / total + more, 1))) for more in (-1e-6, 1e-6))
-assert (just, over) == (rank, rank + 1)
+rank, total = by_score.index(wanted), int(newest[at]) + 1
+needed = rank + 1 + (int(newest[at]) not in by_score[:rank])  # the newest block takes a place whatever it scores
+print(f"rank {rank + 1} of {total}, behind the newest block, which is taken in any case: ", end="")
+print(f"n = ⌈p · {total}⌉ must be {needed}, so it is missed up to p = {(needed - 1) / total:.3f}")
+for more, is_found in ((-1e-6, False), (1e-6, True)):
+    chosen = select_blocks(scores[layer], lengths, ReSAConfig(16, (needed - 1) / total + more, 1))
+    assert (wanted in chosen[at, head]) == is_found
 
 # %% [markdown]
 # **Next:** [what errors do to the cache](03_drift.md).

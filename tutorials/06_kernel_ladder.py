@@ -714,9 +714,9 @@ plt.show()
 # Compare with what was computed. Rung 2 asks for two thirds of what rung 1 asks for, and takes 67 to 74 % of its time.
 # Rung 3 asks for a seventh of that and gains only a factor of 2.6: 32 programs can't keep 132 multiprocessors busy.
 # Rung 4 asks for as much with eight times the programs and is 3.8 to 6.7 times as fast. The reference, which gathers
-# with PyTorch's kernels, beats rung 1 at 256K: that one asks for everything ten times over. The last rung gathers up
-# to 256 tokens at a time rather than one block, keeps several such loads under way where lists are long, and lets the
-# last program of a sequence to arrive merge the parts.
+# with PyTorch's kernels, beats rung 1 at 256K: that one asks for everything ten times over. The last rung gathers
+# eight blocks at a time rather than one, keeps several such loads under way where lists are long, and lets the last
+# program of a sequence to arrive merge the parts.
 #
 # At 256K the kernel runs near the speed of a copy. At 16K it does not: there the floor is a few microseconds, and what
 # is left is the chain of waits that every launch has, from the length to the index to the key

@@ -93,7 +93,7 @@ def run_e2e(options: argparse.Namespace) -> None:
     from .e2e import QWEN_7B, Floors, Sampling, build, check, largest_batch, measure, measure_parts, weight_bytes
 
     has_library = find_spec("humming") is not None or "int4" not in options.weights
-    require(has_library, "--weights", "int4, without humming-kernels", "pip install 'resa[four-bit]', or others")
+    require(has_library, "--weights", "int4, without humming-kernels", "pip install humming-kernels, or others")
     sampling = Sampling(options.temperature, options.top_p)
     memory = torch.cuda.get_device_properties(0).total_memory
     result = {**_provenance(options, "e2e", config), "memory_bytes": memory, "shape": asdict(QWEN_7B)}
