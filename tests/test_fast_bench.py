@@ -373,7 +373,7 @@ def test_without_the_library_for_four_bits_it_says_so_at_once(machine, monkeypat
     monkeypatch.setattr(e2e, "build", lambda weights: pytest.fail("something was built"))
     assert cli.main(["bench", "e2e", "--out", str(tmp_path / "e2e.json")]) == 2
     assert (
-        "--weights: got int4, without humming-kernels; allowed: pip install 'resa[four-bit]'" in capsys.readouterr().err
+        "--weights: got int4, without humming-kernels; allowed: pip install humming-kernels" in capsys.readouterr().err
     )
 
 

@@ -365,5 +365,5 @@ def test_a_product_in_four_bits_says_what_it_reads():
 def test_without_the_library_the_extra_is_named(monkeypatch):
     codes, scale = four_bit.round_to_four_bits(torch.ones(8, 128))
     monkeypatch.setitem(__import__("sys").modules, "humming.layer", None)
-    with pytest.raises(ImportError, match=r"pip install 'resa\[four-bit\]'"):
+    with pytest.raises(ImportError, match=r"pip install humming-kernels"):
         four_bit.LibraryProduct(codes, scale, None)

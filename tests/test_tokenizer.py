@@ -110,7 +110,7 @@ def test_training_refuses_what_cannot_work(monkeypatch):
     with pytest.raises(ValueError, match="vocab_size: got 400; allowed: ≤ 260, all that these texts give"):
         train_tokenizer(["abc abc"], 400, progress=False)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"resa\[train\]"):
+    with pytest.raises(ImportError, match=r"pip install tokenizers"):
         train_tokenizer(["abc"], 300, progress=False)
 
 
