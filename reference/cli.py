@@ -199,10 +199,8 @@ def _add_sparsity(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_schedule(parser: argparse.ArgumentParser, *, default: str) -> None:
-    text = (
-        "paper: a dense pass after every f sparse steps repairs their cache, and predicts nothing; fused: after f - 1"
-    )
-    text += " steps it takes the next token along, and predicts the one after it"
+    text = "paper: after every f sparse steps a dense pass repairs what they cached, and predicts nothing; fused: after"
+    text += " f - 1 steps it takes the next token along, and predicts the one after it"
     parser.add_argument("--schedule", choices=SCHEDULES, default=default, help=text)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checks import is_integer, require
 from ..config import ReSAConfig
-from ..generate import Generation, decode_step
+from ..generate import Generation, decode_step, prefill
 from ..model import GPT, causal_attention
 from ..programs import UNSEEN
 from ..tasks import FAMILIES, Example
@@ -37,27 +37,20 @@ def ways_to_decode(config: ReSAConfig) -> dict[str, ReSAConfig]:
     }
 
 
-@torch.no_grad()
 def read_prompts(model: GPT, prompts: Sequence[Sequence[int]], block_size: int) -> Generation:
-    """Prefill of fresh caches in one pass, by torch's fused attention: long prompts take minutes in chunks.
+    """Prefill of fresh caches in one chunk, by torch's fused attention: smaller chunks take minutes for long prompts.
 
     Right of a shorter prompt stands padding, which no token of the prompt sees.
     """
-    device = model.embed.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=device)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    cache = model.new_cache(*tokens.shape, block_size)
-    window = cache.open_window(cache.lengths, lengths, tokens.shape[1])
+    longest = max(map(len, prompts))
+    cache = model.new_cache(len(prompts), longest, block_size)
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        cache.write(layer, key, value, window)
-        return causal_attention(layer, query, key, value)
+    def dense_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **_: object) -> Tensor:
+        return causal_attention(0, query, keys[:, :, :longest], values[:, :, :longest])
 
-    model.transform(tokens, torch.arange(tokens.shape[1], device=device).expand_as(tokens), attend)
-    cache.commit(window)
-    nothing = torch.zeros_like(lengths)
+    reading = model.with_ops(replace(model.ops, dense_attention=dense_attention))
+    prefill(reading, prompts, cache, chunk_size=longest)
+    nothing = torch.zeros_like(cache.lengths)
     return Generation([[] for _ in prompts], cache, nothing, nothing)
 
 

@@ -110,7 +110,6 @@ def run_parts(
         console.print(f"all {len(parts)} parts are done, in {out}", highlight=False)
         return []
     numbers = {name: f"part {i + 1} of {len(todo)}: {name}" for i, name in enumerate(todo)}
-
     failed = threading.Event()
 
     def work(name: str) -> str:
