@@ -602,7 +602,8 @@ def evidence_training() -> str:
     head = ["rectified in training", "such steps", "step error", "drift of sparse", "recovered at f = 32"]
     return (
         markdown(head, lines)
-        + f"\n\n{result['programs']} programs of {result['length']:,} tokens, ratio 0.1; 16-bit weights; means [95 %]."
+        + f"\n\n{result['programs']} programs of {result['length']:,} tokens, ratio 0.1; 16-bit weights; "
+        f"means [95 %]. {result['device']}."
     )
 
 

@@ -62,8 +62,10 @@ def test_continuations_are_those_of_generation(name):
         assert found != continued(model, opening, [p[-1] for p in prompts], 12, ways_to_decode(CONFIG)["dense"])
 
 
-def test_prompts_are_read_as_prefill_reads_them():
-    model, prompts = SHAPE.model(torch.float64), SHAPE.prompts((19, 4, 11))
+@pytest.mark.parametrize("sizes", [(19, 4, 11), (300, 270)])  # the latter longer than a chunk
+def test_prompts_are_read_as_prefill_reads_them(sizes):
+    shape = Shape(seed=11, context=512)
+    model, prompts = shape.model(torch.float64), shape.prompts(sizes)
     found, expected = read_prompts(model, prompts, 4), generate(model, prompts, 0, ReSAConfig(block_size=4))
     assert torch.equal(found.cache.lengths, expected.cache.lengths)
     for name in ("keys", "values"):
