@@ -28,7 +28,8 @@ def numbers(recorded: object, found: object, path: str = "") -> Iterator[tuple[s
             if ends is None:
                 yield from numbers(value, new, f"{path}/{name}")
             elif isinstance(value, list):  # one interval each
-                yield from ((f"{path}/{name}/{i}", number(item(new, i)), own) for i, own in enumerate(ends))
+                told = ((i, own) for i, own in enumerate(ends) if None not in own)
+                yield from ((f"{path}/{name}/{i}", number(item(new, i)), own) for i, own in told)
             elif value is not None and None not in ends:
                 yield f"{path}/{name}", number(new), ends
     elif isinstance(recorded, list):

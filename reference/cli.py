@@ -608,7 +608,17 @@ def _run_eval(options: argparse.Namespace) -> None:
     _, measure = QUESTIONS[options.question]
     result = measure(options, _Subject(model, tokenizer, held_out, config))
     seconds = round(time.perf_counter() - started, 1)
-    _report({"question": options.question, **result, **_provenance(options), "seconds": seconds}, options.out)
+    result = {"question": options.question, **_rounded(result), **_provenance(options), "seconds": seconds}
+    _report(result, options.out)
+
+
+def _rounded(value: object) -> object:
+    """All floats of a result with six significant digits: far more than any of its intervals leaves sure."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Marks of carried values and of written programs, against decoding step by step and against a text run by hand."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,8 @@ from resa.reference import GPT, GPTConfig, ReSAConfig, generate, load_model, loa
 from resa.reference.blocks import block_bounds
 from resa.reference.checkpoint import shipped_checkpoint
 from resa.reference.evals import carried, written
-from resa.reference.evals.carried import SCORES, Checks, marked, measure_carried
+from resa.reference.evals.carried import LATE, SCORES, Checks, Marks, marked, measure_carried
+from resa.reference.evals.statistics import shares_by_kind
 from resa.reference.evals.written import Line, asserted_lines, measure_written, summarise
 from resa.reference.generate import decode_along
 from resa.reference.programs import UNSEEN, alias_program, program_rows
@@ -171,6 +172,39 @@ def test_means_are_over_programs():
     assert checks.per_program(np.array([1.0, 0.0, 1.0, 0.0])).tolist() == [0.5, 1.0, 0.0]
 
 
+def test_shares_by_kind_are_pooled_and_their_intervals_drawn_by_document():
+    """Document 0 gets 2 of 2 right of kind 0, document 2 none of 1; kind 1 stands in one of them, kind 2 in none."""
+    right, document, kind = (np.array(values) for values in ([1, 1, 0, 1], [0, 0, 2, 2], [0, 0, 0, 1]))
+    found = shares_by_kind("by_kind", right, document, kind, 3)
+    assert found["by_kind"] == [2 / 3, 1.0, None]
+    assert found["by_kind_95"] == [[None, None], [None, None], [None, None]], "a draw of document 1 alone has nothing"
+    everywhere = shares_by_kind("by_kind", right[:3], np.array([0, 0, 1]), kind[:3], 1)
+    draws = np.random.default_rng(0).integers(2, size=(2000, 2))
+    ratio = np.array([2, 0])[draws].sum(axis=1) / np.array([2, 1])[draws].sum(axis=1)
+    assert everywhere == {"by_kind": [2 / 3], "by_kind_95": [np.quantile(ratio, (0.025, 0.975)).tolist()]}
+
+
+def test_what_is_recovered_late_counts_late_checks_alone():
+    """Never rectifying loses all four values of either program; rectifying loses one late, and one early."""
+    at = np.array([10, 20, LATE, LATE + 1] * 2)
+    checks = Checks(np.repeat([0, 1], 4), at, np.zeros(8, dtype=int), np.zeros(8, dtype=int))
+    right = np.ones(8, dtype=bool)
+    exact, never = Marks(right, right), Marks(~right, right)
+    own = Marks(np.array([1, 1, 0, 1, 0, 1, 1, 1], dtype=bool), right)
+    row = carried.summarise(checks, own, exact, never)
+    assert row["recovered"] == 3 / 4
+    assert row["recovered_95"] == [3 / 4, 3 / 4]
+    assert row["recovered_late"] == 3 / 4
+    assert row["recovered_late_95"] == [1 / 2, 1]
+    assert row["by_position"] == [3 / 4, None, None, None, 3 / 4]
+    early, some = (
+        Checks(*(array[:2] for array in astuple(checks))),
+        [Marks(m.right[:2], right[:2]) for m in (own, exact, never)],
+    )
+    assert carried.recovered(early, *some, early.at >= LATE) == (None, [None, None])
+    assert carried.summarise(checks, never, exact, never)["recovered_late"] is None
+
+
 def test_lines_are_run_in_their_order():
     def tokens(text):
         return TOKENIZER.encode_ordinary(text)
@@ -207,6 +241,8 @@ def test_written_programs_are_compared_by_hand():
     assert rows["ReSA"]["recovered_95"] == pytest.approx([1 / 2, 1])
     assert [rows[name]["recovered"] for name in ("dense", "sparse", "decode-only")] == [None] * 3
     assert rows["dense"]["by_position"] == [1.0]
+    assert rows["sparse"]["by_position"] == [3 / 8]
+    assert rows["sparse"]["by_position_95"] == [[1 / 4, 1 / 2]]
 
 
 def test_written_programs_use_the_generator_given(model):

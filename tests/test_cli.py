@@ -737,6 +737,15 @@ def test_eval_carried(resa, long_path, library, monkeypatch, tmp_path):
     assert_refused(resa(*command, "--backend", "reference"), "eval", "--backend: got reference")
 
 
+def test_results_keep_six_digits(resa, monkeypatch, library):
+    nested = {"share": 1 / 3, "ends": [(2e-20 / 3, 1234567.0)], "of": 1234567, "name": "1.23456789", "none": None}
+    monkeypatch.setitem(cli.QUESTIONS, "free", ("", lambda options, of: nested))
+    status, out, _ = resa("eval", "free")
+    assert status == 0
+    shown = {name: json.loads(out)[name] for name in nested}
+    assert shown == nested | {"share": 0.333333, "ends": [[6.66667e-21, 1234570.0]]}
+
+
 def test_eval_written(resa, long_path, library):
     command = ["eval", "written", "--model", long_path, "--documents", 1, "--prompt-tokens", 160, "--tokens", 3]
     status, out, err = resa(*command)

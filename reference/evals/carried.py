@@ -8,7 +8,7 @@ The loss against dense decoding is split as everywhere: decode-only makes the st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -24,7 +24,10 @@ from ..model import GPT
 from ..parallel import Score, block_upper_bounds, check_decoding, decode_at_once, pooled_scores
 from ..programs import UNSEEN, Program, alias_program
 from .selection import in_eight_bits
-from .statistics import bootstrap_ratio, with_intervals
+from .statistics import bootstrap_ratio, shares_by_kind, with_intervals
+
+WIDTH = 512  # tokens per point of the curve along the text
+LATE = 2048  # position from which on it is late: half of the longest programs
 
 
 def per_head_scores(query: Tensor, bounds: Tensor) -> Tensor:
@@ -174,18 +177,28 @@ def summarise(checks: Checks, own: Marks, exact: Marks, never: Marks) -> dict[st
     }
     per_program = {name: checks.per_program(values.astype(float)) for name, values in parts.items()}
     row: dict[str, object] = with_intervals(per_program)
-    total = checks.per_program(exact.right.astype(float) - never.right)
-    left = per_program["drift"]
-    is_told = own is not exact and own is not never and total.mean() > 0
-    row["recovered"] = 1 - left.mean() / total.mean() if is_told else None
-    row["recovered_95"] = bootstrap_ratio(total - left, total) if is_told else None
-    row["by_depth"] = share_of(own, checks.depth, range(int(checks.depth.max()) + 1))
+    if own is exact or own is never:
+        row |= {"recovered": None, "recovered_95": None, "recovered_late": None, "recovered_late_95": None}
+    else:
+        is_late = checks.at >= LATE
+        row["recovered"], row["recovered_95"] = recovered(checks, own, exact, never, np.ones_like(is_late))
+        row["recovered_late"], row["recovered_late_95"] = recovered(checks, own, exact, never, is_late)
     edges = [0, 32, 128, 512, 2048]  # tokens
-    row["by_age"] = share_of(own, np.digitize(checks.age, edges) - 1, range(len(edges)))
-    row["by_position"] = share_of(own, checks.at // 512, range(int(checks.at.max()) // 512 + 1))
+    kinds = {"depth": checks.depth, "age": np.digitize(checks.age, edges) - 1, "position": checks.at // WIDTH}
+    for name, kind in kinds.items():
+        row |= shares_by_kind(f"by_{name}", own.right, checks.program, kind, int(kind.max()) + 1)
     return row
 
 
-def share_of(marks: Marks, kind: np.ndarray, kinds: Sequence[int]) -> list[float | None]:
-    """The share right among the checks of each kind; None where there are none."""
-    return [float(marks.right[kind == each].mean()) if (kind == each).any() else None for each in kinds]
+def recovered(
+    checks: Checks, own: Marks, exact: Marks, never: Marks, where: np.ndarray
+) -> tuple[float | None, list[float | None]]:
+    """Share of the drift of never rectifying that is recovered, of the checks `where` [checks], and its interval."""
+    drift = [exact.right.astype(float) - marks.right for marks in (never, own)]
+    some = Checks(*(array[where] for array in astuple(checks)))
+    if len(some.at) == 0:
+        return None, [None, None]
+    total, left = (some.per_program(values[where]) for values in drift)
+    if total.mean() <= 0:
+        return None, [None, None]
+    return 1 - left.mean() / total.mean(), bootstrap_ratio(total - left, total)

@@ -39,6 +39,26 @@ def bootstrap_ratio(
     return np.quantile(value / total, (0.025, 0.975)).tolist()
 
 
+def shares_by_kind(
+    name: str, right: np.ndarray, document: np.ndarray, kind: np.ndarray, n_kinds: int
+) -> dict[str, object]:
+    """Per kind 0 … n_kinds - 1 the share right of all that is of it, as `name`, and as `…_95` its interval.
+
+    right, document and kind: [checks]. Documents are drawn with replacement, as they lie. None where nothing is of a
+    kind; [None, None] where it is so rare that a draw may hold none of it.
+    """
+    n_documents = int(document.max(initial=-1)) + 1
+    shares: list[float | None] = []
+    intervals: list[list[float | None]] = []
+    for each in range(n_kinds):
+        of_it = kind == each
+        n = np.bincount(document[of_it], minlength=n_documents)
+        n_right = np.bincount(document[of_it], weights=right[of_it], minlength=n_documents)
+        shares.append(float(n_right.sum() / n.sum()) if of_it.any() else None)
+        intervals.append(bootstrap_ratio(n_right, n) if of_it.any() else [None, None])
+    return {name: shares, f"{name}_95": intervals}
+
+
 def wilson(right: int, n: int) -> list[float]:
     """95 % interval of a share of which `right` of n were seen (Wilson's score interval).
 

@@ -23,7 +23,7 @@ from ..generate import generate
 from ..model import GPT
 from ..programs import UNSEEN, alias_program
 from .answers import ways_to_decode
-from .statistics import bootstrap_ratio, with_intervals
+from .statistics import bootstrap_ratio, shares_by_kind, with_intervals
 
 WIDTH = 512  # tokens per point of the curve
 
@@ -119,10 +119,14 @@ def summarise(marks: dict[str, list[list[Line]]], n_tokens: int) -> dict[str, di
         rows[name] = with_intervals(lost)
         rows[name]["asserted"] = float(np.mean([len(lines) for lines in marks[name]]))
         rows[name]["checked"] = float(np.mean([sum(x.is_right is not None for x in lines) for lines in marks[name]]))
-        rows[name]["by_position"] = [
-            share_right([line for lines in marks[name] for line in lines if start <= line.at < start + WIDTH])
-            for start in range(0, n_tokens, WIDTH)
+        known = [
+            (line.is_right, program, line.at // WIDTH)
+            for program, lines in enumerate(marks[name])
+            for line in lines
+            if line.is_right is not None
         ]
+        right, program, stretch = np.array(known, dtype=np.int64).reshape(-1, 3).T
+        rows[name] |= shares_by_kind("by_position", right, program, stretch, -(-n_tokens // WIDTH))
         is_told = name not in ("decode-only", "sparse", "dense") and to_recover.mean() > 0
         gained = own - share["sparse"]
         rows[name]["recovered"] = gained.mean() / to_recover.mean() if is_told else None
