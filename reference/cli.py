@@ -751,13 +751,13 @@ def _run_evidence(options: argparse.Namespace) -> None:
     _load(options)  # refused before the first part
     options.out.mkdir(parents=True, exist_ok=True)
     parts = {}
-    for name, commands in SIZES[options.size].items():
+    source = source_digest()
+    for part, (name, words) in SIZES[options.size].items():
         model = options.model if name == "model" else shipped_checkpoint(name)
-        digests = {"checkpoint_sha256": file_digest(model), "source_sha256": source_digest()}
         is_default = model == shipped_checkpoint()
         # Relative, because the command is recorded and the folder is this machine's.
         more = ["--device", options.device, *([] if is_default else ["--model", os.path.relpath(model)])]
-        parts |= {part: Part(words, more, digests) for part, words in commands.items()}
+        parts[part] = Part(words, more, {"checkpoint_sha256": file_digest(model), "source_sha256": source})
     try:
         run_parts(parts, options.out, jobs=options.jobs)
     except subprocess.CalledProcessError as error:

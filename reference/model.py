@@ -266,5 +266,10 @@ class GPT(nn.Module):
 
 
 def causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of every token over itself and those before it, through torch's own fused kernel."""
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    """Attention of every token over itself and those before it, through torch's own fused kernel.
+
+    On a GPU that kernel takes no groups in float32; asked for them, torch would keep every score instead.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)

@@ -1,22 +1,24 @@
 """Decoding along given tokens in one pass: what rectified sparse decoding computes, without its loop.
 
-When the tokens are known, every step can be computed at once. Two streams run side by side: the *exact* one is dense
+When the tokens are known, every step can be computed at once. There are two streams: the *exact* one is dense
 attention over the text, the *decoded* one is what decoding computes, step for step. In the decoded stream the query at
 t sees keys and values of the exact stream before `exact_until[t]`, the beginning of its window, and of the decoded
-stream from there on; it attends to the blocks that a sparse step at t would select among them. So one pass of 2·T keys
-takes the place of T steps, for training and for wide sweeps. `generate.decode_along` is the plain version of this.
+stream from there on; it attends to the blocks that a sparse step at t would select among them. So one pass takes the
+place of all steps, for training and for wide sweeps, in which all ways of decoding share one exact stream.
+`generate.decode_along` is the plain version of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import block_bounds, select_blocks
-from .checks import accumulation_dtype, bind_shapes, is_integer, require
+from .checks import accumulation_dtype, is_integer, require
 from .config import ReSAConfig
 from .model import GPT, causal_attention, rotary_angles
 
@@ -51,95 +53,118 @@ def block_upper_bounds(query: Tensor, bounds: Tensor) -> Tensor:
     return query.clamp(min=0) @ hi + query.clamp(max=0) @ lo
 
 
-def decode_at_once(
-    model: GPT,
-    tokens: Tensor,
-    config: ReSAConfig,
-    prompt_tokens: int,
-    score: Score = pooled_scores,
-) -> tuple[Tensor, Tensor]:
-    """Final hidden states [B, T, C] of dense attention and of decoding, along `tokens` [B, T].
+@dataclass(frozen=True)
+class ExactStream:
+    """Dense attention over some tokens, and what decoding along them finds in the cache."""
 
-    The first `prompt_tokens` are prefilled, the others decoded one by one, all sequences in step. Differentiable in
-    both streams. `score` takes the place of eq. 4, for comparison. Blocks must not be cut by windows: `prompt_tokens`
-    is a multiple of the block size, and of interval and block size one divides the other. Errors: ValueError for what
-    does not fit, `dense_below` included.
+    tokens: Tensor  # [B, T]
+    hidden: Tensor  # [B, T, C] final hidden states
+    outputs: Sequence[Tensor]  # [B, T, C] of every layer
+    keys: Sequence[Tensor]  # [B, Hkv, T, D] of every layer, after RoPE
+    values: Sequence[Tensor]  # [B, Hkv, T, D]
+
+
+def exact_stream(model: GPT, tokens: Tensor) -> ExactStream:
+    """Dense attention over `tokens` [B, T]; differentiable. ValueError for tokens that are not the model's."""
+    model.check_tokens(tokens)
+    outputs, keys, values = [], [], []
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys.append(key)
+        values.append(value)
+        return causal_attention(layer, query, key, value)
+
+    x = model.embed(tokens)
+    cos, sin = angles_at(model, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens), x.dtype)
+    for index, layer in enumerate(model.layers):
+        outputs.append(x := layer(x, cos, sin, index, attend))
+    return ExactStream(tokens, model.norm(x), outputs, keys, values)
+
+
+def angles_at(model: GPT, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The model's rotary angles at `positions` [B, n]."""
+    shape = model.config
+    return rotary_angles(positions, shape.head_dim, shape.rope_theta, accumulation_dtype(dtype), shape.rope_scaling)
+
+
+def decode_at_once(
+    model: GPT, exact: ExactStream, config: ReSAConfig, prompt_tokens: int, score: Score = pooled_scores
+) -> Tensor:
+    """Final hidden states [B, T, C] of decoding along the tokens [B, T] of the exact stream.
+
+    The first `prompt_tokens` are prefilled, and exact; the others are decoded one by one, all sequences in step.
+    Differentiable in both streams. `score` takes the place of eq. 4, for comparison. Blocks must not be cut by windows
+    that are rectified: of interval and block size one divides the other, and unless f is 1 or never, `prompt_tokens` is
+    a multiple of the block size. Errors: ValueError for what does not fit, `dense_below` included.
     """
-    check_decoding(model, tokens, config, prompt_tokens)
-    n_tokens, f = tokens.shape[1], config.interval
-    at = torch.arange(n_tokens, device=tokens.device)
-    exact = exact_until(n_tokens, prompt_tokens, config).to(tokens.device)
+    n_tokens, f, b = exact.tokens.shape[1], config.interval, config.block_size
+    check_decoding(model, n_tokens, config, prompt_tokens)
+    start = min(prompt_tokens, n_tokens - 1) // b * b  # whole blocks of the prompt are in the exact stream alone
+    at = torch.arange(start, n_tokens, device=exact.tokens.device)  # [S]
+    until = exact_until(n_tokens, prompt_tokens, config)[start:]
+    n_exact = int(until.max())  # keys of the exact stream that any step may see
+    until = until.to(at.device)
     is_dense = at < prompt_tokens  # steps whose own attention is dense
     if f is not None and config.schedule == "fused":
         is_dense = is_dense | ((at - prompt_tokens) % f == f - 1)
-    shape, x = model.config, model.embed(tokens)
-    positions = at.expand_as(tokens)
-    angle_dtype = accumulation_dtype(x.dtype)
-    cos, sin = rotary_angles(positions, shape.head_dim, shape.rope_theta, angle_dtype, shape.rope_scaling)
-    y = x
-    kept: dict[str, Tensor] = {}
+    y = model.embed(exact.tokens[:, start:])
+    cos, sin = angles_at(model, at.expand(len(y), -1), y.dtype)
+    seen = torch.cat((torch.arange(n_exact, device=at.device), at))  # positions of both streams' keys
+    is_decoded = torch.arange(len(seen), device=at.device) >= n_exact
+    may_see = (seen <= at[:, None]) & ((seen >= until[:, None]) == is_decoded)  # [S, keys]
 
-    def attend_exact(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        kept["key"], kept["value"] = key, value
-        return causal_attention(layer, query, key, value)
-
-    def attend_decoded(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        taken = (at <= at[:, None]).expand(*key.shape[:2], -1, -1)  # [B, Hkv, T, T]
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask = may_see
         if layer >= config.dense_layers:
-            taken = taken & selected_tokens(query, kept["key"], key, exact, config, score)
-        before = at < exact[:, None]  # [T, T]: keys of the exact stream
-        mask = torch.cat((taken & before, taken & ~before), dim=-1)  # [B, Hkv, T, 2·T]
-        groups = shape.n_head // shape.n_kv_head
-        keys, values = torch.cat((kept["key"], key), dim=2), torch.cat((kept["value"], value), dim=2)
-        keys, values, mask = (each.repeat_interleave(groups, dim=1) for each in (keys, values, mask))
+            taken = selected_tokens(query, exact.keys[layer], key, until, config, score)  # [B, Hkv, S, T]
+            mask = mask & torch.cat((taken[..., :n_exact], taken[..., start:]), dim=-1)
+        groups = query.shape[1] // key.shape[1]
+        keys = torch.cat((exact.keys[layer][:, :, :n_exact], key), dim=2).repeat_interleave(groups, dim=1)
+        values = torch.cat((exact.values[layer][:, :, :n_exact], value), dim=2).repeat_interleave(groups, dim=1)
+        mask = mask.expand(*key.shape[:2], -1, -1).repeat_interleave(groups, dim=1)
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
 
     for index, layer in enumerate(model.layers):
-        x = layer(x, cos, sin, index, attend_exact)
-        y = torch.where(is_dense[:, None], x, layer(y, cos, sin, index, attend_decoded))
-    return model.norm(x), model.norm(y)
+        y = torch.where(is_dense[:, None], exact.outputs[index][:, start:], layer(y, cos, sin, index, attend))
+    return torch.cat((exact.hidden[:, :start], model.norm(y)), dim=1)
 
 
 @torch.no_grad()
 def selected_tokens(
-    query: Tensor,
-    exact_key: Tensor,
-    key: Tensor,
-    exact: Tensor,
-    config: ReSAConfig,
-    score: Score = pooled_scores,
+    query: Tensor, exact_key: Tensor, key: Tensor, until: Tensor, config: ReSAConfig, score: Score = pooled_scores
 ) -> Tensor:
-    """Which tokens each step's blocks hold, its future ones included: [B, Hkv, T, T] bool (eq. 3–5).
+    """Which tokens the blocks of the last S steps hold, future ones included: [B, Hkv, S, T] bool (eq. 3–5).
 
-    query [B, Hq, T, D], keys [B, Hkv, T, D] of both streams, exact [T]: where a step finds decoded keys instead. The
-    block that holds a step's own token is selected whatever it scores, so that its bounds are those of whole blocks.
+    query [B, Hq, S, D], keys of the exact stream [B, Hkv, T, D] and of the decoded one [B, Hkv, S, D], until [S]: where
+    a step finds decoded keys instead. The block that holds a step's own token is selected whatever it scores, so that
+    its bounds are those of whole blocks.
     """
-    (batch, _, n_tokens, _), b = key.shape, config.block_size
+    (batch, _, n_tokens, _), n_steps, b = exact_key.shape, len(until), config.block_size
     lengths = torch.full((batch,), n_tokens, dtype=torch.int32, device=key.device)
+    decoded_key = torch.cat((exact_key[:, :, : n_tokens - n_steps], key), dim=2)
     wide = query.to(accumulation_dtype(query.dtype))
     with torch.autocast(key.device.type, enabled=False):  # half-precision products would tie what differs
-        scores = [score(wide, block_bounds(each, lengths, b)) for each in (exact_key, key)]
+        scores = [score(wide, block_bounds(each, lengths, b)) for each in (exact_key, decoded_key)]
     ends = (torch.arange(scores[0].shape[-1], device=key.device) + 1) * b
-    joined = torch.where(ends <= exact[:, None], *scores)  # [B, Hkv, T, M]
+    joined = torch.where(ends <= until[:, None], *scores)  # [B, Hkv, S, M]
     # Every step as a sequence of its own, as long as its cache is then.
-    steps = joined.transpose(1, 2).flatten(0, 1)  # [B·T, Hkv, M]
-    step_lengths = torch.arange(1, n_tokens + 1, dtype=torch.int32, device=key.device).repeat(batch)
-    indices = select_blocks(steps, step_lengths, config).long()  # [B·T, Hkv, N]
+    steps = joined.transpose(1, 2).flatten(0, 1)  # [B·S, Hkv, M]
+    step_lengths = torch.arange(n_tokens - n_steps + 1, n_tokens + 1, dtype=torch.int32, device=key.device)
+    indices = select_blocks(steps, step_lengths.repeat(batch), config).long()  # [B·S, Hkv, N]
     spare = steps.shape[-1]
     chosen = torch.zeros(*steps.shape[:2], spare + 1, dtype=torch.bool, device=key.device)
     chosen.scatter_(2, indices.masked_fill(indices < 0, spare), True)
-    by_block = chosen[..., :spare].unflatten(0, (batch, n_tokens)).transpose(1, 2)
+    by_block = chosen[..., :spare].unflatten(0, (batch, n_steps)).transpose(1, 2)
     return by_block.repeat_interleave(b, dim=-1)[..., :n_tokens]
 
 
-def check_decoding(model: GPT, tokens: Tensor, config: ReSAConfig, prompt_tokens: int) -> None:
+def check_decoding(model: GPT, n_tokens: int, config: ReSAConfig, prompt_tokens: int) -> None:
     """Refuse by name what can't be decoded at once."""
-    sizes = bind_shapes(tokens=(tokens, "B T"))
-    model.check_tokens(tokens)
     b, f = config.block_size, config.interval
-    fits = is_integer(prompt_tokens, b) and prompt_tokens % b == 0 and prompt_tokens <= sizes["T"]
-    require(fits, "prompt_tokens", prompt_tokens, f"a multiple of block_size = {b}, at most {sizes['T']}")
+    require(n_tokens <= model.config.context, "tokens", n_tokens, f"at most context = {model.config.context}")
+    require(config.dense_below == 0, "config.dense_below", config.dense_below, "0: all sequences decode in step")
+    step, whole = (1, "") if f in (1, None) else (b, f"a multiple of block_size = {b}, ")
+    fits = is_integer(prompt_tokens, 1) and prompt_tokens <= n_tokens and prompt_tokens % step == 0
+    require(fits, "prompt_tokens", prompt_tokens, f"{whole}{step} … {n_tokens}")
     nested = f is None or f % b == 0 or b % f == 0
     require(nested, "config.interval", f, f"a divisor or a multiple of block_size = {b}, or None")
-    require(config.dense_below == 0, "config.dense_below", config.dense_below, "0: all sequences decode in step")
-    require(sizes["T"] <= model.config.context, "tokens", sizes["T"], f"at most context = {model.config.context}")

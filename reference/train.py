@@ -48,7 +48,7 @@ from .corpus import (
 )
 from .files import write_atomically
 from .model import GPT
-from .parallel import decode_at_once
+from .parallel import decode_at_once, exact_stream
 from .programs import Words, is_checked, program_rows, words
 from .tasks import RETRIEVAL, documents
 from .tokenizer import VOCAB_SIZE, load_tokenizer, make_tokenizer, save_ranks, shipped_ranks, train_tokenizer
@@ -338,7 +338,8 @@ def prediction_loss(logits: Tensor, rows: Tensor, weights: Tensor | None) -> Ten
 
 def decoded_loss_of(model: GPT, rows: Tensor, weights: Tensor | None, config: ReSAConfig, prompt_tokens: int) -> Tensor:
     """The mean of the losses of dense attention and of decoding with `config`."""
-    streams = decode_at_once(model, rows[:, :-1], config, prompt_tokens)
+    exact = exact_stream(model, rows[:, :-1])
+    streams = (exact.hidden, decode_at_once(model, exact, config, prompt_tokens))
     dense, decoded = (prediction_loss(model.output(hidden), rows, weights) for hidden in streams)
     return (dense + decoded) / 2
 

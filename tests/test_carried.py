@@ -10,7 +10,7 @@ from resa.reference import GPT, GPTConfig, ReSAConfig, generate, load_model, loa
 from resa.reference.blocks import block_bounds
 from resa.reference.checkpoint import shipped_checkpoint
 from resa.reference.evals import carried, written
-from resa.reference.evals.carried import LATE, SCORES, Checks, Marks, marked, measure_carried
+from resa.reference.evals.carried import LATE, SCORES, Checks, Marks, Way, marked, measure_carried
 from resa.reference.evals.statistics import shares_by_kind
 from resa.reference.evals.written import Line, asserted_lines, measure_written, summarise
 from resa.reference.generate import decode_along
@@ -29,13 +29,18 @@ def programs(n, length, seed=0):
     return [alias_program(TOKENIZER, np.random.default_rng((seed, index)), length) for index in range(n)]
 
 
+def marks_of(model, some, checks, config, prompt, batch, score="pooled"):
+    way = Way(config, score)
+    return marked(model, some, checks, [way], prompt, batch)[way]
+
+
 @pytest.mark.parametrize(("schedule", "interval"), [("paper", 32), ("fused", 32), ("fused", 8), ("paper", None)])
 def test_marks_are_those_of_decoding_step_by_step(model, schedule, interval):
     """Trained weights, selection that leaves most blocks out, and the loop that generation runs on."""
     config, prompt = replace(CONFIG, schedule=schedule, interval=interval), 64
     some = programs(2, 320)
     checks = Checks.of(some, prompt)
-    marks = marked(model, some, checks, config, prompt, batch=1)
+    marks = marks_of(model, some, checks, config, prompt, batch=1)
     cache = model.new_cache(2, 320, 16)
     tokens = [program.tokens for program in some]
     prefill(model, [row[:prompt] for row in tokens], cache)
@@ -63,7 +68,7 @@ def test_per_head_scores_select_as_decoding_step_by_step_does(model):
     config, prompt = replace(CONFIG, interval=32, active_ratio=0.05), 64
     some = programs(2, 320)
     checks = Checks.of(some, prompt)
-    marks = marked(model, some, checks, config, prompt, 2, SCORES["per-head"])
+    marks = marks_of(model, some, checks, config, prompt, 2, "per-head")
     scoring = model.with_ops(replace(model.ops, score_blocks=largest_bound))
     cache = scoring.new_cache(2, 320, 16)
     tokens = [program.tokens for program in some]
@@ -75,7 +80,21 @@ def test_per_head_scores_select_as_decoding_step_by_step_does(model):
         for program, at in zip(checks.program, checks.at, strict=True)
     ]
     assert marks.right.tolist() == expected
-    assert marked(model, some, checks, config, prompt, 2).right.tolist() != expected
+    assert marks_of(model, some, checks, config, prompt, 2).right.tolist() != expected
+
+
+def test_ways_are_marked_together_as_alone(model):
+    """In batches of which the last is smaller; `on_pass` counts batches and ways."""
+    some, passes = programs(3, 320), []
+    checks = Checks.of(some, 64)
+    ways = [Way(replace(CONFIG, interval=None)), Way(CONFIG), Way(CONFIG, "per-head")]
+    found = marked(model, some, checks, ways, 64, 2, lambda: passes.append(1))
+    assert list(found) == ways
+    assert len(passes) == 6
+    for way, marks in found.items():
+        alone = marks_of(model, some, checks, way.config, 64, 3, way.score)
+        assert np.array_equal(marks.right, alone.right)
+        assert np.array_equal(marks.dense_right, alone.dense_right)
 
 
 def test_every_score_has_rows_of_its_own(model):
@@ -88,7 +107,7 @@ def test_every_score_has_rows_of_its_own(model):
     checks = Checks.of(some, 64)
     for (score, interval), right in rows.items():
         way = {"decode-only": {"interval": 1}, "never": {"interval": None}}.get(interval, {"interval": interval})
-        own = marked(model, some, checks, replace(CONFIG, active_ratio=0.05, **way), 64, 2, SCORES[score])
+        own = marks_of(model, some, checks, replace(CONFIG, active_ratio=0.05, **way), 64, 2, score)
         assert right == pytest.approx(checks.per_program(own.right.astype(float)).mean())
     assert any(rows["pooled", interval] != rows["per-head", interval] for interval in ("decode-only", "never", 32))
 
@@ -112,7 +131,7 @@ def test_a_configuration_that_is_all_dense_loses_nothing(model):
     some = programs(2, 400)
     checks = Checks.of(some, 64)
     for config in (replace(CONFIG, active_ratio=1.0, interval=None), replace(CONFIG, interval=1, schedule="fused")):
-        marks = marked(model, some, checks, config, 64, batch=2)
+        marks = marks_of(model, some, checks, config, 64, batch=2)
         assert np.array_equal(marks.right, marks.dense_right)
     result = measure_carried(
         model, TOKENIZER, 2, 400, CONFIG, intervals=[16], ratios=[1.0], prompt_tokens=64, progress=False

@@ -664,16 +664,17 @@ def test_eval_sweep(resa, path, library, monkeypatch):
     monkeypatch.setattr(sweep, "RATIOS", (0.3, 1.0))
     monkeypatch.setattr(sweep, "BLOCK_SIZES", (4, 8))
     monkeypatch.setattr(sweep, "DENSE_LAYERS", (0, 1))
-    command = ["eval", "sweep", "--model", path, "--documents", 2, "--prompt-tokens", 30, "--tokens", 34, *SPARSE]
+    command = ["eval", "sweep", "--model", path, "--documents", 2, "--prompt-tokens", 32, "--tokens", 34, *SPARSE]
     status, out, err = resa(*command, "--no-grid")
     assert status == 0
     assert "Traceback" not in err
     result = json.loads(out)
-    assert (result["question"], result["documents"], result["document_tokens"]) == ("sweep", 2, 64)
+    assert (result["question"], result["documents"], result["document_tokens"]) == ("sweep", 2, 66)
     assert set(result["factors"]) == {"suffix", "interval", "active_ratio", "block_size", "dense_layers", "schedule"}
     assert result["base"]["suffix"] == 33  # the last token is predicted only
     dense = [row["accuracy_lost"] for row in result["factors"]["active_ratio"] if row["active_ratio"] == 1.0]
     assert dense == [0.0]
+    assert "prompt_tokens: got 30; allowed: a multiple of block_size = 4" in resa(*command, "--prompt-tokens", 30)[2]
     assert "suffix: got 5" in resa(*command, "--tokens", 6)[2]
 
 
@@ -779,15 +780,14 @@ def test_evidence_measures_every_part_on_its_model(resa, monkeypatch, tmp_path):
     assert resa("evidence", "--size", "full", "--out", tmp_path, "--jobs", 3)[0] == 0
     ((parts, out, options),) = ran
     assert (out, options) == (tmp_path, {"jobs": 3})
-    for name, commands in evidence.SIZES["full"].items():
+    assert set(parts) == set(evidence.SIZES["full"])
+    for part, (name, words) in evidence.SIZES["full"].items():
         path = cli.shipped_checkpoint(name)
-        for part, words in commands.items():
-            assert parts[part].words == words
-            assert parts[part].digests["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-            named = [] if name == "model" else ["--model", os.path.relpath(path)]
-            assert parts[part].more == ["--device", "cpu", *named]
-    small, full = ({name for parts in evidence.SIZES[size].values() for name in parts} for size in ("small", "full"))
-    assert small < full
+        assert parts[part].words == words
+        assert parts[part].digests["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        named = [] if name == "model" else ["--model", os.path.relpath(path)]
+        assert parts[part].more == ["--device", "cpu", *named]
+    assert set(evidence.SIZES["small"]) < set(evidence.SIZES["full"])
 
 
 def test_eval_language(resa, long_path, library):

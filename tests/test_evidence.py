@@ -12,7 +12,7 @@ import pytest
 
 from resa.reference.cli import build_parser
 from resa.reference.evals import evidence
-from resa.reference.evals.evidence import SIZES, Part, is_done, run_parts, without
+from resa.reference.evals.evidence import PARTS, Part, is_done, run_parts, without
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "evidence"
 DIGESTS = {"checkpoint_sha256": "abc", "source_sha256": "def"}
@@ -149,19 +149,13 @@ def test_options_and_their_values_are_left_out():
     assert without(["a", "--out", "x", "b", "--model", "y"], ("--out", "--model")) == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    "words", [words for models in SIZES.values() for parts in models.values() for words in parts.values()]
-)
+@pytest.mark.parametrize("words", [words for _, words in PARTS.values()], ids=list(PARTS))
 def test_every_part_is_a_command(words):
     options = build_parser().parse_args(["eval", *shlex.split(words)])
     assert options.question == shlex.split(words)[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [part for models in SIZES["full"].values() for part in models.items()],
-    ids=lambda each: each[:20],
-)
+@pytest.mark.parametrize(("name", "words"), [(name, words) for name, (_, words) in PARTS.items()], ids=list(PARTS))
 def test_recorded_files_are_of_these_commands(name, words):
     command = json.loads((RESULTS / f"{name}.json").read_text())["command"]
     assert without(shlex.split(command)[2:], ["--device", "--model"]) == shlex.split(words)

@@ -315,3 +315,18 @@ def test_from_one_program_to_many_waves(ops, device, batch):
     n_blocks = -(-length // BLOCK)
     indices = torch.arange(n_blocks, dtype=torch.int32, device=device).expand(batch, KV_HEADS, -1)
     check_sparse(ops, window[:, :, 0], keys, values, indices, lengths, BLOCK, f"batch {batch}")
+
+
+def test_causal_attention_in_float32_keeps_no_scores():
+    """Of 16,384 tokens the scores of one head alone are a GiB; asked for groups in float32, torch keeps all of them."""
+    from resa.reference.model import causal_attention
+
+    query, key = (torch.randn(1, heads, 16_384, 64, device="cuda") for heads in (4, 2))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = causal_attention(0, query, key, key)
+    assert torch.cuda.max_memory_allocated() - before < 2**27
+    at = 300
+    visible = torch.ones(1, 1, 1, at + 1, dtype=torch.bool, device="cuda")
+    expected = plain_attention(query[:, :, at : at + 1], key[:, :, : at + 1], key[:, :, : at + 1], visible)
+    assert (out[:, :, at : at + 1] - expected).abs().max() < 1e-5

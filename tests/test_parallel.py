@@ -6,7 +6,7 @@ from small_models import Shape
 
 from resa.reference import ReSAConfig, prefill
 from resa.reference.generate import decode_along
-from resa.reference.parallel import decode_at_once, exact_until
+from resa.reference.parallel import decode_at_once, exact_stream, exact_until
 
 B, T, PROMPT = 2, 150, 32
 
@@ -29,6 +29,12 @@ def step_by_step(model, tokens, config, prompt_tokens):
     return torch.stack([logits.clone() for logits, _ in steps], dim=1)
 
 
+def both(model, tokens, config, prompt_tokens=PROMPT):
+    """Final hidden states of dense attention and of decoding."""
+    exact = exact_stream(model, tokens)
+    return exact.hidden, decode_at_once(model, exact, config, prompt_tokens)
+
+
 @pytest.mark.parametrize("schedule", ["paper", "fused"])
 @pytest.mark.parametrize("interval", [1, 4, 8, 16, 32, None])
 @pytest.mark.parametrize("more", [{}, {"local_blocks": 2}, {"dense_layers": 1}, {"active_ratio": 0.5}])
@@ -38,7 +44,7 @@ def test_it_equals_the_loop(model, tokens, schedule, interval, more):
     config = ReSAConfig(**{"block_size": 8, "active_ratio": 0.2, "min_blocks": 2, **more}, interval=interval)
     config = ReSAConfig(**{**config.__dict__, "schedule": schedule})
     with torch.no_grad():
-        dense, decoded = (model.output(hidden) for hidden in decode_at_once(model, tokens, config, PROMPT))
+        dense, decoded = (model.output(hidden) for hidden in both(model, tokens, config))
         expected = step_by_step(model, tokens, config, PROMPT)
         torch.testing.assert_close(decoded[:, PROMPT:], expected, rtol=0, atol=1e-9)
         torch.testing.assert_close(dense, model(tokens), rtol=0, atol=1e-9)
@@ -50,7 +56,7 @@ def test_it_equals_the_loop(model, tokens, schedule, interval, more):
 def test_all_blocks_are_dense(model, tokens):
     config = ReSAConfig(block_size=8, active_ratio=1, interval=None)
     with torch.no_grad():
-        dense, decoded = decode_at_once(model, tokens, config, PROMPT)
+        dense, decoded = both(model, tokens, config)
     torch.testing.assert_close(decoded, dense, rtol=0, atol=1e-9)
 
 
@@ -60,7 +66,7 @@ def test_gradients_reach_both_streams(model, tokens):
     # Of decode-only's last step only its own token is in the decoded stream: all others reach it as exact keys.
     tokens = tokens.clamp(max=model.config.vocab_size - 2)
     tokens[:, PROMPT + 3] = only_there = model.config.vocab_size - 1
-    _, decoded = decode_at_once(model, tokens, config, PROMPT)
+    _, decoded = both(model, tokens, config)
     (gradient,) = torch.autograd.grad(decoded[:, -1].square().sum(), model.embed.weight)
     assert gradient.isfinite().all()
     assert gradient[only_there].abs().max() > 0
@@ -75,11 +81,40 @@ def test_what_is_exact():
     [
         (ReSAConfig(block_size=8, interval=12), 32, "config.interval"),
         (ReSAConfig(block_size=8, dense_below=9), 32, "config.dense_below"),
-        (ReSAConfig(block_size=8), 33, "prompt_tokens"),
+        (ReSAConfig(block_size=8), 33, "prompt_tokens: got 33; allowed: a multiple of block_size = 8, 8 … 150"),
         (ReSAConfig(block_size=8), 0, "prompt_tokens"),
         (ReSAConfig(block_size=8), 160, "prompt_tokens"),
+        (ReSAConfig(block_size=8, interval=None), 0, "prompt_tokens: got 0; allowed: 1 … 150"),
+        (ReSAConfig(block_size=8, interval=1), 151, "prompt_tokens: got 151; allowed: 1 … 150"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(model, tokens, config, prompt_tokens, named):
     with pytest.raises(ValueError, match=named):
-        decode_at_once(model, tokens, config, prompt_tokens)
+        both(model, tokens, config, prompt_tokens)
+
+
+def test_more_tokens_than_the_context_are_refused_by_name(model):
+    tokens = torch.zeros(1, model.config.context + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="tokens: got 257; allowed: at most context = 256"):
+        both(model, tokens, ReSAConfig(block_size=8))
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 30, 33, 148, 149, 150])
+@pytest.mark.parametrize(("interval", "schedule"), [(None, "paper"), (1, "paper"), (1, "fused")])
+def test_a_prompt_may_cut_a_block_where_no_window_does(model, tokens, prompt_tokens, interval, schedule):
+    config = ReSAConfig(block_size=8, active_ratio=0.1, min_blocks=2, interval=interval, schedule=schedule)
+    with torch.no_grad():
+        dense, decoded = (model.output(hidden) for hidden in both(model, tokens, config, prompt_tokens))
+        if prompt_tokens < T:
+            expected = step_by_step(model, tokens, config, prompt_tokens)
+            torch.testing.assert_close(decoded[:, prompt_tokens:], expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(decoded[:, :prompt_tokens], dense[:, :prompt_tokens], rtol=0, atol=1e-9)
+
+
+def test_ways_share_one_exact_stream(model, tokens):
+    exact = exact_stream(model, tokens)
+    for interval in (4, None, 8):
+        config = ReSAConfig(block_size=8, active_ratio=0.1, min_blocks=2, interval=interval)
+        with torch.no_grad():
+            _, alone = both(model, tokens, config)
+            assert torch.equal(decode_at_once(model, exact, config, PROMPT), alone)

@@ -12,14 +12,14 @@ from small_models import EXACT, Shape, dense_cache
 
 from resa.reference import ReSAConfig, decode_along, prefill
 from resa.reference.evals import sweep
-from resa.reference.evals.fidelity import by_position, follow, teach, top_hits
+from resa.reference.evals.fidelity import by_position, follow, teach
 from resa.reference.evals.statistics import bootstrap, bootstrap_ratio
 from resa.reference.evals.sweep import SCORED, Scores, Setting, decoded, measure_sweep, settings, summarise
 
 SHAPE = Shape(seed=7)
 CONFIG = ReSAConfig(block_size=4, active_ratio=0.1, min_blocks=2, interval=8)
 BASE = Setting(CONFIG, 40)
-LENGTH = 70
+LENGTH = 73  # so that the prompt is whole blocks
 NARROW = {"rtol": 1e-5, "atol": 1e-7}  # what is kept in float32
 
 
@@ -34,11 +34,6 @@ def documents():
 
 
 @pytest.fixture(scope="module")
-def teacher(model, documents):
-    return sweep.suffix_teacher(model, documents, BASE)
-
-
-@pytest.fixture(scope="module")
 def swept(model, documents):
     """Fewer values of every factor, in batches of two and of all."""
     with pytest.MonkeyPatch.context() as patch:
@@ -49,52 +44,16 @@ def swept(model, documents):
         return [measure_sweep(model, documents, BASE, batch=n, progress=False) for n in (2, 5)]
 
 
-# ---- Cuts ------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_the_suffix_is_what_comes_before_the_last_token(model, documents, teacher):
-    assert teacher.tokens == [d[-41:-1] for d in documents]
-    assert teacher.following.tolist() == [d[-40:] for d in documents]
-    logits = model(torch.tensor(documents))[:, -41:-1]
-    torch.testing.assert_close(teacher.log_probs, logits.log_softmax(dim=-1), rtol=EXACT, atol=EXACT)
-    assert torch.equal(teacher.hits, top_hits(logits, torch.tensor(documents)[:, -40:]))
-
-
-@pytest.mark.parametrize("n", [1, 7, 40])
-def test_a_shorter_suffix_is_a_longer_prompt(model, documents, teacher, n):
-    """As if it had been cut there in the first place, in what dense decoding says and in what sparse decoding does."""
-    fresh = sweep.suffix_teacher(model, documents, replace(BASE, suffix=n))
-    shorter = teacher.last(n)
-    assert (shorter.tokens, shorter.last_tokens) == (fresh.tokens, fresh.last_tokens)
-    assert shorter.opening.cache.lengths.tolist() == [LENGTH - 2 - n] * 5
-    torch.testing.assert_close(shorter.log_probs, fresh.log_probs, rtol=EXACT, atol=EXACT)
-    for config in (CONFIG, replace(CONFIG, interval=None)):
-        one, other = (follow(model, each, config) for each in (shorter, fresh))
-        torch.testing.assert_close(one.kl, other.kl, **NARROW)
-        assert torch.equal(one.hits, other.hits)
-        assert one.kl.max() > 1e-4
-    assert teacher.cache.lengths.tolist() == [LENGTH - 1] * 5, "the longer one is left as it was"
-
-
-@pytest.mark.parametrize("block_size", [2, 16])
-def test_other_blocks_are_another_cut_of_the_same_cache(model, documents, teacher, block_size):
-    config = replace(CONFIG, block_size=block_size, interval=None)
-    fresh = sweep.suffix_teacher(model, documents, Setting(config, 40))
-    one, other = (follow(model, each, config) for each in (teacher.with_blocks(block_size), fresh))
-    torch.testing.assert_close(one.kl, other.kl, **NARROW)
-    assert torch.equal(one.hits, other.hits)
-
-
 # ---- Scores ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("suffix", [5, 40])
-def test_scores_are_those_of_plain_loops(model, documents, teacher, suffix):
+def test_scores_are_those_of_plain_loops(model, documents, suffix):
     """The last 32 predictions, of which those before a short suffix are dense ones."""
     setting = Setting(replace(CONFIG, interval=None), suffix)
-    ((_, found),) = sweep.decode_all(model, teacher, [setting])
+    accuracy, several = sweep.decode_all(model, torch.tensor(documents), [setting])
+    ((_, found),) = several
     dense = model(torch.tensor(documents)).log_softmax(dim=-1)
     for i, document in enumerate(documents):
         cache = model.new_cache(1, LENGTH, 4)
@@ -110,6 +69,8 @@ def test_scores_are_those_of_plain_loops(model, documents, teacher, suffix):
             hits += document[place + 1] in given.topk(3).indices.tolist()
         assert found.kl[i] == pytest.approx(kl / SCORED, rel=1e-5, abs=1e-7)
         assert found.accuracy[i] == hits / SCORED
+        places = range(LENGTH - 1 - SCORED, LENGTH - 1)
+        assert accuracy[i] == np.mean([document[at + 1] in dense[i, at].topk(3).indices for at in places])
 
 
 def test_dense_and_decode_only_are_the_ends_of_the_split(swept):
@@ -189,14 +150,16 @@ def test_a_row_by_hand():
     ("changes", "message"),
     [
         ({"batch": 0}, "batch: got 0"),
-        ({"base": replace(BASE, suffix=31)}, "suffix: got 31; allowed: 32 … 68"),
-        ({"base": replace(BASE, suffix=69)}, "suffix: got 69"),
+        ({"base": replace(BASE, suffix=31)}, "suffix: got 31; allowed: 32 … 71"),
+        ({"base": replace(BASE, suffix=72)}, "suffix: got 72"),
         ({"documents": [[1] * 70, [1] * 71]}, r"documents: got of \[70, 71\] tokens"),
+        ({"base": replace(BASE, suffix=41)}, "prompt_tokens: got 31; allowed: a multiple of block_size = 4"),
+        ({"base": Setting(replace(CONFIG, interval=6), 40)}, "config.interval: got 6; allowed: a divisor"),
         ({"documents": []}, r"documents: got of \[\] tokens"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_decoded(model, documents, monkeypatch, changes, message):
-    monkeypatch.setattr(sweep, "suffix_teacher", lambda *_: pytest.fail("something was decoded"))
+    monkeypatch.setattr(sweep, "exact_stream", lambda *_: pytest.fail("something was decoded"))
     with pytest.raises(ValueError, match=message):
         measure_sweep(**{"model": model, "documents": documents, "base": BASE, "progress": False, **changes})
 
@@ -206,7 +169,7 @@ def test_bad_input_is_named_before_anything_is_decoded(model, documents, monkeyp
 
 def test_curves_are_means_over_stretches_of_tokens(model, documents):
     """The last stretch is shorter, and its accuracy does without the last token, whose successor is not known."""
-    teacher = teach(model, [d[:30] for d in documents], 40, CONFIG, continuations=[d[30:] for d in documents])
+    teacher = teach(model, [d[:33] for d in documents], 40, CONFIG, continuations=[d[33:] for d in documents])
     found = {"sparse": [follow(model, teacher, replace(CONFIG, interval=None))]}
     curves = by_position(found, teacher.hits, width=16)
     assert curves["sparse"]["from"] == [0, 16, 32]
@@ -221,7 +184,7 @@ def test_curves_are_means_over_stretches_of_tokens(model, documents):
     assert curves["sparse"]["kl_95"][1] == pytest.approx(
         bootstrap(comparison.kl[:, 16:32].double().mean(dim=1).numpy())
     )
-    true = [[token in row.topk(3).indices for token, row in zip(d[31:], logits[30:], strict=False)]
+    true = [[token in row.topk(3).indices for token, row in zip(d[34:], logits[33:], strict=False)]
             for d, logits in zip(documents, model(torch.tensor(documents)), strict=True)]  # fmt: skip
     assert teacher.hits[:, :-1].tolist() == true
     assert not teacher.hits[:, -1].any()
@@ -250,7 +213,8 @@ def test_a_ratio_to_what_may_be_nothing_has_no_interval():
     assert bootstrap_ratio(totals, totals) == [None, None]
 
 
-def test_the_exact_cache_is_what_the_teacher_holds(model, documents, teacher):
+def test_the_exact_cache_is_what_the_teacher_holds(model, documents):
+    teacher = teach(model, [d[:32] for d in documents], 40, CONFIG, continuations=[d[32:-1] for d in documents])
     exact, _ = dense_cache(model, [d[:-1] for d in documents], 4)
     torch.testing.assert_close(
         teacher.cache.keys[:, :, :, : LENGTH - 1], exact.keys[:, :, :, : LENGTH - 1], rtol=EXACT, atol=EXACT

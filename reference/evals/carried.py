@@ -7,7 +7,7 @@ The loss against dense decoding is split as everywhere: decode-only makes the st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from itertools import product
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..model import GPT
-from ..parallel import Score, block_upper_bounds, check_decoding, decode_at_once, pooled_scores
+from ..parallel import Score, block_upper_bounds, check_decoding, decode_at_once, exact_stream, pooled_scores
 from ..programs import UNSEEN, Program, alias_program
 from .selection import in_eight_bits
 from .statistics import bootstrap_ratio, shares_by_kind, with_intervals
@@ -76,29 +76,48 @@ class Checks:
         return (np.bincount(self.program, weights=values) / np.maximum(n, 1))[n > 0]
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way of decoding."""
+
+    config: ReSAConfig
+    score: str = "pooled"  # of SCORES: blocks are selected by it
+
+
 @torch.no_grad()
 def marked(
     model: GPT,
     programs: Sequence[Program],
     checks: Checks,
-    config: ReSAConfig,
+    ways: Sequence[Way],
     prompt_tokens: int,
     batch: int,
-    score: Score = pooled_scores,
-) -> Marks:
-    """Decode along the programs, selecting blocks by `score`, and mark every check; the likeliest token counts."""
+    on_pass: Callable[[], None] = lambda: None,
+) -> dict[Way, Marks]:
+    """Decode along the programs in every way and mark every check; the likeliest token counts.
+
+    `on_pass` is called after every batch of every way.
+    """
     device = model.embed.weight.device
-    right, dense_right = [], []
+    right: dict[Way, list[np.ndarray]] = {way: [] for way in ways}
+    dense_right = []
     for start in range(0, len(programs), batch):
         some = programs[start : start + batch]
         tokens = torch.tensor([program.tokens for program in some], device=device)
         own = (checks.program >= start) & (checks.program < start + batch)
         row = torch.from_numpy(checks.program[own] - start).to(device)
         at = torch.from_numpy(checks.at[own]).to(device)
-        dense, decoded = decode_at_once(model, tokens[:, :-1], config, prompt_tokens, score)
-        for found, hidden in ((dense_right, dense), (right, decoded)):
-            found.append((model.output(hidden[row, at - 1]).argmax(dim=-1) == tokens[row, at]).cpu().numpy())
-    return Marks(np.concatenate(right), np.concatenate(dense_right))
+
+        def marks(hidden: Tensor, row: Tensor = row, at: Tensor = at, tokens: Tensor = tokens) -> np.ndarray:
+            return (model.output(hidden[row, at - 1]).argmax(dim=-1) == tokens[row, at]).cpu().numpy()
+
+        exact = exact_stream(model, tokens[:, :-1])
+        dense_right.append(marks(exact.hidden))
+        for way, found in right.items():
+            found.append(marks(decode_at_once(model, exact, way.config, prompt_tokens, SCORES[way.score])))
+            on_pass()
+    dense = np.concatenate(dense_right)
+    return {way: Marks(np.concatenate(found), dense) for way, found in right.items()}
 
 
 def measure_carried(
@@ -128,38 +147,31 @@ def measure_carried(
     context = model.config.context
     fits = is_integer(length, prompt_tokens + 1) and length <= context + 1
     require(fits, "length", length, f"{prompt_tokens + 1} … {context + 1}")
-    exact_way = replace(config, interval=1, schedule="paper")
-    ways = {"never": replace(config, interval=None)} | {f: replace(config, interval=f) for f in intervals}
-    for way in (exact_way, *ways.values()):
-        for ratio in ratios:
-            check_decoding(
-                model, torch.zeros(1, length - 1, dtype=torch.long), replace(way, active_ratio=ratio), prompt_tokens
-            )
+    by_interval = {
+        "decode-only": replace(config, interval=1, schedule="paper"),
+        "never": replace(config, interval=None),
+        **{f: replace(config, interval=f) for f in intervals},
+    }
+    ways = {
+        (score, ratio, name): Way(replace(own, active_ratio=ratio), score)
+        for score, ratio, (name, own) in product(scores, ratios, by_interval.items())
+    }
+    for way in ways.values():
+        check_decoding(model, length - 1, way.config, prompt_tokens)
     programs = [
         alias_program(tokenizer, np.random.default_rng((seed, length, index, UNSEEN)), length)
         for index in range(n_programs)
     ]
     checks = Checks.of(programs, prompt_tokens)
     require(len(checks.at) > 0, "length", length, "more: no value is asserted after the prompt")
-    rows = []
+    todo = list(dict.fromkeys(ways.values()))
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("Carried values", total=len(scores) * len(ratios) * (len(ways) + 1))
-        for score, ratio in product(scores, ratios):
-
-            def marks_of(way: ReSAConfig, score: str = score, ratio: float = ratio) -> Marks:
-                way = replace(way, active_ratio=ratio)
-                found = marked(model, programs, checks, way, prompt_tokens, batch, SCORES[score])
-                bar.advance(task)
-                return found
-
-            exact, never = marks_of(exact_way), marks_of(ways["never"])
-            found: dict[int | str, Marks] = {"decode-only": exact}
-            for interval, way in ways.items():
-                found[interval] = never if interval == "never" else marks_of(way)
-            rows += [
-                {"interval": interval, "ratio": ratio, "score": score, **summarise(checks, own, exact, never)}
-                for interval, own in found.items()
-            ]
+        task = bar.add_task("Carried values", total=len(todo) * -(-n_programs // batch))
+        marks = marked(model, programs, checks, todo, prompt_tokens, batch, lambda: bar.advance(task))
+    rows = []
+    for (score, ratio, name), way in ways.items():
+        exact, never = (marks[ways[score, ratio, other]] for other in ("decode-only", "never"))
+        rows.append({"interval": name, "ratio": ratio, "score": score, **summarise(checks, marks[way], exact, never)})
     about = {"programs": n_programs, "length": length, "prompt_tokens": prompt_tokens, "checks": len(checks.at)}
     return {**about, "seed": seed, "config": asdict(config), "rows": rows}
 

@@ -22,43 +22,36 @@ from rich.console import Console
 
 from ..checks import is_integer, require
 
-CODE_PROMPTS = "--prompt-tokens 1024 --min-blocks 2"
-DOCUMENTS, MORE_DOCUMENTS = f"--documents 8 --batch 8 {CODE_PROMPTS}", f"--documents 24 --batch 24 {CODE_PROMPTS}"
-CODE = {  # on the model of source code
-    "drift": f"fidelity {DOCUMENTS} --tokens 257 --intervals 32 128",
-    "sweep": f"sweep {DOCUMENTS} --tokens 129 --no-grid",
-    "speculation": f"speculation {DOCUMENTS} --tokens 96 --intervals 8 32",
-    "selection": f"selection {DOCUMENTS} --tokens 16",
-}
+CODE = "--prompt-tokens 1024 --min-blocks 2"
+DOCUMENTS, MORE_DOCUMENTS = f"--documents 8 --batch 8 {CODE}", f"--documents 24 --batch 24 {CODE}"
 PROGRAMS = "--prompt-tokens 256 --min-blocks 4"
 SHORT, LONG = f"{PROGRAMS} --documents 8 --tokens 1792 --batch 2", f"{PROGRAMS} --documents 48 --tokens 3840 --batch 4"
-CARRYING = {  # on the model of programs
-    "carried_small": f"carried {SHORT} --intervals 8 32 --ratios 0.1",
-    "drift_carrying": CODE["drift"],
-}
 INTERVALS, RATIOS = "8 16 32 64 128 256", "0.02 0.05 0.1 0.2 0.5 1"
-# For each size, by the shipped model that is measured: name of the part → words after `resa eval`.
+QUESTIONS = "--min-blocks 4 --ratios 0.05 0.1 0.2"
+DRIFT = f"fidelity {DOCUMENTS} --tokens 257 --intervals 32 128"
+# Name of the part: the shipped model that is measured, and the words after `resa eval`. Those that take a GPU longest
+# come first, so that none of them is left running alone at the end.
+PARTS = {
+    "written": ("carrying", f"written {PROGRAMS} --documents 128 --tokens 3840 --batch 128"),
+    "carried": ("carrying", f"carried {LONG} --intervals {INTERVALS} --ratios {RATIOS}"),
+    "retrieval": ("retrieval", f"tasks --lengths 2048 4096 8192 --examples 24 --batch 24 {QUESTIONS}"),
+    "free": ("model", f"free {MORE_DOCUMENTS} --tokens 257 --intervals 32 128"),
+    "retrieval_16384": ("retrieval", f"tasks --lengths 16384 --examples 12 --batch 12 {QUESTIONS}"),
+    "carried_scores": ("carrying", f"carried {LONG} --scores pooled per-head 8-bits --intervals 32 --ratios 0.1"),
+    "carried_fused": ("carrying", f"carried {LONG} --schedule fused --intervals 8 32 128 --ratios 0.1"),
+    "drift": ("model", DRIFT),
+    "drift_carrying": ("carrying", DRIFT),
+    "sweep_wide": ("model", f"sweep {MORE_DOCUMENTS} --tokens 257"),
+    "sweep": ("model", f"sweep {DOCUMENTS} --tokens 129 --no-grid"),
+    "speculation": ("model", f"speculation {DOCUMENTS} --tokens 96 --intervals 8 32"),
+    "carried_small": ("carrying", f"carried {SHORT} --intervals 8 32 --ratios 0.1"),
+    "selection_4096": ("model", "selection --documents 8 --batch 8 --prompt-tokens 4096 --min-blocks 2 --tokens 16"),
+    "selection": ("model", f"selection {DOCUMENTS} --tokens 16"),
+}
+SMALL = ("drift", "drift_carrying", "sweep", "speculation", "carried_small", "selection")
 SIZES = {
-    "small": {"model": CODE, "carrying": CARRYING},  # minutes on two CPU cores
-    "full": {  # on one GPU; everything of the small size as well
-        "carrying": {
-            "carried": f"carried {LONG} --intervals {INTERVALS} --ratios {RATIOS}",
-            "written": f"written {PROGRAMS} --documents 128 --tokens 3840 --batch 128",
-            "carried_fused": f"carried {LONG} --schedule fused --intervals 8 32 128 --ratios 0.1",
-            "carried_scores": f"carried {LONG} --scores pooled per-head 8-bits --intervals 32 --ratios 0.1",
-            **CARRYING,
-        },
-        "model": {
-            "sweep_wide": f"sweep {MORE_DOCUMENTS} --tokens 257",
-            "free": f"free {MORE_DOCUMENTS} --tokens 257 --intervals 32 128",
-            **CODE,
-            "selection_4096": "selection --documents 8 --batch 8 --prompt-tokens 4096 --min-blocks 2 --tokens 16",
-        },
-        "retrieval": {
-            "retrieval": "tasks --lengths 2048 4096 8192 --examples 24 --batch 24 --min-blocks 4 --ratios 0.05 0.1 0.2",
-            "retrieval_16384": "tasks --lengths 16384 --examples 12 --batch 12 --min-blocks 4 --ratios 0.05 0.1 0.2",
-        },
-    },
+    "small": {name: PARTS[name] for name in SMALL},  # minutes on two CPU cores
+    "full": PARTS,  # on one GPU
 }
 
 

@@ -115,25 +115,6 @@ class Teacher:
         """[B, N] bool: whether the token that follows is among dense decoding's three likeliest."""
         return top_hits(self.log_probs, self.following)
 
-    def last(self, n_tokens: int) -> Teacher:
-        """The same, of the last `n_tokens` tokens alone: what came before them is the prompt."""
-        require(is_integer(n_tokens, 1), "n_tokens", n_tokens, f"an integer 1 … {len(self.tokens[0])}")
-        rows = [last + row for last, row in zip(self.last_tokens, self.tokens, strict=True)]
-        cache = self.cache.resized(self.cache.capacity)
-        cache.truncate(cache.lengths - n_tokens - 1)
-        window = torch.zeros_like(cache.lengths, dtype=torch.int64)
-        opening = Generation([[] for _ in rows], cache, window, torch.full_like(window, NO_TOKEN))
-        kept = {"tokens": [row[-n_tokens:] for row in rows], "last_tokens": [row[-n_tokens - 1 :][:1] for row in rows]}
-        kept |= {"log_probs": self.log_probs[:, -n_tokens:], "following": self.following[:, -n_tokens:]}
-        return replace(self, opening=opening, **kept)
-
-    def with_blocks(self, block_size: int) -> Teacher:
-        """The same, its caches cut into blocks of another size."""
-        opening, cache = (
-            replace(each, block_size=block_size).resized(each.capacity) for each in (self.opening.cache, self.cache)
-        )
-        return replace(self, opening=replace(self.opening, cache=opening), cache=cache)
-
 
 @dataclass
 class Comparison:

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from ..checks import is_integer, require
 from ..config import ReSAConfig
 from ..model import GPT
-from .fidelity import Comparison, Teacher, follow, teach
+from ..parallel import check_decoding, decode_at_once, exact_stream
+from .fidelity import top_hits
 from .statistics import bootstrap_ratio, with_intervals
 
 SCORED = 32  # predictions at the end of every document
@@ -97,17 +99,20 @@ def measure_sweep(
     require(SCORED <= base.suffix <= most, "suffix", base.suffix, f"{SCORED} … {most} tokens of the documents")
     by_factor = settings(base, grid=grid)
     todo = decoded(by_factor)
+    for setting in todo:
+        check_decoding(model, lengths[0] - 1, setting.config, lengths[0] - 1 - setting.suffix)
     found: dict[Setting, list[Scores]] = {setting: [] for setting in todo}
     dense: list[np.ndarray] = []
     starts = range(0, len(documents), batch)
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("Sweep", total=len(starts) * sum(setting.suffix for setting in todo))
+        task = bar.add_task("Sweep", total=len(starts) * len(todo))
         for start in starts:
-            teacher = suffix_teacher(model, documents[start : start + batch], base)
-            dense.append(teacher.hits[:, -SCORED:].double().mean(dim=1).cpu().numpy())
-            for setting, scores in decode_all(model, teacher, todo):
+            text = torch.tensor(documents[start : start + batch], device=model.embed.weight.device)
+            hits, several = decode_all(model, text, todo)
+            dense.append(hits)
+            for setting, scores in several:
                 found[setting].append(scores)
-                bar.advance(task, setting.suffix)
+                bar.advance(task)
     joined = {setting: join(several) for setting, several in found.items()}
     accuracy = np.concatenate(dense)
     return {
@@ -123,29 +128,36 @@ def measure_sweep(
     }
 
 
-def suffix_teacher(model: GPT, documents: Sequence[Sequence[int]], base: Setting) -> Teacher:
-    """Dense predictions along the suffix of every document, but for its last token, which is only predicted."""
-    cut = -base.suffix - 1
-    prompts, continuations = [d[:cut] for d in documents], [d[cut:-1] for d in documents]
-    following = [d[-1] for d in documents]
-    return teach(model, prompts, base.suffix, base.config, continuations=continuations, following=following)
+def decode_all(
+    model: GPT, text: Tensor, todo: Sequence[Setting]
+) -> tuple[np.ndarray, Iterator[tuple[Setting, Scores]]]:
+    """Dense decoding's accuracy along `text` [documents, T + 1], and the scores of decoding along it in every way.
+
+    Predictions before a suffix that is shorter than what is scored are dense, and lose nothing.
+    """
+    with torch.no_grad():
+        exact = exact_stream(model, text[:, :-1])
+        dense = log_probs_of(model, exact.hidden)
+    wanted = text[:, -SCORED:]
+
+    @torch.no_grad()
+    def decode(setting: Setting) -> Scores:
+        hidden = decode_at_once(model, exact, setting.config, text.shape[1] - 1 - setting.suffix)
+        own = log_probs_of(model, hidden)
+        kl = (dense.exp() * (dense - own)).sum(dim=-1)
+        return Scores(kl.double().mean(dim=1).cpu().numpy(), accuracy_of(own, wanted))
+
+    return accuracy_of(dense, wanted), ((setting, decode(setting)) for setting in todo)
 
 
-@torch.no_grad()
-def decode_all(model: GPT, teacher: Teacher, todo: Sequence[Setting]) -> Iterator[tuple[Setting, Scores]]:
-    """Decode along the teacher's tokens under every setting."""
-    dense_hits = teacher.hits[:, -SCORED:].cpu()
-    for setting in todo:
-        shorter = teacher.last(setting.suffix).with_blocks(setting.config.block_size)
-        yield setting, scores_of(follow(model, shorter, setting.config), dense_hits)
+def log_probs_of(model: GPT, hidden: Tensor) -> Tensor:
+    """[documents, SCORED, V] of the last predictions."""
+    return model.output(hidden[:, -SCORED:]).log_softmax(dim=-1)
 
 
-def scores_of(comparison: Comparison, dense_hits: torch.Tensor) -> Scores:
-    """Over the last predictions; those before a suffix that is shorter were dense, and lose nothing."""
-    kl, hits = comparison.kl[:, -SCORED:].double(), comparison.hits[:, -SCORED:]
-    dense_before = dense_hits[:, : SCORED - hits.shape[1]]
-    accuracy = torch.cat((dense_before, hits), dim=1).double().mean(dim=1)
-    return Scores((kl.sum(dim=1) / SCORED).numpy(), accuracy.numpy())
+def accuracy_of(log_probs: Tensor, wanted: Tensor) -> np.ndarray:
+    """Top-3 accuracy per document."""
+    return top_hits(log_probs, wanted).double().mean(dim=1).cpu().numpy()
 
 
 def join(several: Sequence[Scores]) -> Scores:
