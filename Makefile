@@ -58,7 +58,7 @@ evidence-small: install  ## what docs/evidence.md says, measured again: minutes 
 	$(PYTHON) -m resa.reference evidence --size small $(ARGS)
 
 evidence: install  ## the same and more, on one GPU, part by part; resumable
-	$(PYTHON) -m resa.fast evidence --size full --device cuda --jobs 4 $(ARGS)
+	$(PYTHON) -m resa.fast evidence --size full --device cuda --jobs 6 $(ARGS)
 
 evidence-check: install  ## how many of the recorded numbers a run in out/evidence gives again
 	$(PYTHON) docs/compare_evidence.py out/evidence

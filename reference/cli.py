@@ -468,6 +468,7 @@ FIELD_HELP = {
     "program_rows": "distinct programs",
     "task_fraction": "share of rows that are questions after RULER, of those that are no programs",
     "task_rows": "distinct rows of questions",
+    "task_long": "share of those rows that are one question as long as the row",
     "checked_weight": "of the own mean loss of what is asserted, added to that of all tokens",
     "sparse_share": "share of steps, the last ones, that decode sparsely beside the dense pass and learn from both",
     "sparse_interval": "tokens between rectifications in those steps; 0: never",

@@ -457,12 +457,14 @@ def documents(
     families: Sequence[str],
     code: Sequence[str] = (),
     progress: bool = True,
+    long_share: float = 0.0,
 ) -> np.ndarray:
     """`count` rows of examples for training, `END_OF_TEXT` after each: [count, length] uint16.
 
     The families are equally likely; one that is named twice is twice as likely. Sizes are log-uniform from SHORTEST
-    to what is left of the row, so all examples but a short last one are whole. In every second row the longer
-    examples have stretches of `code`. Errors: ValueError for bad arguments.
+    to what is left of the row, so all examples but a short last one are whole; in a share `long_share` of the rows one
+    example fills the row instead. In every second row the longer examples have stretches of `code`. Errors: ValueError
+    for bad arguments.
     """
     check_code(code)
     known = ", ".join(FAMILIES)
@@ -472,23 +474,30 @@ def documents(
     require(is_integer(seed, 0), "seed", seed, "an integer ≥ 0")
     require(is_integer(count, 0), "count", count, "an integer ≥ 0")
     require(is_integer(length, SHORTEST), "length", length, f"an integer ≥ {SHORTEST}")
+    require(0 <= long_share <= 1, "long_share", long_share, "a number in 0 … 1")
     require(tokenizer.n_vocab <= 2**16, "tokenizer", f"{tokenizer.n_vocab} tokens", f"≤ {2**16}, to fit in uint16")
     rows = np.zeros((count, length), dtype=np.uint16)
     for index in track(range(count), "Writing tasks", console=Console(stderr=True), disable=not progress):
         rng = np.random.default_rng((seed, index))
-        rows[index] = document(tokenizer, rng, length, families, code if index % 2 else ())
+        is_long = long_share > 0 and rng.random() < long_share
+        rows[index] = document(tokenizer, rng, length, families, code if index % 2 else (), is_long)
     return rows
 
 
 def document(
-    tokenizer: tiktoken.Encoding, rng: np.random.Generator, length: int, families: Sequence[str], code: Sequence[str]
+    tokenizer: tiktoken.Encoding,
+    rng: np.random.Generator,
+    length: int,
+    families: Sequence[str],
+    code: Sequence[str],
+    is_long: bool = False,
 ) -> list[int]:
     """One row of `documents`: [length] tokens."""
     end = tokenizer.encode_single_token(END_OF_TEXT)
     tokens: list[int] = []
     while len(tokens) < length:
         room = max(length - len(tokens) - 1, SHORTEST)
-        drawn = round(SHORTEST * (room / SHORTEST) ** rng.random())
+        drawn = room if is_long else round(SHORTEST * (room / SHORTEST) ** rng.random())
         example = FAMILIES[families[rng.integers(len(families))]](tokenizer, rng, drawn, code)
         tokens += [*example.prompt, *example.answer, end]
     return tokens[:length]

@@ -98,6 +98,7 @@ class TrainConfig:
     program_rows: int = 4096  # distinct programs
     task_fraction: float = 0.0  # share of rows that are questions and their answers, see tasks.RETRIEVAL
     task_rows: int = 4096  # distinct rows of questions
+    task_long: float = 0.0  # share of those rows that are one question as long as the row
     checked_weight: float = 0.0  # of the mean loss over what is asserted, added to that over all tokens
     # The last steps may decode every row sparsely beside the dense pass, and learn from both; see parallel.py.
     sparse_share: float = 0.0  # those steps' share
@@ -131,7 +132,7 @@ class TrainConfig:
         require(is_nested, "sparse_interval", f, f"0, a divisor or a multiple of {b}")
         for name in ("weight_decay", "checked_weight", "checkpoint_seconds"):
             _require_number(name, getattr(self, name), lambda value: value >= 0, "a finite number ≥ 0")
-        for name in ("lookup_fraction", "lookup_far", "program_fraction", "task_fraction", "sparse_share"):
+        for name in ("lookup_fraction", "lookup_far", "program_fraction", "task_fraction", "task_long", "sparse_share"):
             _require_number(name, getattr(self, name), lambda value: 0 <= value <= 1, "a number in 0 … 1")
         require(len(self.betas) == 2, "betas", self.betas, "two numbers")
         for beta in self.betas:
@@ -234,10 +235,9 @@ def prepare_data(
         programs = cached_array(cache, "programs", [ranks, settings], make_programs)
     tasks = NO_ROWS
     if config.task_fraction > 0:
-        make_tasks = partial(
-            documents, tokenizer, config.seed, config.task_rows, row, RETRIEVAL, code=code, progress=progress
-        )
-        settings = f"{config.seed} {config.task_rows} {row}".encode()
+        amounts = {"code": code, "progress": progress, "long_share": config.task_long}
+        make_tasks = partial(documents, tokenizer, config.seed, config.task_rows, row, RETRIEVAL, **amounts)
+        settings = f"{config.seed} {config.task_rows} {row} {config.task_long}".encode()
         tasks = cached_array(cache, "tasks", [ranks, settings, *texts], make_tasks)
     statistics = {**corpus.statistics, "train_tokens": len(tokens), "lookup_tokens": lookups.size}
     held_out = held_out_rows(corpus.held_out, tokenizer, row)

@@ -451,6 +451,14 @@ def test_sizes_are_log_uniform_and_families_weighted():
     assert np.mean(["_" in text for text in firsts]) == pytest.approx(0.75, abs=0.12)  # four standard errors
 
 
+@pytest.mark.parametrize("long_share", [0.5, 1.0])
+def test_long_rows_are_one_example(long_share):
+    """At most a line is missing, and what is left is too little for a whole one."""
+    rows = documents(TOKENIZER, 1, 100, 1500, ["single_needle"], progress=False, long_share=long_share)
+    n_long = sum(tokens(pieces(row)[0][0]) > 1500 - 40 for row in rows)
+    assert n_long == 100 if long_share == 1 else 35 < n_long < 65
+
+
 # ---- Bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -504,6 +512,7 @@ def test_tracing_needs_names(monkeypatch):
         ("families", [], r"\[\]"),
         ("families", ["tracing", "sorting"], "'sorting'"),
         ("code", "x = 1\n", "one text"),
+        ("long_share", 1.5, "1.5"),
     ],
 )
 def test_documents_refuse_bad_input(argument, value, given):
