@@ -33,7 +33,7 @@ from .checkpoint import file_digest, load_model, shipped_checkpoint
 from .checks import checked_device, require
 from .config import SCHEDULES, GPTConfig, ReSAConfig
 from .corpus import Document
-from .evals.evidence import SIZES, without
+from .evals.evidence import ON_CPU, SIZES, without
 from .files import source_digest, write_atomically
 from .generate import Generation, generate
 from .model import GPT, REFERENCE_OPS, Operations
@@ -757,7 +757,8 @@ def _run_evidence(options: argparse.Namespace) -> None:
         model = options.model if name == "model" else shipped_checkpoint(name)
         is_default = model == shipped_checkpoint()
         # Relative, because the command is recorded and the folder is this machine's.
-        more = ["--device", options.device, *([] if is_default else ["--model", os.path.relpath(model)])]
+        device = "cpu" if part in ON_CPU else options.device
+        more = ["--device", device, *([] if is_default else ["--model", os.path.relpath(model)])]
         parts[part] = Part(words, more, {"checkpoint_sha256": file_digest(model), "source_sha256": source})
     try:
         run_parts(parts, options.out, jobs=options.jobs)

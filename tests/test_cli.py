@@ -774,10 +774,14 @@ def test_eval_free(resa, long_path, library):
 
 
 def test_evidence_measures_every_part_on_its_model(resa, monkeypatch, tmp_path):
-    """The parts about programs on the model of programs, whatever model is given for the others."""
+    """The parts about programs on the model of programs, whatever model is given for the others.
+
+    What is decoded token by token by a small model runs on the CPU, whatever device is given for the others.
+    """
     ran = []
     monkeypatch.setattr(evidence, "run_parts", lambda *arguments, **more: ran.append((*arguments, more)))
-    assert resa("evidence", "--size", "full", "--out", tmp_path, "--jobs", 3)[0] == 0
+    monkeypatch.setattr(cli, "_load", lambda options: None)
+    assert resa("evidence", "--size", "full", "--out", tmp_path, "--jobs", 3, "--device", "cuda")[0] == 0
     ((parts, out, options),) = ran
     assert (out, options) == (tmp_path, {"jobs": 3})
     assert set(parts) == set(evidence.SIZES["full"])
@@ -786,7 +790,8 @@ def test_evidence_measures_every_part_on_its_model(resa, monkeypatch, tmp_path):
         assert parts[part].words == words
         assert parts[part].digests["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         named = [] if name == "model" else ["--model", os.path.relpath(path)]
-        assert parts[part].more == ["--device", "cpu", *named]
+        where = "cpu" if words.split()[0] in ("free", "fidelity", "speculation", "selection") else "cuda"
+        assert parts[part].more == ["--device", where, *named]
     assert set(evidence.SIZES["small"]) < set(evidence.SIZES["full"])
 
 

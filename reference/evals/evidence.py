@@ -28,14 +28,14 @@ PROGRAMS = "--prompt-tokens 256 --min-blocks 4"
 SHORT, LONG = f"{PROGRAMS} --documents 8 --tokens 1792 --batch 2", f"{PROGRAMS} --documents 48 --tokens 3840 --batch 4"
 INTERVALS, RATIOS = "8 16 32 64 128 256", "0.02 0.05 0.1 0.2 0.5 1"
 QUESTIONS = "--min-blocks 4 --ratios 0.05 0.1 0.2"
-DRIFT = f"fidelity {DOCUMENTS} --tokens 257 --intervals 32 128"
-# Name of the part: the shipped model that is measured, and the words after `resa eval`. Those that take a GPU longest
-# come first, so that none of them is left running alone at the end.
+DRIFT = f"fidelity {MORE_DOCUMENTS} --tokens 257 --intervals 32 128"
+# Name of the part: the shipped model that is measured, and the words after `resa eval`. Those that take longest come
+# first, so that none of them is left running alone at the end.
 PARTS = {
+    "free": ("model", f"free {MORE_DOCUMENTS} --tokens 257 --intervals 32 128"),
     "written": ("carrying", f"written {PROGRAMS} --documents 128 --tokens 3840 --batch 128"),
     "carried": ("carrying", f"carried {LONG} --intervals {INTERVALS} --ratios {RATIOS}"),
     "retrieval": ("retrieval", f"tasks --lengths 2048 4096 8192 --examples 24 --batch 24 {QUESTIONS}"),
-    "free": ("model", f"free {MORE_DOCUMENTS} --tokens 257 --intervals 32 128"),
     "retrieval_16384": ("retrieval", f"tasks --lengths 16384 --examples 12 --batch 12 {QUESTIONS}"),
     "carried_scores": ("carrying", f"carried {LONG} --scores pooled per-head 8-bits --intervals 32 --ratios 0.1"),
     "carried_fused": ("carrying", f"carried {LONG} --schedule fused --intervals 8 32 128 --ratios 0.1"),
@@ -48,10 +48,13 @@ PARTS = {
     "selection_4096": ("model", "selection --documents 8 --batch 8 --prompt-tokens 4096 --min-blocks 2 --tokens 16"),
     "selection": ("model", f"selection {DOCUMENTS} --tokens 16"),
 }
+# Token by token, a small model keeps a GPU waiting, for all the others that run there as well: one core of a CPU takes
+# no longer.
+ON_CPU = {"free", "drift", "drift_carrying", "speculation", "selection", "selection_4096"}
 SMALL = ("drift", "drift_carrying", "sweep", "speculation", "carried_small", "selection")
 SIZES = {
     "small": {name: PARTS[name] for name in SMALL},  # minutes on two CPU cores
-    "full": PARTS,  # on one GPU
+    "full": PARTS,  # on one GPU and the CPU beside it
 }
 
 
