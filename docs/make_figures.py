@@ -26,9 +26,10 @@ def load(part: str) -> dict:
     return json.loads((ROOT / "docs" / "results" / "evidence" / f"{part}.json").read_text())
 
 
-def errors(rows: list[dict], name: str) -> np.ndarray:
-    """How far the ends of the intervals lie from the means: [2, rows]."""
-    return np.array([[row[name] - row[f"{name}_95"][0], row[f"{name}_95"][1] - row[name]] for row in rows]).T
+def errors(means: list[float], intervals: list[list[float]]) -> np.ndarray:
+    """How far the ends of the intervals lie from the means: [2, means]."""
+    low, high = np.array(intervals).T
+    return np.stack([means - low, high - np.array(means)])
 
 
 def carried(axes: plt.Axes) -> None:
@@ -40,7 +41,8 @@ def carried(axes: plt.Axes) -> None:
         rows = {row["interval"]: row for row in result["rows"] if row["ratio"] == ratio}
         chosen = [rows[name] for name in names]
         right = [row["right"] for row in chosen]
-        axes.errorbar(range(len(names)), right, errors(chosen, "right"), color=colour, capsize=2, label=f"p = {ratio}")
+        bars = errors(right, [row["right_95"] for row in chosen])
+        axes.errorbar(range(len(names)), right, bars, color=colour, capsize=2, label=f"p = {ratio}")
         axes.axhline(rows["decode-only"]["right"], color=colour, linestyle=":", linewidth=1)
     axes.set_xticks(range(len(names)), [str(name) for name in names])
     axes.set(xlabel="tokens between rectifications (f)", ylabel="share of carried values right")
@@ -52,9 +54,13 @@ def carried(axes: plt.Axes) -> None:
 def written(axes: plt.Axes) -> None:
     """Share of assertions right in programs that the model wrote, along them."""
     result = load("written")
-    for (name, row), colour in zip(result["ways"].items(), (*COLOURS[4:], *COLOURS[:4]), strict=True):
-        at = (np.arange(len(row["by_position"])) + 0.5) * result["width"]
-        axes.plot(at, row["by_position"], color=colour, marker=".", label=name)
+    for place, ((name, row), colour) in enumerate(
+        zip(result["ways"].items(), (*COLOURS[4:], *COLOURS[:4]), strict=True)
+    ):
+        right = row["by_position"]
+        at = (np.arange(len(right)) + 0.5) * result["width"] + 20 * (place - 2)  # side by side, to keep the bars apart
+        bars = errors(right, row["by_position_95"])
+        axes.errorbar(at, right, bars, color=colour, marker=".", capsize=2, elinewidth=0.8, label=name)
     axes.set(xlabel="tokens written", ylabel="share right, of assertions of names with a value")
     f, ratio = result["config"]["interval"], result["config"]["active_ratio"]
     axes.set_title(f"In programs that the model writes itself (f = {f}, p = {ratio})")

@@ -1,5 +1,6 @@
 """What the pages say is so: the example runs as written, tables and figures equal their files. More in test_site.py."""
 
+import importlib
 import json
 import os
 import re
@@ -7,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,7 +62,7 @@ def test_a_run_is_compared_with_what_is_recorded(tmp_path):
         assert f"/rows/{i}/right = {other['rows'][i]['right']:.4f}, not in [" in done.stdout
     for name in files[1:]:
         (tmp_path / f"{name}.json").unlink()
-    assert run("docs/compare_evidence.py", tmp_path).returncode == 1, "a quarter is outside"
+    assert run("docs/compare_evidence.py", tmp_path).returncode == 1, "more than one in twenty is outside"
     del other["rows"][1:]
     (tmp_path / "carried_small.json").write_text(json.dumps(other))
     done = run("docs/compare_evidence.py", tmp_path)
@@ -67,6 +70,33 @@ def test_a_run_is_compared_with_what_is_recorded(tmp_path):
     assert "/rows/1/right = nan, not in [" in done.stdout, "what is missing is not given again"
     (tmp_path / "carried_small.json").unlink()
     assert run("docs/compare_evidence.py", tmp_path).returncode == 1, "nothing to compare"
+
+
+@pytest.mark.parametrize(
+    ("question", "python", "value", "ends", "is_given"),
+    [
+        ("sweep", "3.11.7", 0.39, [0.3, 0.5], True),
+        ("sweep", "3.11.7", 0.41, [0.3, 0.5], False),  # of the same text the number counts
+        ("sweep", "3.12.3", 0.41, [0.39, 0.5], True),  # of other documents both intervals do
+        ("sweep", "3.12.3", 0.41, [0.401, 0.5], False),
+        ("sweep", "3.12.3", 0.1, [0.0, 0.199], False),
+        ("sweep", "3.12.3", 0.3, None, False),
+        ("carried", "3.12.3", 0.41, [0.39, 0.5], False),  # programs are the same everywhere
+        ("written", "3.12.3", 0.39, None, True),
+    ],
+)
+def test_of_other_documents_intervals_are_compared(
+    tmp_path, monkeypatch, capsys, question, python, value, ends, is_given
+):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    compare = importlib.import_module("compare_evidence")
+    recorded = {"question": question, "device": "CPU", "python": "3.11.7", "row": {"kl": 0.3, "kl_95": [0.2, 0.4]}}
+    found = recorded | {"python": python, "row": {"kl": value, "kl_95": ends}}
+    for name, result in (("recorded", recorded), ("found", found)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part.json").write_text(json.dumps(result))
+    assert compare.main(tmp_path / "found", tmp_path / "recorded") == int(not is_given)
+    assert f"{int(is_given)} of 1" in capsys.readouterr().out
 
 
 def test_no_result_names_a_folder_of_one_machine():
