@@ -614,9 +614,10 @@ def _run_eval(options: argparse.Namespace) -> None:
 
 
 def _rounded(value: object) -> object:
-    """All floats of a result with six significant digits: far more than any of its intervals leaves sure."""
+    """What was measured with six significant digits, far more than any interval leaves sure; settings as given."""
     if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
+        settings = {"config", "base", *ReSAConfig.__dataclass_fields__, "ratio", "temperature"}
+        return {name: each if name in settings else _rounded(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_rounded(each) for each in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
@@ -736,10 +737,11 @@ QUESTIONS = {  # of `resa eval`: what it measures, and by what
 def _add_evidence(commands: argparse._SubParsersAction) -> None:
     text = (
         "Measure what docs/evidence.md says, part by part. What is done already is left alone, so that an interrupted"
-        " run goes on where it stopped."
+        " run goes on where it stopped. Parts that decode token by token run on the CPU, whatever --device says: there"
+        " a small model takes no longer, and it would keep a GPU waiting."
     )
     parser = add_command(commands, "evidence", _run_evidence, text)
-    text = "small: minutes on two CPU cores; full: for a GPU"
+    text = "small: minutes on two CPU cores; full: for a GPU, and the CPU beside it"
     parser.add_argument("--size", choices=SIZES, default="small", help=text)
     parser.add_argument("--out", type=Path, default=Path("out/evidence"), help="folder for the JSON files")
     parser.add_argument("--jobs", type=int, default=1, help="parts that run side by side")
@@ -752,14 +754,15 @@ def _run_evidence(options: argparse.Namespace) -> None:
     _load(options)  # refused before the first part
     options.out.mkdir(parents=True, exist_ok=True)
     parts = {}
+    models = {"model": options.model} | {name: shipped_checkpoint(name) for name in ("carrying", "retrieval")}
+    digests = {name: {"checkpoint_sha256": file_digest(path)} for name, path in models.items()}
     source = source_digest()
     for part, (name, words) in SIZES[options.size].items():
-        model = options.model if name == "model" else shipped_checkpoint(name)
-        is_default = model == shipped_checkpoint()
         # Relative, because the command is recorded and the folder is this machine's.
+        is_default = models[name] == shipped_checkpoint()
+        named = [] if is_default else ["--model", os.path.relpath(models[name])]
         device = "cpu" if part in ON_CPU else options.device
-        more = ["--device", device, *([] if is_default else ["--model", os.path.relpath(model)])]
-        parts[part] = Part(words, more, {"checkpoint_sha256": file_digest(model), "source_sha256": source})
+        parts[part] = Part(words, ["--device", device, *named], {**digests[name], "source_sha256": source})
     try:
         run_parts(parts, options.out, jobs=options.jobs)
     except subprocess.CalledProcessError as error:

@@ -268,8 +268,13 @@ class GPT(nn.Module):
 def causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of every token over itself and those before it, through torch's own fused kernel.
 
-    On a GPU that kernel takes no groups in float32; asked for them, torch would keep every score instead.
+    query [B, Hq, T, D], key and value [B, Hkv, T, D] → [B, Hq, T, D]. On a GPU that kernel takes no groups in float32;
+    asked for them, torch would keep every score instead, which is far more than the copies made here.
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    key, value = (for_query_heads(query, each) for each in (key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def for_query_heads(query: Tensor, per_kv_head: Tensor) -> Tensor:
+    """Every KV head once for each query head of its group: [B, Hkv, …] → [B, Hq, …], Hq as in query [B, Hq, Q, D]."""
+    return per_kv_head.repeat_interleave(query.shape[1] // per_kv_head.shape[1], dim=1)

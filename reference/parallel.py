@@ -10,7 +10,7 @@ place of all steps, for training and for wide sweeps, in which all ways of decod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import block_bounds, select_blocks
-from .checks import accumulation_dtype, is_integer, require
+from .checks import accumulation_dtype, bind_shapes, is_integer, require
 from .config import ReSAConfig
-from .model import GPT, causal_attention, rotary_angles
+from .model import GPT, causal_attention, for_query_heads, rotary_angles
 
 
 def exact_until(n_tokens: int, prompt_tokens: int, config: ReSAConfig) -> Tensor:
@@ -55,18 +55,20 @@ def block_upper_bounds(query: Tensor, bounds: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ExactStream:
-    """Dense attention over some tokens, and what decoding along them finds in the cache."""
+    """Dense attention over some tokens: what decoding finds in the cache wherever it is exact, and what it predicts."""
 
     tokens: Tensor  # [B, T]
+    keys: tuple[Tensor, ...]  # [B, Hkv, T, D] of every layer, after RoPE
+    values: tuple[Tensor, ...]  # [B, Hkv, T, D]
+    outputs: tuple[Tensor, ...]  # [B, T, C] of every layer: those of a step that is dense itself (schedule "fused")
     hidden: Tensor  # [B, T, C] final hidden states
-    outputs: Sequence[Tensor]  # [B, T, C] of every layer
-    keys: Sequence[Tensor]  # [B, Hkv, T, D] of every layer, after RoPE
-    values: Sequence[Tensor]  # [B, Hkv, T, D]
 
 
 def exact_stream(model: GPT, tokens: Tensor) -> ExactStream:
     """Dense attention over `tokens` [B, T]; differentiable. ValueError for tokens that are not the model's."""
+    sizes = bind_shapes(tokens=(tokens, "B T"))
     model.check_tokens(tokens)
+    require(sizes["T"] <= model.config.context, "tokens", sizes["T"], f"at most context = {model.config.context}")
     outputs, keys, values = [], [], []
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -75,10 +77,10 @@ def exact_stream(model: GPT, tokens: Tensor) -> ExactStream:
         return causal_attention(layer, query, key, value)
 
     x = model.embed(tokens)
-    cos, sin = angles_at(model, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens), x.dtype)
+    cos, sin = angles_at(model, torch.arange(sizes["T"], device=tokens.device).expand_as(tokens), x.dtype)
     for index, layer in enumerate(model.layers):
         outputs.append(x := layer(x, cos, sin, index, attend))
-    return ExactStream(tokens, model.norm(x), outputs, keys, values)
+    return ExactStream(tokens, tuple(keys), tuple(values), tuple(outputs), model.norm(x))
 
 
 def angles_at(model: GPT, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -97,18 +99,14 @@ def decode_at_once(
     that are rectified: of interval and block size one divides the other, and unless f is 1 or never, `prompt_tokens` is
     a multiple of the block size. Errors: ValueError for what does not fit, `dense_below` included.
     """
-    n_tokens, f, b = exact.tokens.shape[1], config.interval, config.block_size
-    check_decoding(model, n_tokens, config, prompt_tokens)
-    start = min(prompt_tokens, n_tokens - 1) // b * b  # whole blocks of the prompt are in the exact stream alone
-    at = torch.arange(start, n_tokens, device=exact.tokens.device)  # [S]
-    until = exact_until(n_tokens, prompt_tokens, config)[start:]
-    n_exact = int(until.max())  # keys of the exact stream that any step may see
+    n_tokens, f = exact.tokens.shape[1], config.interval
+    check_decoding(n_tokens, config, prompt_tokens)
+    if prompt_tokens == n_tokens:
+        return exact.hidden
+    at = torch.arange(prompt_tokens, n_tokens, device=exact.tokens.device)  # [S]
+    until = exact_until(n_tokens, prompt_tokens, config)[prompt_tokens:]
+    n_exact = int(until[-1])  # keys of the exact stream that any step may see
     until = until.to(at.device)
-    is_dense = at < prompt_tokens  # steps whose own attention is dense
-    if f is not None and config.schedule == "fused":
-        is_dense = is_dense | ((at - prompt_tokens) % f == f - 1)
-    y = model.embed(exact.tokens[:, start:])
-    cos, sin = angles_at(model, at.expand(len(y), -1), y.dtype)
     seen = torch.cat((torch.arange(n_exact, device=at.device), at))  # positions of both streams' keys
     is_decoded = torch.arange(len(seen), device=at.device) >= n_exact
     may_see = (seen <= at[:, None]) & ((seen >= until[:, None]) == is_decoded)  # [S, keys]
@@ -117,21 +115,25 @@ def decode_at_once(
         mask = may_see
         if layer >= config.dense_layers:
             taken = selected_tokens(query, exact.keys[layer], key, until, config, score)  # [B, Hkv, S, T]
-            mask = mask & torch.cat((taken[..., :n_exact], taken[..., start:]), dim=-1)
-        groups = query.shape[1] // key.shape[1]
-        keys = torch.cat((exact.keys[layer][:, :, :n_exact], key), dim=2).repeat_interleave(groups, dim=1)
-        values = torch.cat((exact.values[layer][:, :, :n_exact], value), dim=2).repeat_interleave(groups, dim=1)
-        mask = mask.expand(*key.shape[:2], -1, -1).repeat_interleave(groups, dim=1)
+            taken = torch.cat((taken[..., :n_exact], taken[..., prompt_tokens:]), dim=-1)
+            mask = for_query_heads(query, taken & may_see)
+        pairs = ((exact.keys[layer], key), (exact.values[layer], value))
+        keys, values = (for_query_heads(query, torch.cat((old[:, :, :n_exact], new), dim=2)) for old, new in pairs)
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
 
+    y = model.embed(exact.tokens[:, prompt_tokens:])
+    cos, sin = angles_at(model, at.expand(len(y), -1), y.dtype)
     for index, layer in enumerate(model.layers):
-        y = torch.where(is_dense[:, None], exact.outputs[index][:, start:], layer(y, cos, sin, index, attend))
-    return torch.cat((exact.hidden[:, :start], model.norm(y)), dim=1)
+        y = layer(y, cos, sin, index, attend)
+        if f is not None and config.schedule == "fused":
+            is_dense = (at - prompt_tokens) % f == f - 1  # those steps' own attention is dense, over exact keys
+            y = torch.where(is_dense[:, None], exact.outputs[index][:, prompt_tokens:], y)
+    return torch.cat((exact.hidden[:, :prompt_tokens], model.norm(y)), dim=1)
 
 
 @torch.no_grad()
 def selected_tokens(
-    query: Tensor, exact_key: Tensor, key: Tensor, until: Tensor, config: ReSAConfig, score: Score = pooled_scores
+    query: Tensor, exact_key: Tensor, key: Tensor, until: Tensor, config: ReSAConfig, score: Score
 ) -> Tensor:
     """Which tokens the blocks of the last S steps hold, future ones included: [B, Hkv, S, T] bool (eq. 3–5).
 
@@ -158,13 +160,12 @@ def selected_tokens(
     return by_block.repeat_interleave(b, dim=-1)[..., :n_tokens]
 
 
-def check_decoding(model: GPT, n_tokens: int, config: ReSAConfig, prompt_tokens: int) -> None:
-    """Refuse by name what can't be decoded at once."""
+def check_decoding(n_tokens: int, config: ReSAConfig, prompt_tokens: int) -> None:
+    """Refuse by name what can't be decoded at once along `n_tokens` tokens."""
     b, f = config.block_size, config.interval
-    require(n_tokens <= model.config.context, "tokens", n_tokens, f"at most context = {model.config.context}")
     require(config.dense_below == 0, "config.dense_below", config.dense_below, "0: all sequences decode in step")
-    step, whole = (1, "") if f in (1, None) else (b, f"a multiple of block_size = {b}, ")
-    fits = is_integer(prompt_tokens, 1) and prompt_tokens <= n_tokens and prompt_tokens % step == 0
-    require(fits, "prompt_tokens", prompt_tokens, f"{whole}{step} … {n_tokens}")
+    least, multiple = (1, "") if f in (1, None) else (b, f"a multiple of block_size = {b}, ")
+    fits = is_integer(prompt_tokens, 1) and prompt_tokens <= n_tokens and prompt_tokens % least == 0
+    require(fits, "prompt_tokens", prompt_tokens, f"{multiple}{least} … {n_tokens}")
     nested = f is None or f % b == 0 or b % f == 0
     require(nested, "config.interval", f, f"a divisor or a multiple of block_size = {b}, or None")

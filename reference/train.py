@@ -235,8 +235,8 @@ def prepare_data(
         programs = cached_array(cache, "programs", [ranks, settings], make_programs)
     tasks = NO_ROWS
     if config.task_fraction > 0:
-        amounts = {"code": code, "progress": progress, "long_share": config.task_long}
-        make_tasks = partial(documents, tokenizer, config.seed, config.task_rows, row, RETRIEVAL, **amounts)
+        options = {"code": code, "progress": progress, "long_share": config.task_long}
+        make_tasks = partial(documents, tokenizer, config.seed, config.task_rows, row, RETRIEVAL, **options)
         settings = f"{config.seed} {config.task_rows} {row} {config.task_long}".encode()
         tasks = cached_array(cache, "tasks", [ranks, settings, *texts], make_tasks)
     statistics = {**corpus.statistics, "train_tokens": len(tokens), "lookup_tokens": lookups.size}

@@ -1,6 +1,6 @@
 """Marks of carried values and of written programs, against decoding step by step and against a text run by hand."""
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from resa.reference import GPT, GPTConfig, ReSAConfig, generate, load_model, loa
 from resa.reference.blocks import block_bounds
 from resa.reference.checkpoint import shipped_checkpoint
 from resa.reference.evals import carried, written
-from resa.reference.evals.carried import LATE, SCORES, Checks, Marks, Way, marked, measure_carried
+from resa.reference.evals.carried import SCORES, Checks, Marks, Way, marked, measure_carried
 from resa.reference.evals.statistics import shares_by_kind
 from resa.reference.evals.written import Line, asserted_lines, measure_written, summarise
 from resa.reference.generate import decode_along
@@ -192,36 +192,84 @@ def test_means_are_over_programs():
 
 
 def test_shares_by_kind_are_pooled_and_their_intervals_drawn_by_document():
-    """Document 0 gets 2 of 2 right of kind 0, document 2 none of 1; kind 1 stands in one of them, kind 2 in none."""
-    right, document, kind = (np.array(values) for values in ([1, 1, 0, 1], [0, 0, 2, 2], [0, 0, 0, 1]))
+    """Document 1 gets 2 of 2 right of kind 0, document 3 none of 1; kind 1 stands in one of them, kind 2 in none."""
+    right, document, kind = (np.array(values) for values in ([1, 1, 0, 1], [1, 1, 3, 3], [0, 0, 0, 1]))
     found = shares_by_kind("by_kind", right, document, kind, 3)
-    assert found["by_kind"] == [2 / 3, 1.0, None]
-    assert found["by_kind_95"] == [[None, None], [None, None], [None, None]], "a draw of document 1 alone has nothing"
-    everywhere = shares_by_kind("by_kind", right[:3], np.array([0, 0, 1]), kind[:3], 1)
-    draws = np.random.default_rng(0).integers(2, size=(2000, 2))
+    draws = np.random.default_rng(0).integers(2, size=(2000, 2))  # of the two documents that have checks
     ratio = np.array([2, 0])[draws].sum(axis=1) / np.array([2, 1])[draws].sum(axis=1)
-    assert everywhere == {"by_kind": [2 / 3], "by_kind_95": [np.quantile(ratio, (0.025, 0.975)).tolist()]}
+    assert found["by_kind"] == [2 / 3, 1.0, None]
+    assert found["by_kind_95"] == [np.quantile(ratio, (0.025, 0.975)).tolist(), [None, None], [None, None]]
+    nothing = np.zeros(0, dtype=int)
+    assert shares_by_kind("by_kind", nothing, nothing, nothing, 1) == {"by_kind": [None], "by_kind_95": [[None, None]]}
 
 
-def test_what_is_recovered_late_counts_late_checks_alone():
+def test_what_is_recovered_is_counted_where_it_is_asked_for():
     """Never rectifying loses all four values of either program; rectifying loses one late, and one early."""
-    at = np.array([10, 20, LATE, LATE + 1] * 2)
-    checks = Checks(np.repeat([0, 1], 4), at, np.zeros(8, dtype=int), np.zeros(8, dtype=int))
-    right = np.ones(8, dtype=bool)
+    checks = Checks(np.repeat([0, 1], 4), *(np.arange(8) for _ in range(3)))
+    right, is_late = np.ones(8, dtype=bool), np.array([0, 0, 1, 1] * 2, dtype=bool)
     exact, never = Marks(right, right), Marks(~right, right)
     own = Marks(np.array([1, 1, 0, 1, 0, 1, 1, 1], dtype=bool), right)
-    row = carried.summarise(checks, own, exact, never)
-    assert row["recovered"] == 3 / 4
-    assert row["recovered_95"] == [3 / 4, 3 / 4]
-    assert row["recovered_late"] == 3 / 4
-    assert row["recovered_late_95"] == [1 / 2, 1]
-    assert row["by_position"] == [3 / 4, None, None, None, 3 / 4]
-    early, some = (
-        Checks(*(array[:2] for array in astuple(checks))),
-        [Marks(m.right[:2], right[:2]) for m in (own, exact, never)],
+    assert carried.recovered(checks, own, exact, never, right) == (3 / 4, [3 / 4, 3 / 4])
+    assert carried.recovered(checks, own, exact, never, is_late) == (3 / 4, [1 / 2, 1])
+    assert carried.recovered(checks, own, exact, never, ~right) is None, "nothing is asked"
+    assert carried.recovered(checks, own, exact, exact, right) is None, "there is no drift"
+
+
+def test_shares_by_age_depth_and_position():
+    ages = np.array([0, 31, 32, 127, 128, 511, 512, 2047, 2048])
+    at = np.array([511, 512, 0, 0, 1023, 1024, 0, 0, 0])
+    checks = Checks(np.zeros(9, dtype=int), at, np.array([0, 0, 0, 0, 0, 1, 1, 1, 1]), ages)
+    right = np.array([1, 0, 0, 0, 1, 1, 1, 0, 1], dtype=bool)
+    row = carried.summarise(checks, Marks(right, right), Marks(right, right))
+    assert row["by_age"] == [1 / 2, 0, 1, 1 / 2, 1]
+    assert row["by_depth"] == [2 / 5, 3 / 4]
+    assert row["by_position"] == [3 / 6, 1 / 2, 1]
+    assert row["by_position_95"][0] == [1 / 2, 1 / 2]
+
+
+def test_every_row_is_split_at_the_ends_of_its_own_score_and_ratio(model):
+    """And the second half of the programs is what counts as late."""
+    options = {"intervals": [16, 1], "ratios": [0.05, 0.1], "scores": ["pooled", "per-head"], "prompt_tokens": 64}
+    config = replace(CONFIG, min_blocks=1)
+    rows = measure_carried(model, TOKENIZER, 4, 513, config, **options, batch=3, progress=False)["rows"]
+    some = [alias_program(TOKENIZER, np.random.default_rng((0, 513, index, UNSEEN)), 513) for index in range(4)]
+    checks = Checks.of(some, 64)
+
+    def way(row, interval):
+        interval = {"decode-only": 1, "never": None}.get(interval, interval)
+        return Way(replace(config, active_ratio=row["ratio"], interval=interval), row["score"])
+
+    marks = marked(model, some, checks, [way(row, row["interval"]) for row in rows], 64, 4)
+    for row in rows:
+        own, exact, never = (marks[way(row, name)] for name in (row["interval"], "decode-only", "never"))
+        step_error, drift = own.dense_right.astype(float) - exact.right, exact.right.astype(float) - own.right
+        assert row["step_error"] == checks.per_program(step_error).mean()
+        assert row["drift"] == checks.per_program(drift).mean()
+        for part, where in (("recovered", checks.at >= 0), ("recovered_late", checks.at >= 256)):
+            is_end = row["interval"] in ("decode-only", "never")
+            told = None if is_end else carried.recovered(checks, own, exact, never, where)
+            assert (row[part], row[f"{part}_95"]) == (told or (None, None))
+    assert all(row["recovered"] == 1 for row in rows if row["interval"] == 1), "as good as decode-only"
+    assert len({row["step_error"] for row in rows}) == 4
+
+
+def test_what_cant_be_decoded_at_once_is_refused_before_anything_is(model, monkeypatch):
+    monkeypatch.setattr(carried, "exact_stream", lambda *_: pytest.fail("something was decoded"))
+    with pytest.raises(ValueError, match=r"config\.interval: got 12; allowed: a divisor"):
+        measure_carried(model, TOKENIZER, 1, 321, CONFIG, intervals=[12], ratios=[0.1], prompt_tokens=64)
+    with pytest.raises(ValueError, match="prompt_tokens: got 60"):
+        measure_carried(model, TOKENIZER, 1, 321, CONFIG, intervals=[16], ratios=[0.1], prompt_tokens=60)
+
+
+def test_the_last_token_is_only_predicted(model):
+    """Programs may be one token longer than the context."""
+    config = replace(model.config, context=384)
+    small = GPT(config)
+    small.load_state_dict(model.state_dict())
+    result = measure_carried(
+        small, TOKENIZER, 1, 385, CONFIG, intervals=[], ratios=[0.1], prompt_tokens=64, progress=False
     )
-    assert carried.recovered(early, *some, early.at >= LATE) == (None, [None, None])
-    assert carried.summarise(checks, never, exact, never)["recovered_late"] is None
+    assert result["length"] == 385
 
 
 def test_lines_are_run_in_their_order():
@@ -262,6 +310,8 @@ def test_written_programs_are_compared_by_hand():
     assert rows["dense"]["by_position"] == [1.0]
     assert rows["sparse"]["by_position"] == [3 / 8]
     assert rows["sparse"]["by_position_95"] == [[1 / 4, 1 / 2]]
+    marks["sparse"] = [[Line(511, True), Line(512, False)], [Line(511, True), Line(512, False)], [Line(1023, False)]]
+    assert summarise(marks, 1025)["sparse"]["by_position"] == [1, 0, None]
 
 
 def test_written_programs_use_the_generator_given(model):

@@ -21,6 +21,7 @@ from resa.reference import corpus as corpus_module
 from resa.reference import train as train_module
 from resa.reference.corpus import STANDARD_LIBRARY, Corpus, Document
 from resa.reference.evals import evidence, sweep
+from resa.reference.files import source_digest
 from resa.reference.tokenizer import load_tokenizer
 from resa.reference.train import Trainer
 
@@ -674,7 +675,7 @@ def test_eval_sweep(resa, path, library, monkeypatch):
     assert result["base"]["suffix"] == 33  # the last token is predicted only
     dense = [row["accuracy_lost"] for row in result["factors"]["active_ratio"] if row["active_ratio"] == 1.0]
     assert dense == [0.0]
-    assert "prompt_tokens: got 30; allowed: a multiple of block_size = 4" in resa(*command, "--prompt-tokens", 30)[2]
+    assert "prompts of 30 tokens; allowed: whole blocks of every size: of 8" in resa(*command, "--prompt-tokens", 30)[2]
     assert "suffix: got 5" in resa(*command, "--tokens", 6)[2]
 
 
@@ -740,11 +741,13 @@ def test_eval_carried(resa, long_path, library, monkeypatch, tmp_path):
 
 def test_results_keep_six_digits(resa, monkeypatch, library):
     nested = {"share": 1 / 3, "ends": [(2e-20 / 3, 1234567.0)], "of": 1234567, "name": "1.23456789", "none": None}
+    nested |= {"config": {"active_ratio": 1 / 7}, "rows": [{"ratio": 1 / 7, "active_ratio": 1 / 7, "value": 1 / 7}]}
     monkeypatch.setitem(cli.QUESTIONS, "free", ("", lambda options, of: nested))
     status, out, _ = resa("eval", "free")
     assert status == 0
     shown = {name: json.loads(out)[name] for name in nested}
-    assert shown == nested | {"share": 0.333333, "ends": [[6.66667e-21, 1234570.0]]}
+    rows = [{"ratio": 1 / 7, "active_ratio": 1 / 7, "value": 0.142857}]  # settings stay as they were given
+    assert shown == nested | {"share": 0.333333, "ends": [[6.66667e-21, 1234570.0]], "rows": rows}
 
 
 def test_eval_written(resa, long_path, library):
@@ -788,7 +791,8 @@ def test_evidence_measures_every_part_on_its_model(resa, monkeypatch, tmp_path):
     for part, (name, words) in evidence.SIZES["full"].items():
         path = cli.shipped_checkpoint(name)
         assert parts[part].words == words
-        assert parts[part].digests["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert parts[part].digests == {"checkpoint_sha256": digest, "source_sha256": source_digest()}
         named = [] if name == "model" else ["--model", os.path.relpath(path)]
         where = "cpu" if words.split()[0] in ("free", "fidelity", "speculation", "selection") else "cuda"
         assert parts[part].more == ["--device", where, *named]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from resa.reference.checkpoint import file_digest, shipped_checkpoint
 from resa.reference.cli import build_parser
 from resa.reference.evals import evidence
 from resa.reference.evals.evidence import PARTS, Part, is_done, run_parts, without
@@ -155,7 +156,8 @@ def test_every_part_is_a_command(words):
     assert options.question == shlex.split(words)[0]
 
 
-@pytest.mark.parametrize(("name", "words"), [(name, words) for name, (_, words) in PARTS.items()], ids=list(PARTS))
-def test_recorded_files_are_of_these_commands(name, words):
-    command = json.loads((RESULTS / f"{name}.json").read_text())["command"]
-    assert without(shlex.split(command)[2:], ["--device", "--model"]) == shlex.split(words)
+@pytest.mark.parametrize(("name", "model", "words"), [(name, *part) for name, part in PARTS.items()], ids=list(PARTS))
+def test_recorded_files_are_of_these_commands(name, model, words):
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    assert without(shlex.split(result["command"])[2:], ["--device", "--model"]) == shlex.split(words)
+    assert result["checkpoint_sha256"] == file_digest(shipped_checkpoint(model))

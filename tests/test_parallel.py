@@ -1,12 +1,14 @@
 """Decoding at once gives what decoding step by step gives: every schedule, interval and corner."""
 
+import copy
+
 import pytest
 import torch
 from small_models import Shape
 
 from resa.reference import ReSAConfig, prefill
 from resa.reference.generate import decode_along
-from resa.reference.parallel import decode_at_once, exact_stream, exact_until
+from resa.reference.parallel import decode_at_once, exact_stream, exact_until, pooled_scores
 
 B, T, PROMPT = 2, 150, 32
 
@@ -109,6 +111,39 @@ def test_a_prompt_may_cut_a_block_where_no_window_does(model, tokens, prompt_tok
             expected = step_by_step(model, tokens, config, prompt_tokens)
             torch.testing.assert_close(decoded[:, prompt_tokens:], expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(decoded[:, :prompt_tokens], dense[:, :prompt_tokens], rtol=0, atol=1e-9)
+
+
+def test_nothing_is_decoded_of_a_prompt_alone(model, tokens):
+    for config in (ReSAConfig(block_size=8), ReSAConfig(block_size=8, interval=None)):
+        dense, decoded = both(model, tokens[:, :144], config, 144)
+        assert torch.equal(decoded, dense)
+
+
+def test_scores_are_asked_for_decoded_steps_alone_and_in_float32(model, tokens):
+    """In half precision what differs would tie; steps of the prompt need no scores."""
+    half, asked = copy.deepcopy(model).bfloat16(), []
+
+    def score(query, bounds):
+        asked.append((query.shape[2], query.dtype))
+        return pooled_scores(query, bounds)
+
+    config = ReSAConfig(block_size=8, active_ratio=0.1, min_blocks=2, dense_layers=1)
+    with torch.no_grad():
+        decode_at_once(half, exact_stream(half, tokens), config, PROMPT, score)
+    assert asked == [(T - PROMPT, torch.float32)] * 4  # of both streams, in the two layers that select
+
+
+@pytest.mark.parametrize(
+    ("tokens", "named"),
+    [
+        (torch.zeros(4, dtype=torch.long), "tokens"),
+        (torch.full((1, 4), 10_000), "tokens: got 10000 … 10000"),
+        (torch.zeros(1, 4), "tokens"),
+    ],
+)
+def test_tokens_that_are_not_the_models_are_refused_by_name(model, tokens, named):
+    with pytest.raises((ValueError, TypeError), match=named):
+        exact_stream(model, tokens)
 
 
 def test_ways_share_one_exact_stream(model, tokens):

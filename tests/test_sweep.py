@@ -53,7 +53,7 @@ def test_scores_are_those_of_plain_loops(model, documents, suffix):
     """The last 32 predictions, of which those before a short suffix are dense ones."""
     setting = Setting(replace(CONFIG, interval=None), suffix)
     accuracy, several = sweep.decode_all(model, torch.tensor(documents), [setting])
-    ((_, found),) = several
+    found = several[setting]
     dense = model(torch.tensor(documents)).log_softmax(dim=-1)
     for i, document in enumerate(documents):
         cache = model.new_cache(1, LENGTH, 4)
@@ -153,12 +153,17 @@ def test_a_row_by_hand():
         ({"base": replace(BASE, suffix=31)}, "suffix: got 31; allowed: 32 … 71"),
         ({"base": replace(BASE, suffix=72)}, "suffix: got 72"),
         ({"documents": [[1] * 70, [1] * 71]}, r"documents: got of \[70, 71\] tokens"),
-        ({"base": replace(BASE, suffix=41)}, "prompt_tokens: got 31; allowed: a multiple of block_size = 4"),
+        (
+            {"base": replace(BASE, suffix=41)},
+            "documents: got prompts of 31 tokens; allowed: whole blocks of every size: of 8",
+        ),
         ({"base": Setting(replace(CONFIG, interval=6), 40)}, "config.interval: got 6; allowed: a divisor"),
+        ({"documents": [[1] * 9999]}, "documents: got of 9999 tokens; allowed: documents of at most"),
         ({"documents": []}, r"documents: got of \[\] tokens"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_decoded(model, documents, monkeypatch, changes, message):
+    monkeypatch.setattr(sweep, "BLOCK_SIZES", (4, 8))
     monkeypatch.setattr(sweep, "exact_stream", lambda *_: pytest.fail("something was decoded"))
     with pytest.raises(ValueError, match=message):
         measure_sweep(**{"model": model, "documents": documents, "base": BASE, "progress": False, **changes})

@@ -1,6 +1,7 @@
 """The tasks: a solver that knows nothing of the generators agrees, right answers run and wrong ones do not."""
 
 import builtins
+import hashlib
 import heapq
 import inspect
 import json
@@ -449,6 +450,13 @@ def test_sizes_are_log_uniform_and_families_weighted():
     counts = np.histogram(sizes.clip(0), bins=4, range=(0, 1))[0]  # an example may lack a line, so be below
     assert (abs(counts - 50) < 4 * np.sqrt(50)).all()
     assert np.mean(["_" in text for text in firsts]) == pytest.approx(0.75, abs=0.12)  # four standard errors
+
+
+def test_rows_of_training_stay_what_they_were():
+    """The shipped model that answers questions was trained on such rows."""
+    code = ["x = 1\n" * 300, "y = [2]\n" * 200]
+    rows = documents(TOKENIZER, 4, 6, 2049, tasks.RETRIEVAL, code, progress=False)
+    assert hashlib.sha256(rows.tobytes()).hexdigest().startswith("721e9d8668498649")
 
 
 @pytest.mark.parametrize("long_share", [0.5, 1.0])

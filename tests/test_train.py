@@ -569,8 +569,19 @@ def test_data_has_rows_of_questions_and_keeps_them(monkeypatch, tmp_path):
     assert made.statistics["task_tokens"] == made.tasks.size
     assert (made.tasks == write_tasks(load_tokenizer(), 5, 3, 257, RETRIEVAL, [code], progress=False)).all()
     assert made.digest != replace(made, tasks=made.tasks[:2]).digest
+    longer = replace(config, context=512, short_context=512, batch_tokens=512)
+    filled = prepare_data(replace(longer, task_long=1.0), tmp_path, progress=False).tasks
+    expected = write_tasks(load_tokenizer(), 5, 3, 513, RETRIEVAL, [code], progress=False, long_share=1.0)
+    assert (filled == expected).all()
+    assert (prepare_data(longer, tmp_path, progress=False).tasks != filled).any(), "not the rows kept of the others"
     monkeypatch.setattr(train_module, "documents", lambda *_, **__: pytest.fail("not kept"))
     assert (prepare_data(config, tmp_path, progress=False).tasks == made.tasks).all()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, "all"])
+def test_a_share_of_long_rows_is_refused_by_name(share):
+    with pytest.raises(ValueError, match="task_long"):
+        TrainConfig(task_long=share)
 
 
 def test_questions_that_are_missing_are_refused_before_the_run(tmp_path):

@@ -20,7 +20,7 @@ import resa.reference
 from resa.reference import ReSAConfig, load_model, load_tokenizer, prefill, rectify, sparse_step
 from resa.reference.checkpoint import shipped_checkpoint
 from resa.reference.demo import demo_prompt
-from resa.reference.evals.carried import Checks, marked
+from resa.reference.evals.carried import Checks, Way, marked
 from resa.reference.evals.fidelity import kv_drift
 from resa.reference.programs import UNSEEN, alias_program
 
@@ -253,7 +253,8 @@ ways = {
     # Repaired after every token. (Under the default schedule an interval of 1 is dense decoding: tutorial 4.)
     "decode-only": ReSAConfig(active_ratio=0.1, min_blocks=4, interval=1, schedule="paper"),
 }
-found = {name: marked(carrying, programs, checks, way, n_opening, batch=4) for name, way in ways.items()}
+marks = marked(carrying, programs, checks, [Way(config) for config in ways.values()], n_opening, batch=4)
+found = {name: marks[Way(config)] for name, config in ways.items()}
 right = {"dense": found["sparse"].dense_right.mean()} | {name: marks.right.mean() for name, marks in found.items()}
 print(f"{len(checks.at)} values asked")
 for name, share in right.items():

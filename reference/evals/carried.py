@@ -27,7 +27,6 @@ from .selection import in_eight_bits
 from .statistics import bootstrap_ratio, shares_by_kind, with_intervals
 
 WIDTH = 512  # tokens per point of the curve along the text
-LATE = 2048  # position from which on it is late: half of the longest programs
 
 
 def per_head_scores(query: Tensor, bounds: Tensor) -> Tensor:
@@ -40,6 +39,7 @@ def eight_bit_scores(query: Tensor, bounds: Tensor) -> Tensor:
     return pooled_scores(query, in_eight_bits(bounds))
 
 
+ENDS = ("decode-only", "never")  # no drift, and all of it
 SCORES: dict[str, Score] = {"pooled": pooled_scores, "per-head": per_head_scores, "8-bits": eight_bit_scores}
 
 
@@ -94,30 +94,30 @@ def marked(
     batch: int,
     on_pass: Callable[[], None] = lambda: None,
 ) -> dict[Way, Marks]:
-    """Decode along the programs in every way and mark every check; the likeliest token counts.
+    """Decode along the programs, which have one length, in every way and mark every check.
 
-    `on_pass` is called after every batch of every way.
+    `on_pass` is called after every batch of every way. Errors: ValueError for what can't be decoded at once.
     """
     device = model.embed.weight.device
     right: dict[Way, list[np.ndarray]] = {way: [] for way in ways}
     dense_right = []
     for start in range(0, len(programs), batch):
-        some = programs[start : start + batch]
-        tokens = torch.tensor([program.tokens for program in some], device=device)
+        tokens = torch.tensor([program.tokens for program in programs[start : start + batch]], device=device)
         own = (checks.program >= start) & (checks.program < start + batch)
-        row = torch.from_numpy(checks.program[own] - start).to(device)
-        at = torch.from_numpy(checks.at[own]).to(device)
-
-        def marks(hidden: Tensor, row: Tensor = row, at: Tensor = at, tokens: Tensor = tokens) -> np.ndarray:
-            return (model.output(hidden[row, at - 1]).argmax(dim=-1) == tokens[row, at]).cpu().numpy()
-
+        row, at = (torch.from_numpy(each).to(device) for each in (checks.program[own] - start, checks.at[own]))
         exact = exact_stream(model, tokens[:, :-1])
-        dense_right.append(marks(exact.hidden))
+        dense_right.append(likeliest_is_right(model, exact.hidden, tokens, row, at))
         for way, found in right.items():
-            found.append(marks(decode_at_once(model, exact, way.config, prompt_tokens, SCORES[way.score])))
+            hidden = decode_at_once(model, exact, way.config, prompt_tokens, SCORES[way.score])
+            found.append(likeliest_is_right(model, hidden, tokens, row, at))
             on_pass()
     dense = np.concatenate(dense_right)
     return {way: Marks(np.concatenate(found), dense) for way, found in right.items()}
+
+
+def likeliest_is_right(model: GPT, hidden: Tensor, tokens: Tensor, row: Tensor, at: Tensor) -> np.ndarray:
+    """Whether the likeliest token is the one at (row, at): hidden [B, T, C], tokens [B, T + 1], row and at [checks]."""
+    return (model.output(hidden[row, at - 1]).argmax(dim=-1) == tokens[row, at]).cpu().numpy()
 
 
 def measure_carried(
@@ -157,7 +157,7 @@ def measure_carried(
         for score, ratio, (name, own) in product(scores, ratios, by_interval.items())
     }
     for way in ways.values():
-        check_decoding(model, length - 1, way.config, prompt_tokens)
+        check_decoding(length - 1, way.config, prompt_tokens)
     programs = [
         alias_program(tokenizer, np.random.default_rng((seed, length, index, UNSEEN)), length)
         for index in range(n_programs)
@@ -170,31 +170,27 @@ def measure_carried(
         marks = marked(model, programs, checks, todo, prompt_tokens, batch, lambda: bar.advance(task))
     rows = []
     for (score, ratio, name), way in ways.items():
-        exact, never = (marks[ways[score, ratio, other]] for other in ("decode-only", "never"))
-        rows.append({"interval": name, "ratio": ratio, "score": score, **summarise(checks, marks[way], exact, never)})
+        exact, never = (marks[ways[score, ratio, end]] for end in ENDS)
+        row = {"interval": name, "ratio": ratio, "score": score, **summarise(checks, marks[way], exact)}
+        for part, where in (("recovered", checks.at >= 0), ("recovered_late", checks.at >= length // 2)):
+            told = None if name in ENDS else recovered(checks, marks[way], exact, never, where)
+            row[part], row[f"{part}_95"] = told or (None, None)
+        rows.append(row)
     about = {"programs": n_programs, "length": length, "prompt_tokens": prompt_tokens, "checks": len(checks.at)}
     return {**about, "seed": seed, "config": asdict(config), "rows": rows}
 
 
-def summarise(checks: Checks, own: Marks, exact: Marks, never: Marks) -> dict[str, object]:
-    """One way: shares right, the loss split in step error and drift, and how much of never rectifying's is recovered.
-
-    `exact` are the marks of decode-only and `never` those of never rectifying, which have no drift recovered.
-    """
+def summarise(checks: Checks, own: Marks, exact: Marks) -> dict[str, object]:
+    """One way: shares right, and the loss split in step error and drift; `exact` are the marks of decode-only."""
     parts = {
         "right": own.right,
         "dense": own.dense_right,
         "step_error": own.dense_right.astype(float) - exact.right,
         "drift": exact.right.astype(float) - own.right,
     }
-    per_program = {name: checks.per_program(values.astype(float)) for name, values in parts.items()}
-    row: dict[str, object] = with_intervals(per_program)
-    if own is exact or own is never:
-        row |= {"recovered": None, "recovered_95": None, "recovered_late": None, "recovered_late_95": None}
-    else:
-        is_late = checks.at >= LATE
-        row["recovered"], row["recovered_95"] = recovered(checks, own, exact, never, np.ones_like(is_late))
-        row["recovered_late"], row["recovered_late_95"] = recovered(checks, own, exact, never, is_late)
+    row: dict[str, object] = with_intervals(
+        {name: checks.per_program(values.astype(float)) for name, values in parts.items()}
+    )
     edges = [0, 32, 128, 512, 2048]  # tokens
     kinds = {"depth": checks.depth, "age": np.digitize(checks.age, edges) - 1, "position": checks.at // WIDTH}
     for name, kind in kinds.items():
@@ -204,13 +200,13 @@ def summarise(checks: Checks, own: Marks, exact: Marks, never: Marks) -> dict[st
 
 def recovered(
     checks: Checks, own: Marks, exact: Marks, never: Marks, where: np.ndarray
-) -> tuple[float | None, list[float | None]]:
-    """Share of the drift of never rectifying that is recovered, of the checks `where` [checks], and its interval."""
-    drift = [exact.right.astype(float) - marks.right for marks in (never, own)]
-    some = Checks(*(array[where] for array in astuple(checks)))
-    if len(some.at) == 0:
-        return None, [None, None]
-    total, left = (some.per_program(values[where]) for values in drift)
-    if total.mean() <= 0:
-        return None, [None, None]
+) -> tuple[float, list[float | None]] | None:
+    """Share of the drift of never rectifying that is recovered, of the checks `where` [checks] bool, and its interval.
+
+    `exact` and `never` are the marks of decode-only and of never rectifying. None where there is no drift to recover.
+    """
+    counted = Checks(*(array[where] for array in astuple(checks)))
+    total, left = (counted.per_program((exact.right.astype(float) - marks.right)[where]) for marks in (never, own))
+    if not total.sum() > 0:
+        return None
     return 1 - left.mean() / total.mean(), bootstrap_ratio(total - left, total)

@@ -44,9 +44,11 @@ def shares_by_kind(
 ) -> dict[str, object]:
     """Per kind 0 … n_kinds - 1 the share right of all that is of it, as `name`, and as `…_95` its interval.
 
-    right, document and kind: [checks]. Documents are drawn with replacement, as they lie. None where nothing is of a
-    kind; [None, None] where it is so rare that a draw may hold none of it.
+    right, document and kind: [checks]; a document without any check is none. A share pools the checks of all documents;
+    for its interval documents are drawn with replacement. None where nothing is of a kind; [None, None] where it is so
+    rare that a draw may hold none of it.
     """
+    _, document = np.unique(document, return_inverse=True)
     n_documents = int(document.max(initial=-1)) + 1
     shares: list[float | None] = []
     intervals: list[list[float | None]] = []

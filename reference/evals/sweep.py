@@ -7,7 +7,8 @@ which decode-only has as well, its cache being exact, and *drift*, the rest, whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -90,7 +91,7 @@ def measure_sweep(
 ) -> dict[str, object]:
     """Every setting over all documents, which have one length: factor → rows, JSON-ready.
 
-    Raises `ValueError` before any work starts.
+    What comes before the suffix is whole blocks of every size compared. Raises `ValueError` before any work starts.
     """
     require(is_integer(batch, 1), "batch", batch, "an integer ≥ 1")
     lengths = sorted({len(document) for document in documents})
@@ -99,8 +100,13 @@ def measure_sweep(
     require(SCORED <= base.suffix <= most, "suffix", base.suffix, f"{SCORED} … {most} tokens of the documents")
     by_factor = settings(base, grid=grid)
     todo = decoded(by_factor)
+    n_tokens = lengths[0] - 1  # the last one is only predicted
+    context, whole = model.config.context, math.lcm(*(setting.config.block_size for setting in todo))
+    require(n_tokens <= context, "documents", f"of {lengths[0]} tokens", f"documents of at most {context + 1}")
+    prompt = n_tokens - base.suffix
+    require(prompt % whole == 0, "documents", f"prompts of {prompt} tokens", f"whole blocks of every size: of {whole}")
     for setting in todo:
-        check_decoding(model, lengths[0] - 1, setting.config, lengths[0] - 1 - setting.suffix)
+        check_decoding(n_tokens, setting.config, n_tokens - setting.suffix)
     found: dict[Setting, list[Scores]] = {setting: [] for setting in todo}
     dense: list[np.ndarray] = []
     starts = range(0, len(documents), batch)
@@ -108,11 +114,10 @@ def measure_sweep(
         task = bar.add_task("Sweep", total=len(starts) * len(todo))
         for start in starts:
             text = torch.tensor(documents[start : start + batch], device=model.embed.weight.device)
-            hits, several = decode_all(model, text, todo)
-            dense.append(hits)
-            for setting, scores in several:
-                found[setting].append(scores)
-                bar.advance(task)
+            accuracy, scores = decode_all(model, text, todo, lambda: bar.advance(task))
+            dense.append(accuracy)
+            for setting in todo:
+                found[setting].append(scores[setting])
     joined = {setting: join(several) for setting, several in found.items()}
     accuracy = np.concatenate(dense)
     return {
@@ -128,26 +133,24 @@ def measure_sweep(
     }
 
 
+@torch.no_grad()
 def decode_all(
-    model: GPT, text: Tensor, todo: Sequence[Setting]
-) -> tuple[np.ndarray, Iterator[tuple[Setting, Scores]]]:
+    model: GPT, text: Tensor, todo: Sequence[Setting], on_pass: Callable[[], None] = lambda: None
+) -> tuple[np.ndarray, dict[Setting, Scores]]:
     """Dense decoding's accuracy along `text` [documents, T + 1], and the scores of decoding along it in every way.
 
-    Predictions before a suffix that is shorter than what is scored are dense, and lose nothing.
+    Predictions before a suffix that is shorter than what is scored are dense, and lose nothing. `on_pass` is called
+    after every way.
     """
-    with torch.no_grad():
-        exact = exact_stream(model, text[:, :-1])
-        dense = log_probs_of(model, exact.hidden)
-    wanted = text[:, -SCORED:]
-
-    @torch.no_grad()
-    def decode(setting: Setting) -> Scores:
-        hidden = decode_at_once(model, exact, setting.config, text.shape[1] - 1 - setting.suffix)
-        own = log_probs_of(model, hidden)
-        kl = (dense.exp() * (dense - own)).sum(dim=-1)
-        return Scores(kl.double().mean(dim=1).cpu().numpy(), accuracy_of(own, wanted))
-
-    return accuracy_of(dense, wanted), ((setting, decode(setting)) for setting in todo)
+    exact, wanted = exact_stream(model, text[:, :-1]), text[:, -SCORED:]
+    dense = log_probs_of(model, exact.hidden)
+    found = {}
+    for setting in todo:
+        own = log_probs_of(model, decode_at_once(model, exact, setting.config, text.shape[1] - 1 - setting.suffix))
+        kl = (dense.exp() * (dense - own)).sum(dim=-1).double().mean(dim=1)
+        found[setting] = Scores(kl.cpu().numpy(), accuracy_of(own, wanted))
+        on_pass()
+    return accuracy_of(dense, wanted), found
 
 
 def log_probs_of(model: GPT, hidden: Tensor) -> Tensor:
