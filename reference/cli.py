@@ -616,8 +616,9 @@ def _run_eval(options: argparse.Namespace) -> None:
 def _rounded(value: object) -> object:
     """What was measured with six significant digits, far more than any interval leaves sure; settings as given."""
     if isinstance(value, dict):
-        settings = {"config", "base", *ReSAConfig.__dataclass_fields__, "ratio", "temperature"}
-        return {name: each if name in settings else _rounded(each) for name, each in value.items()}
+        settings = {*ReSAConfig.__dataclass_fields__, "ratio", "temperature"}
+        is_setting = {name: name in settings and isinstance(each, float) for name, each in value.items()}
+        return {name: each if is_setting[name] else _rounded(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_rounded(each) for each in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value

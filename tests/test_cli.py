@@ -742,12 +742,15 @@ def test_eval_carried(resa, long_path, library, monkeypatch, tmp_path):
 def test_results_keep_six_digits(resa, monkeypatch, library):
     nested = {"share": 1 / 3, "ends": [(2e-20 / 3, 1234567.0)], "of": 1234567, "name": "1.23456789", "none": None}
     nested |= {"config": {"active_ratio": 1 / 7}, "rows": [{"ratio": 1 / 7, "active_ratio": 1 / 7, "value": 1 / 7}]}
+    nested |= {"factors": {"active_ratio": [{"value": 1 / 7}]}}
     monkeypatch.setitem(cli.QUESTIONS, "free", ("", lambda options, of: nested))
     status, out, _ = resa("eval", "free")
     assert status == 0
     shown = {name: json.loads(out)[name] for name in nested}
     rows = [{"ratio": 1 / 7, "active_ratio": 1 / 7, "value": 0.142857}]  # settings stay as they were given
-    assert shown == nested | {"share": 0.333333, "ends": [[6.66667e-21, 1234570.0]], "rows": rows}
+    factors = {"active_ratio": [{"value": 0.142857}]}
+    rounded = {"share": 0.333333, "ends": [[6.66667e-21, 1234570.0]], "factors": factors}
+    assert shown == nested | rounded | {"rows": rows}
 
 
 def test_eval_written(resa, long_path, library):
