@@ -57,7 +57,7 @@ bench: install  ## time the kernels on this GPU, and dense attention beside them
 evidence-small: install  ## what docs/evidence.md says, measured again: minutes on two CPU cores, resumable
 	$(PYTHON) -m resa.reference evidence --size small $(ARGS)
 
-evidence: install  ## the same and more, on one GPU, part by part; resumable
+evidence: install  ## the same and more, on one GPU and the CPU beside it, six parts at a time; resumable
 	$(PYTHON) -m resa.fast evidence --size full --device cuda --jobs 6 $(ARGS)
 
 evidence-check: install  ## how many of the recorded numbers a run in out/evidence gives again

@@ -3,7 +3,8 @@
 Every number that has an interval of confidence in docs/results/evidence is compared with the same number of the new
 run; it is given again if it lies in that interval. Held-out source code is the library of the Python that runs: where
 that is another than the recorded one's, other documents were measured, and both have an interval; then a number is
-given again if the two intervals meet. The exit status is 1 if more than one in twenty is not, or if there are none.
+given again if the two intervals meet, and not if the new one has none. The exit status is 1 if more than one in twenty
+is not given again, or if there are none.
 """
 
 import json
@@ -56,7 +57,7 @@ def interval(ends: object) -> list[float]:
 
 def is_of_same_text(before: dict, now: dict) -> bool:
     """Programs are written from seeds alone; whatever else is measured has documents of the library in it."""
-    return before["question"] in ("carried", "written") or before["python"] == now["python"]
+    return before.get("question") in ("carried", "written") or before.get("python") == now.get("python")
 
 
 def main(folder: Path, recorded: Path = RECORDED) -> int:

@@ -28,8 +28,8 @@ def load(part: str) -> dict:
 
 def errors(means: list[float], intervals: list[list[float]]) -> np.ndarray:
     """How far the ends of the intervals lie from the means: [2, means]."""
-    low, high = np.array(intervals).T
-    return np.stack([means - low, high - np.array(means)])
+    (low, high), middle = np.array(intervals, dtype=float).T, np.array(means, dtype=float)  # NaN where there is none
+    return np.stack([middle - low, high - middle])
 
 
 def carried(axes: plt.Axes) -> None:
@@ -58,7 +58,8 @@ def written(axes: plt.Axes) -> None:
         zip(result["ways"].items(), (*COLOURS[4:], *COLOURS[:4]), strict=True)
     ):
         right = row["by_position"]
-        at = (np.arange(len(right)) + 0.5) * result["width"] + 20 * (place - 2)  # side by side, to keep the bars apart
+        edges = np.minimum(np.arange(len(right) + 1) * result["width"], result["tokens_each"])
+        at = (edges[:-1] + edges[1:]) / 2 + 20 * (place - 2)  # side by side, to keep the bars apart
         bars = errors(right, row["by_position_95"])
         axes.errorbar(at, right, bars, color=colour, marker=".", capsize=2, elinewidth=0.8, label=name)
     axes.set(xlabel="tokens written", ylabel="share right, of assertions of names with a value")

@@ -738,8 +738,8 @@ QUESTIONS = {  # of `resa eval`: what it measures, and by what
 def _add_evidence(commands: argparse._SubParsersAction) -> None:
     text = (
         "Measure what docs/evidence.md says, part by part. What is done already is left alone, so that an interrupted"
-        " run goes on where it stopped. Parts that decode token by token run on the CPU, whatever --device says: there"
-        " a small model takes no longer, and it would keep a GPU waiting."
+        " run goes on where it stopped. Parts that decode token by token in plain PyTorch (free, fidelity, speculation,"
+        " selection) run on the CPU, whatever --device says: sharing a GPU they took longer."
     )
     parser = add_command(commands, "evidence", _run_evidence, text)
     text = "small: minutes on two CPU cores; full: for a GPU, and the CPU beside it"

@@ -257,6 +257,8 @@ def test_what_cant_be_decoded_at_once_is_refused_before_anything_is(model, monke
     monkeypatch.setattr(carried, "exact_stream", lambda *_: pytest.fail("something was decoded"))
     with pytest.raises(ValueError, match=r"config\.interval: got 12; allowed: a divisor"):
         measure_carried(model, TOKENIZER, 1, 321, CONFIG, intervals=[12], ratios=[0.1], prompt_tokens=64)
+    with pytest.raises(ValueError, match=r"prompt_tokens: got 64\.0"):
+        measure_carried(model, TOKENIZER, 1, 321, CONFIG, intervals=[16], ratios=[0.1], prompt_tokens=64.0)
     with pytest.raises(ValueError, match="prompt_tokens: got 60"):
         measure_carried(model, TOKENIZER, 1, 321, CONFIG, intervals=[16], ratios=[0.1], prompt_tokens=60)
 

@@ -675,7 +675,9 @@ def test_eval_sweep(resa, path, library, monkeypatch):
     assert result["base"]["suffix"] == 33  # the last token is predicted only
     dense = [row["accuracy_lost"] for row in result["factors"]["active_ratio"] if row["active_ratio"] == 1.0]
     assert dense == [0.0]
-    assert "prompts of 30 tokens; allowed: whole blocks of every size: of 8" in resa(*command, "--prompt-tokens", 30)[2]
+    assert (
+        "prompts of 30 tokens; allowed: a multiple of 8 before the suffix" in resa(*command, "--prompt-tokens", 30)[2]
+    )
     assert "suffix: got 5" in resa(*command, "--tokens", 6)[2]
 
 

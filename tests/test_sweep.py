@@ -155,7 +155,7 @@ def test_a_row_by_hand():
         ({"documents": [[1] * 70, [1] * 71]}, r"documents: got of \[70, 71\] tokens"),
         (
             {"base": replace(BASE, suffix=41)},
-            "documents: got prompts of 31 tokens; allowed: whole blocks of every size: of 8",
+            "documents: got prompts of 31 tokens; allowed: a multiple of 8 before the suffix",
         ),
         ({"base": Setting(replace(CONFIG, interval=6), 40)}, "config.interval: got 6; allowed: a divisor"),
         ({"documents": [[1] * 9999]}, "documents: got of 9999 tokens; allowed: documents of at most"),

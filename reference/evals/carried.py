@@ -144,6 +144,7 @@ def measure_carried(
     require(is_integer(seed, 0), "seed", seed, "an integer ≥ 0")
     known = ", ".join(SCORES)
     require(len(scores) > 0 and set(scores) <= set(SCORES), "scores", list(scores), f"some of {known}")
+    require(is_integer(prompt_tokens, 1), "prompt_tokens", prompt_tokens, "an integer ≥ 1")
     context = model.config.context
     fits = is_integer(length, prompt_tokens + 1) and length <= context + 1
     require(fits, "length", length, f"{prompt_tokens + 1} … {context + 1}")

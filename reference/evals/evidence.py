@@ -48,8 +48,8 @@ PARTS = {
     "selection_4096": ("model", "selection --documents 8 --batch 8 --prompt-tokens 4096 --min-blocks 2 --tokens 16"),
     "selection": ("model", f"selection {DOCUMENTS} --tokens 16"),
 }
-# Decoding token by token, a small model keeps a GPU waiting, and processes that share it take turns: beside five others
-# `drift` took 276 s on an H100, alone on one core of a CPU 32.
+# Plain PyTorch that decodes token by token keeps a GPU waiting, and processes that share it take turns: beside five
+# others `drift`, of 8 documents, took 276 s on an H100, alone on one core of a CPU 32.
 ON_CPU = {"free", "drift", "drift_carrying", "speculation", "selection", "selection_4096"}
 SMALL = ("drift", "drift_carrying", "sweep", "speculation", "carried_small", "selection")
 SIZES = {

@@ -104,7 +104,8 @@ def measure_sweep(
     context, whole = model.config.context, math.lcm(*(setting.config.block_size for setting in todo))
     require(n_tokens <= context, "documents", f"of {lengths[0]} tokens", f"documents of at most {context + 1}")
     prompt = n_tokens - base.suffix
-    require(prompt % whole == 0, "documents", f"prompts of {prompt} tokens", f"whole blocks of every size: of {whole}")
+    allowed = f"a multiple of {whole} before the suffix, whole blocks of every size"
+    require(prompt % whole == 0, "documents", f"prompts of {prompt} tokens", allowed)
     for setting in todo:
         check_decoding(n_tokens, setting.config, n_tokens - setting.suffix)
     found: dict[Setting, list[Scores]] = {setting: [] for setting in todo}
