@@ -755,7 +755,8 @@ def _run_evidence(options: argparse.Namespace) -> None:
     _load(options)  # refused before the first part
     options.out.mkdir(parents=True, exist_ok=True)
     parts = {}
-    models = {"model": options.model} | {name: shipped_checkpoint(name) for name in ("carrying", "retrieval")}
+    names = {name for name, _ in SIZES[options.size].values()}
+    models = {name: options.model if name == "model" else shipped_checkpoint(name) for name in names}
     digests = {name: {"checkpoint_sha256": file_digest(path)} for name, path in models.items()}
     source = source_digest()
     for part, (name, words) in SIZES[options.size].items():

@@ -20,7 +20,7 @@ from torch import Tensor
 from .blocks import block_bounds, select_blocks
 from .checks import accumulation_dtype, bind_shapes, is_integer, require
 from .config import ReSAConfig
-from .model import GPT, causal_attention, for_query_heads, rotary_angles
+from .model import GPT, causal_attention, for_query_heads
 
 
 def exact_until(n_tokens: int, prompt_tokens: int, config: ReSAConfig) -> Tensor:
@@ -60,7 +60,6 @@ class ExactStream:
     tokens: Tensor  # [B, T]
     keys: tuple[Tensor, ...]  # [B, Hkv, T, D] of every layer, after RoPE
     values: tuple[Tensor, ...]  # [B, Hkv, T, D]
-    outputs: tuple[Tensor, ...]  # [B, T, C] of every layer: those of a step that is dense itself (schedule "fused")
     hidden: Tensor  # [B, T, C] final hidden states
 
 
@@ -69,24 +68,15 @@ def exact_stream(model: GPT, tokens: Tensor) -> ExactStream:
     sizes = bind_shapes(tokens=(tokens, "B T"))
     model.check_tokens(tokens)
     require(sizes["T"] <= model.config.context, "tokens", sizes["T"], f"at most context = {model.config.context}")
-    outputs, keys, values = [], [], []
+    keys, values = [], []
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys.append(key)
         values.append(value)
         return causal_attention(layer, query, key, value)
 
-    x = model.embed(tokens)
-    cos, sin = angles_at(model, torch.arange(sizes["T"], device=tokens.device).expand_as(tokens), x.dtype)
-    for index, layer in enumerate(model.layers):
-        outputs.append(x := layer(x, cos, sin, index, attend))
-    return ExactStream(tokens, tuple(keys), tuple(values), tuple(outputs), model.norm(x))
-
-
-def angles_at(model: GPT, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The model's rotary angles at `positions` [B, n]."""
-    shape = model.config
-    return rotary_angles(positions, shape.head_dim, shape.rope_theta, accumulation_dtype(dtype), shape.rope_scaling)
+    hidden = model.transform(tokens, torch.arange(sizes["T"], device=tokens.device).expand_as(tokens), attend)
+    return ExactStream(tokens, tuple(keys), tuple(values), hidden)
 
 
 def decode_at_once(
@@ -104,9 +94,12 @@ def decode_at_once(
     if prompt_tokens == n_tokens:
         return exact.hidden
     at = torch.arange(prompt_tokens, n_tokens, device=exact.tokens.device)  # [S]
-    until = exact_until(n_tokens, prompt_tokens, config)[prompt_tokens:]
-    n_exact = int(until[-1])  # keys of the exact stream that any step may see
-    until = until.to(at.device)
+    until = exact_until(n_tokens, prompt_tokens, config)[prompt_tokens:].to(at.device)
+    is_dense = torch.zeros_like(at, dtype=torch.bool)
+    if f is not None and config.schedule == "fused":  # every f-th step is a dense pass, its own token exact as well
+        is_dense = (at - prompt_tokens) % f == f - 1
+        until = torch.where(is_dense, at + 1, until)
+    n_exact = int(until.max())  # keys of the exact stream that any step may see
     seen = torch.cat((torch.arange(n_exact, device=at.device), at))  # positions of both streams' keys
     is_decoded = torch.arange(len(seen), device=at.device) >= n_exact
     may_see = (seen <= at[:, None]) & ((seen >= until[:, None]) == is_decoded)  # [S, keys]
@@ -116,19 +109,13 @@ def decode_at_once(
         if layer >= config.dense_layers:
             taken = selected_tokens(query, exact.keys[layer], key, until, config, score)  # [B, Hkv, S, T]
             taken = torch.cat((taken[..., :n_exact], taken[..., prompt_tokens:]), dim=-1)
-            mask = for_query_heads(query, taken & may_see)
+            mask = for_query_heads(query, (taken | is_dense[:, None]) & may_see)
         pairs = ((exact.keys[layer], key), (exact.values[layer], value))
         keys, values = (for_query_heads(query, torch.cat((old[:, :, :n_exact], new), dim=2)) for old, new in pairs)
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
 
-    y = model.embed(exact.tokens[:, prompt_tokens:])
-    cos, sin = angles_at(model, at.expand(len(y), -1), y.dtype)
-    for index, layer in enumerate(model.layers):
-        y = layer(y, cos, sin, index, attend)
-        if f is not None and config.schedule == "fused":
-            is_dense = (at - prompt_tokens) % f == f - 1  # those steps' own attention is dense, over exact keys
-            y = torch.where(is_dense[:, None], exact.outputs[index][:, prompt_tokens:], y)
-    return torch.cat((exact.hidden[:, :prompt_tokens], model.norm(y)), dim=1)
+    decoded = model.transform(exact.tokens[:, prompt_tokens:], at.expand(len(exact.tokens), -1), attend)
+    return torch.cat((exact.hidden[:, :prompt_tokens], decoded), dim=1)
 
 
 @torch.no_grad()
