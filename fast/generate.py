@@ -37,6 +37,7 @@ from .bookkeeping import enqueue_append, enqueue_plan
 from .bounds8 import Bounds8, compress_bounds
 from .cache import enqueue_write
 from .checks import INTERPRETED, check_kernel_dtypes, check_sizes
+from .graphs import capture
 from .model import accelerated
 
 PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt, at most; changes no result
@@ -322,9 +323,7 @@ class DecodeLoop:
             self.graphs[kinds] = None
             return self.step(kinds)
         if self.graphs[kinds] is None:
-            self.graphs[kinds] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[kinds]):
-                self.step(kinds)
+            self.graphs[kinds] = capture(lambda: self.step(kinds))
         return self.graphs[kinds].replay()
 
     def step(self, kinds: Kinds) -> None:

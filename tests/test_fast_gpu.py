@@ -4,6 +4,7 @@ The reference in float64, on the same GPU, takes the oracle's place: the oracle'
 small shapes the two agree.
 """
 
+import gc
 from types import SimpleNamespace
 
 import oracle
@@ -315,6 +316,28 @@ def test_from_one_program_to_many_waves(ops, device, batch):
     n_blocks = -(-length // BLOCK)
     indices = torch.arange(n_blocks, dtype=torch.int32, device=device).expand(batch, KV_HEADS, -1)
     check_sparse(ops, window[:, :, 0], keys, values, indices, lengths, BLOCK, f"batch {batch}")
+
+
+def test_garbage_that_holds_a_graph_does_not_break_a_capture():
+    """As an error leaves behind: a traceback's frames hold a decode loop and its graphs, in a cycle."""
+    from resa.fast.graphs import capture
+
+    x = torch.zeros(1, device="cuda")
+    x.add_(1)  # loads its kernel
+
+    def work():
+        kept = [[] for _ in range(10_000)]  # the collector wakes up after so many objects
+        x.add_(len(kept))
+
+    gc.collect()
+    garbage = [capture(lambda: x.add_(1))]
+    garbage.append(garbage)
+    del garbage
+    graph = capture(work)
+    x.zero_()
+    graph.replay()
+    assert x.item() == 10_000
+    assert gc.isenabled()
 
 
 def test_causal_attention_in_float32_keeps_no_scores():

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..graphs import capture
+
 GRAPH_US = 5_000  # a graph holds about this much work, so that one launch of it weighs nothing
 REPLAYS = 11
 CYCLES_PER_US = 1_700  # about; for pauses
@@ -37,11 +39,7 @@ def time_calls(calls: Sequence[Callable[[], object]], *, divide_by: int = 1, pau
     once = elapsed(lambda: [call() for call in calls])  # compiles; the second run is warm
     once = elapsed(lambda: [call() for call in calls])
     rounds = 1 if pause_us else max(1, min(200, int(GRAPH_US / max(once, 5 * len(calls)))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
+    graph = capture(lambda: [call() for _ in range(rounds) for call in calls])
     graph.replay()
     samples = []
     for _ in range(REPLAYS):
