@@ -269,6 +269,7 @@ def test_compiled_runs_repeat_bit_for_bit(ops, device, dtype):
 def test_one_set_of_arrival_counters_serves_every_launch(ops, device):
     """As in the decode loop: sparse and dense kernels in turn, captured once, replayed into spoilt memory."""
     from resa.fast.attention import count_dense_units, enqueue_dense, enqueue_sparse
+    from resa.fast.graphs import capture
 
     lengths, used = int32(LENGTH, 1, LENGTH // 3, 0), int32(32, 1, 20, 0)
     keys, values = (normal(4, KV_HEADS, LENGTH, HEAD_DIM, seed=s, dtype=torch.float16, device=device) for s in (16, 17))
@@ -283,14 +284,14 @@ def test_one_set_of_arrival_counters_serves_every_launch(ops, device):
     units = max(4 * KV_HEADS, count_dense_units(keys, HEADS // KV_HEADS, 32))
     arrivals = torch.zeros(units, dtype=torch.int32, device=device)
 
+    found = []
+
     def run():
         sparse = enqueue_sparse(query, keys, values, indices, counts, lengths, BLOCK, arrivals)
-        return [*sparse, *enqueue_dense(window, keys, values, lengths, used, arrivals)]
+        found[:] = [*sparse, *enqueue_dense(window, keys, values, lengths, used, arrivals)]
 
     run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
+    graph = capture(run)
     for _ in range(100):
         for tensor in found:
             tensor.fill_(NAN)

@@ -22,7 +22,8 @@ FAST_FILES = sorted(FAST.rglob("*.py"))
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 ARROW = ["checks", "config", "cache", "blocks", "attention", "model", "sampling", "speculate", "generate"]
 FAST_ARROW = [
-    "checks", "launch", "bounds8", "cache", "blocks", "attention", "elementwise", "bookkeeping", "model", "generate",
+    "checks", "launch", "bounds8", "cache", "blocks", "attention", "elementwise", "bookkeeping", "model", "graphs",
+    "generate",
 ]  # fmt: skip
 
 
