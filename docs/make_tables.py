@@ -598,12 +598,24 @@ def evidence_training() -> str:
             share = recovered(own["recovered"], own["recovered_95"])
             steps = str({"second": runs[1], "third": runs[1] + runs[2]}[stage])
             rhythm = {"rectified": "every 32 tokens", "never": "never"}[name]
-            lines.append([rhythm, steps, within(exact, "step_error"), within(never, "drift"), share])
-    head = ["rectified in training", "such steps", "step error", "drift of sparse", "recovered at f = 32"]
+            written_by_itself = ["–", "–"]  # not measured after the second run
+            if stage == "third":
+                written = evidence(f"training/written_{name}_third")
+                sparse, resa = written["ways"]["sparse"], written["ways"]["ReSA"]
+                written_by_itself = [
+                    within(sparse, "below_decode_only"),
+                    recovered(resa["recovered"], resa["recovered_95"]),
+                ]
+            lines.append(
+                [rhythm, steps, within(exact, "step_error"), within(never, "drift"), share, *written_by_itself]
+            )
+    head = ["rectified in training", "steps that decode", "step error", "drift of sparse", "recovered at f = 32"]
+    head += ["own programs: sparse less than decode-only by", "of that recovered"]
     return (
         markdown(head, lines)
-        + f"\n\n{result['programs']} programs of {result['length']:,} tokens, ratio 0.1; 16-bit weights; "
-        f"means [95 %]. {result['device']}."
+        + f"\n\n{result['programs']} programs of {result['length']:,} tokens, and {written['programs']} that the model "
+        f"writes by itself, {written['tokens_each']:,} tokens each; ratio 0.1; 16-bit weights; means [95 %]. "
+        f"{result['device']}."
     )
 
 
