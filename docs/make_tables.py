@@ -621,8 +621,8 @@ def evidence_training_written() -> str:
     head = ["rectified in training", "sparse", "ReSA", "decode-only", "sparse less than decode-only by", "recovered"]
     return (
         markdown(head, lines)
-        + f"\n\n{result['programs']} programs, {result['tokens_each']:,} tokens each; ratio 0.1, f = 32; share of "
-        f"assertions that are right, means [95 %]. {result['device']}."
+        + f"\n\nShare of assertions that are right. {result['programs']} programs, {result['tokens_each']:,} tokens "
+        f"each; f = {result['config']['interval']}{settings_of(result['config'])} {result['device']}."
     )
 
 
