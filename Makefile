@@ -3,24 +3,40 @@
 VENV := .venv
 BASE_PYTHON ?= python3
 
-ifdef PYTHON
-INSTALLED :=
-else
+ifndef PYTHON
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
 endif
 
-.PHONY: help install demo test test-gpu docs tutorials sanitize bench evidence evidence-small evidence-check lint clean
+# The pins need this Python, and the interpreter must run this clone's code.
+CHECK_VERSION = import sys; sys.version_info >= (3, 11) or \
+    sys.exit("make needs Python 3.11 or newer for its pinned packages: make BASE_PYTHON=/path/to/one")
+FOUND = import os, sys; from importlib.util import find_spec; \
+    found = find_spec("resa") and find_spec("resa.reference"); folder = found and found.submodule_search_locations[0]
+CHECK_CLONE = $(FOUND); os.path.samefile(folder, "reference") or sys.exit(f"{sys.executable} holds the code of \
+{folder}, not of this clone: leave PYTHON out, or run its `pip install --no-deps --editable .` here")
+
+.PHONY: help install install-dev demo test test-gpu docs tutorials sanitize bench \
+    evidence evidence-small evidence-check lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
-install: $(INSTALLED)  ## make .venv with everything; does nothing when it is up to date
-	@$(PYTHON) -c "import resa.reference" 2>/dev/null \
+install: $(INSTALLED)  ## make .venv with what the demo needs; does nothing when it is up to date
+	@$(PYTHON) -c '$(FOUND); sys.exit(not found)' \
 	    || $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(PYTHON) -c '$(CHECK_CLONE)'
+
+install-dev: $(INSTALLED_DEV) install  ## add what tests, lint and docs need
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(BASE_PYTHON) -c '$(CHECK_VERSION)'
 	$(BASE_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
@@ -28,42 +44,42 @@ demo: install  ## dense, sparse and rectified sparse decoding of a real file, si
 	$(PYTHON) -m resa.fast demo $(ARGS)
 
 # A process of its own, because Triton decides between interpreting and compiling when it is imported.
-test: install  ## every test, on every core; where there is a GPU, those of the kernels a second time, compiled
+test: install-dev  ## every test, on every core; where there is a GPU, those of the kernels again, compiled
 	$(PYTHON) -m pytest --numprocesses auto --dist worksteal
 	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(MAKE) test-gpu; fi
 
-test-gpu: install  ## the tests of the kernels, compiled
+test-gpu: install-dev  ## the tests of the kernels, compiled
 	RESA_TEST_DEVICE=cuda $(PYTHON) -m pytest -m fast
 
-docs: install  ## run every tutorial, build the site in build/docs/html, look at it in Chromium
+docs: install-dev  ## run every tutorial, build the site in build/docs/html, look at it in Chromium
 	$(PYTHON) docs/run_tutorials.py
 	$(PYTHON) docs/build_site.py
 	$(PYTHON) -m pytest -m site
 
-tutorials: install  ## run every tutorial and write its page in docs/tutorials; ARGS=03_drift for one
+tutorials: install-dev  ## run every tutorial and write its page in docs/tutorials; ARGS=03_drift for one
 	$(PYTHON) docs/run_tutorials.py --write $(ARGS)
 
 OWN_KERNELS = $(foreach name,bounds score select write sparse dense compress append_and_score \
     plan append add_norm split swiglu,--kernel-name kns=_$(name)_kernel)
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-sanitize: install  ## every kernel under compute-sanitizer: memory errors, then races
+sanitize: install-dev  ## every kernel under compute-sanitizer: memory errors, then races
 	$(SANITIZE) --tool memcheck $(PYTHON) tests/sanitize.py
 	$(SANITIZE) --tool racecheck $(OWN_KERNELS) $(PYTHON) tests/sanitize.py
 
 bench: install  ## time the kernels on this GPU, and dense attention beside them
 	$(PYTHON) -m resa.fast.bench $(ARGS)
 
-evidence-small: install  ## what docs/evidence.md says, measured again: minutes on two CPU cores, resumable
+evidence-small: install  ## measure docs/evidence.md again: minutes on two CPU cores, resumable
 	$(PYTHON) -m resa.reference evidence --size small $(ARGS)
 
-evidence: install  ## the same and more, on one GPU and the CPU beside it, six parts at a time; resumable
+evidence: install  ## measure more, on one GPU and the CPU beside it, six parts at a time; resumable
 	$(PYTHON) -m resa.fast evidence --size full --device cuda --jobs 6 $(ARGS)
 
 evidence-check: install  ## how many of the recorded numbers a run in out/evidence gives again
 	$(PYTHON) docs/compare_evidence.py out/evidence
 
-lint: install  ## style and import rules
+lint: install-dev  ## style and import rules
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 

@@ -1,10 +1,10 @@
-"""Builds the site from docs/*.md and the executed tutorials: build/docs/html, to be opened from the disk as it is.
+"""Build the site from docs/*.md and the executed tutorials: build/docs/html, which opens from the disk.
 
     python docs/run_tutorials.py && python docs/build_site.py
 
-The pages are written for GitHub, so their links lead to files of the repository. Here the pages are copied to
-build/docs/source with links turned to where the same thing stands in the site: a page, a tutorial, or a copy of the
-file named (`repository/…`), made for every file that some page links to. Sphinx's warnings are errors.
+The pages are written for GitHub, so their links lead to files of the repository. This script copies the pages to
+build/docs/source and changes the links to the same thing in the site: a page, a tutorial, or a copy of the file
+(`repository/…`). It makes such a copy of every file that some page links to. Sphinx's warnings are errors.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import nbformat
-from run_tutorials import NOTEBOOKS, ROOT, figures
 from sphinx.cmd.build import main as sphinx
+
+from run_tutorials import NOTEBOOKS, ROOT, figures
 
 DOCS = ROOT / "docs"
 BUILD = ROOT / "build" / "docs"
 SOURCE, HTML, EXTRA = BUILD / "source", BUILD / "html", BUILD / "extra"
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".css": "css", ".js": "javascript", ".html": "html"}
 TEXT = {*LANGUAGES, ".txt", ".md", ".jsonl", ".svg", ".mplstyle", ".tiktoken", ""}
-LARGEST = 400_000  # bytes of a file that is shown; others are named only
+LARGEST = 400_000  # bytes; the site shows smaller files and only names larger ones
+# Pages made from READMEs, by their place in the repository.
+READMES = {"README.md": "readme.md", "reference/README.md": "reference.md", "fast/README.md": "fast.md"}
 MENU = [  # captions and pages of the menu
     ("Learn", ["tutorials/index", "play", "glossary"]),
-    ("Understand", ["algorithm", "design", "numerics", "kernels", "performance", "evidence", "training"]),
+    ("Read the code", ["reference", "fast", "design", "numerics"]),
+    ("Understand", ["algorithm", "kernels", "performance", "evidence", "training"]),
     ("Use", ["api", "models", "porting", "serving"]),
     ("The project", ["contributing", "changelog", "log"]),
 ]
@@ -39,17 +43,17 @@ LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|!?\[[^\]]*\](?:\([^)]*\))
 
 @dataclass
 class Site:
-    """Where each file of the repository stands in the site's source, and which are still to be copied."""
+    """Maps files of the repository to pages of the site's source, and remembers the files to copy."""
 
     wanted: dict[PurePosixPath, str] = field(default_factory=dict)  # repository path -> page of its copy
 
     def place(self, path: PurePosixPath) -> str | None:
-        """The page, relative to the source folder, that shows a file or folder of the repository; None: there is none.
+        """Find the page, relative to the source folder, that shows a file or folder of the repository, or None.
 
         >>> Site().place(PurePosixPath("docs/tutorials/03_drift.md"))
         'tutorials/03_drift.ipynb'
         """
-        special = {"README.md": "readme.md", "tutorials/README.md": "tutorials/index.md", "docs": "index.md"}
+        special = READMES | {"tutorials/README.md": "tutorials/index.md", "docs": "index.md"}
         special |= {"docs/tutorials": "tutorials/index.md", "tutorials": "tutorials/index.md"}
         if str(path) in special:
             return special[str(path)]
@@ -69,7 +73,7 @@ class Site:
         return self.wanted.get(path)
 
     def relinked(self, markdown: str, origin: PurePosixPath, page: str) -> str:
-        """Markdown of the repository's file `origin` with its links as they must be on `page` of the site."""
+        """Change the links of the repository's file `origin` so that they fit on `page` of the site."""
 
         def replace(match: re.Match) -> str:
             target, _, anchor = match["target"].partition("#")
@@ -81,7 +85,7 @@ class Site:
                 return match[0]
             relative = os.path.relpath(place, PurePosixPath(page).parent)
             text = LINK.sub(replace, match["text"]) if "](" in match["text"] else match["text"]
-            if place.startswith("play/"):  # files of their own, which Sphinx does not know
+            if place.startswith("play/"):  # Sphinx does not know these files
                 return f'<a href="{relative}">{text}</a>'
             return f"{match['image']}[{text}]({relative}{'#' if anchor else ''}{anchor})"
 
@@ -92,7 +96,7 @@ class Site:
         return "".join([*prose, LINK.sub(replace, markdown[end:])])
 
     def copies(self) -> None:
-        """Write the pages that show files and folders of the repository, until no page asks for another."""
+        """Write the pages that show files and folders of the repository, until no page links to another."""
         done: set[PurePosixPath] = set()
         while self.wanted.keys() - done:
             path = min(self.wanted.keys() - done)
@@ -100,7 +104,7 @@ class Site:
             write(self.wanted[path], self.listing(path) if (ROOT / path).is_dir() else self.copy(path))
 
     def listing(self, path: PurePosixPath) -> str:
-        """A folder: its files, linked as far as they can be shown."""
+        """List the files of a folder, with links to those that the site can show."""
         lines = [f"---\norphan: true\n---\n\n# {path}/\n"]
         hidden = {"__pycache__", ".DS_Store"}
         for entry in sorted((ROOT / path).iterdir(), key=lambda entry: (entry.is_file(), entry.name)):
@@ -112,7 +116,7 @@ class Site:
         return "\n".join(lines) + "\n"
 
     def copy(self, path: PurePosixPath) -> str:
-        """A file, as it is."""
+        """Show a file as it is."""
         text = (ROOT / path).read_text(encoding="utf-8")
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`{3,}", text)), default=2))
         language = LANGUAGES.get(path.suffix, "none")
@@ -120,7 +124,7 @@ class Site:
 
 
 def write(page: str, text: str) -> None:
-    """A page of the site's source."""
+    """Write a page of the site's source."""
     (SOURCE / page).parent.mkdir(parents=True, exist_ok=True)
     (SOURCE / page).write_text(text, encoding="utf-8")
 
@@ -134,8 +138,9 @@ def assemble() -> None:
     for path in sorted(DOCS.glob("*.md")):
         name = PurePosixPath("docs") / path.name
         write(path.name, site.relinked(path.read_text(encoding="utf-8"), name, path.name))
-    readme = site.relinked((ROOT / "README.md").read_text(encoding="utf-8"), PurePosixPath("README.md"), "readme.md")
-    write("readme.md", f"---\norphan: true\n---\n\n{readme}")
+    for name, page in READMES.items():
+        text = site.relinked((ROOT / name).read_text(encoding="utf-8"), PurePosixPath(name), page)
+        write(page, f"---\norphan: true\n---\n\n{text}" if name == "README.md" else text)
     table = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
     page = site.relinked(table, PurePosixPath("tutorials/README.md"), "tutorials/index.md")
     notebooks = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -150,7 +155,7 @@ def assemble() -> None:
 
 
 def link_back(page: Path) -> None:
-    """Links the interactive page to the documentation, which lies beside it in the site alone."""
+    """Link the interactive page to the documentation, which lies beside it only in the site."""
     text, mark = page.read_text(encoding="utf-8"), "<!-- documentation: the site puts a link here -->"
     if text.count(mark) != 1:
         raise ValueError(f"{page}: got {text.count(mark)} places for the link; allowed: 1, {mark}")
@@ -159,19 +164,19 @@ def link_back(page: Path) -> None:
 
 
 def toctree(caption: str, pages: Sequence[str]) -> str:
-    """A part of the navigation. It is added here, because GitHub would show it as code."""
+    """Write one part of the navigation. The pages do not hold it, because GitHub would show it as code."""
     title = f":caption: {caption}\n" if caption else ""
     return "\n".join(["", f"```{{toctree}}\n:hidden:\n{title}", *pages, "```", ""])
 
 
 def navigation() -> str:
-    """All pages but the tutorials, which have a list of their own; pages that are not there are left out."""
+    """Write the menu of all pages that exist. The tutorials have a list of their own."""
     parts = (toctree(caption, [name for name in names if (SOURCE / f"{name}.md").exists()]) for caption, names in MENU)
     return "".join(parts)
 
 
 def notebook_page(site: Site, path: Path) -> None:
-    """An executed tutorial, its links turned, its figures with alternative texts."""
+    """Copy an executed tutorial with changed links and with alternative texts for its figures."""
     notebook = nbformat.read(path, as_version=4)
     captions = figures(notebook)
     for cell in notebook.cells:
@@ -184,7 +189,7 @@ def notebook_page(site: Site, path: Path) -> None:
 
 
 def main() -> int:
-    """Lay out the source and have Sphinx make the site."""
+    """Lay out the source and let Sphinx make the site."""
     assemble()
     shutil.rmtree(HTML, ignore_errors=True)
     options = ["-W", "--keep-going", "-q", "-E", "-j", "auto", "-c", str(DOCS), "-d", str(BUILD / "doctrees")]

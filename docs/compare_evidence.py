@@ -1,10 +1,9 @@
-"""Says how much of the recorded evidence a new run gives again: python docs/compare_evidence.py out/evidence
+"""Say how much of the recorded evidence a new run gives again: python docs/compare_evidence.py out/evidence
 
-Every number that has an interval of confidence in docs/results/evidence is compared with the same number of the new
-run; it is given again if it lies in that interval. Held-out source code is the library of the Python that runs: where
-that is another than the recorded one's, other documents were measured, and both have an interval; then a number is
-given again if the two intervals meet, and not if the new one has none. The exit status is 1 if more than one in twenty
-is not given again, or if there are none.
+Every number that has an interval of confidence in docs/results/evidence is compared with that number of the new run. It
+is given again if it lies in the interval. Held-out source code is the library of the Python that runs. Another version
+has other documents: then a number is given again if the two intervals meet, and not if the new one has none. The exit
+status is 1 if more than one in twenty is not given again, or if there are none.
 """
 
 import json
@@ -19,9 +18,9 @@ SHARE_OUTSIDE = 0.05  # as large as the error of intervals of 95 %
 
 
 def numbers(recorded: object, found: object, path: str = "") -> Iterator[tuple[str, list[float], float, list[float]]]:
-    """(name, recorded interval, new number, new interval) of all that have a recorded one; NaN for what is missing.
+    """Pair numbers by name and place → (name, recorded interval, new number, new interval).
 
-    Lists go by place.
+    Only numbers with a recorded interval count; what is missing is NaN.
     """
     if isinstance(recorded, dict):
         others = found if isinstance(found, dict) else {}
@@ -41,23 +40,23 @@ def numbers(recorded: object, found: object, path: str = "") -> Iterator[tuple[s
 
 
 def item(values: object, index: int) -> object:
-    """Of a list, None where there is none."""
+    """An item of a list, or None."""
     return values[index] if isinstance(values, list) and index < len(values) else None
 
 
 def number(value: object) -> float:
-    """The number, NaN where it is none."""
+    """The number, or NaN."""
     return value if isinstance(value, int | float) else math.nan
 
 
 def interval(ends: object) -> list[float]:
-    """Both ends, NaN where there is none."""
+    """Both ends of an interval, or NaN."""
     return [number(item(ends, 0)), number(item(ends, 1))]
 
 
 def is_of_same_text(before: dict, now: dict) -> bool:
-    """Programs are written from seeds alone; whatever else is measured has documents of the library in it."""
-    return before.get("question") in ("carried", "written") or before.get("python") == now.get("python")
+    """Tell whether both measured the same text: programs come from seeds alone, all else from the library."""
+    return before.get("question") == "carried" or before.get("python") == now.get("python")
 
 
 def main(folder: Path, recorded: Path = RECORDED) -> int:

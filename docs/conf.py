@@ -1,7 +1,7 @@
-"""Settings of the site, for Sphinx. `build_site.py` lays its source out and calls Sphinx with this folder.
+"""Settings of the site, for Sphinx. `build_site.py` lays out the source and calls Sphinx with this folder.
 
-Nothing is fetched, neither here nor by a reader's browser: formulas become MathML while the site is built, and the
-theme brings its own fonts and scripts.
+Neither the build nor a reader's browser fetches anything. Formulas become MathML while the site is built, and the theme
+brings its own fonts and scripts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ author = "the resa authors"
 version = release = installed_version("resa")
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
 nitpicky = False
-highlight_language = "none"  # of fences that name none
+highlight_language = "none"  # for fences without a language
 suppress_warnings = ["misc.highlighting_failure"]  # examples with an ellipsis in them
 
 myst_enable_extensions = ["dollarmath"]
@@ -55,18 +55,18 @@ html_math_renderer = "mathml"
 
 
 def mathml(latex: str, display: str) -> str:
-    """A formula as MathML, which browsers draw themselves."""
+    """Convert a formula to MathML, which browsers draw themselves."""
     return convert(latex, display=display)
 
 
 def visit_inline_math(translator, node: nodes.math) -> None:
-    """An inline formula."""
+    """Write an inline formula."""
     translator.body.append(mathml(node.astext(), "inline"))
     raise nodes.SkipNode
 
 
 def visit_display_math(translator, node: nodes.math_block) -> None:
-    """A formula on a line of its own, which scrolls where it is wider than the page."""
+    """Write a formula on a line of its own. It scrolls where it is wider than the page."""
     number = f'<span class="eqno">({html.escape(node["number"])})</span>' if node.get("number") else ""
     anchor = f' id="{node["ids"][0]}"' if node.get("ids") else ""
     translator.body.append(f'<div class="math"{anchor}>{number}{mathml(node.astext(), "block")}</div>\n')
@@ -74,9 +74,9 @@ def visit_display_math(translator, node: nodes.math_block) -> None:
 
 
 def docstring_as_rst(lines: list[str]) -> list[str]:
-    """The project's docstrings, written to be read in an editor, as what Sphinx reads.
+    """Convert the project's docstrings, written to be read in an editor, to the text that Sphinx reads.
 
-    Code marks are doubled, other marks of reStructuredText are taken literally; indented lines and examples stay.
+    Code marks are doubled. Other marks of reStructuredText are taken literally. Indented lines and examples stay.
 
     >>> docstring_as_rst(["of `lo` and |v|, w_", "", "    a = b * c", "", ">>> f(1)", "2"])
     ['of ``lo`` and \\\\|v\\\\|, w\\\\_', '', '::', '', '    a = b * c', '', '>>> f(1)', '2']
@@ -97,7 +97,7 @@ def docstring_as_rst(lines: list[str]) -> list[str]:
 
 
 def escaped(line: str) -> str:
-    """One line of prose: `code` doubled, emphasis left, everything else literal."""
+    """Convert one line of prose: double the marks of `code`, keep emphasis, take everything else literally."""
     parts = re.split(r"(`[^`]+`|(?<![\w*])\*[^\s*][^*]*[^\s*]\*(?![\w*]))", line)
     for index, part in enumerate(parts):
         if index % 2 == 0:
@@ -108,7 +108,7 @@ def escaped(line: str) -> str:
 
 
 def field_comments(kind: type) -> dict[str, str]:
-    """What the source says behind each field of a dataclass."""
+    """The source's comment behind each field of a dataclass."""
     lines = textwrap.dedent(inspect.getsource(kind)).splitlines()
     fields = [node for node in ast.parse("\n".join(lines)).body[0].body if isinstance(node, ast.AnnAssign)]
     found = {}
@@ -119,7 +119,7 @@ def field_comments(kind: type) -> dict[str, str]:
 
 
 def process_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Docstrings are turned into reStructuredText; dataclasses show their fields, with the comments behind them."""
+    """Convert a docstring to reStructuredText. A dataclass also gets a list of its fields with their comments."""
     lines[:] = docstring_as_rst(lines)
     if what == "class" and dataclasses.is_dataclass(obj):
         comments = field_comments(obj)
@@ -133,6 +133,6 @@ def process_docstring(app: Sphinx, what: str, name: str, obj: object, options: o
 
 
 def setup(app: Sphinx) -> None:
-    """Called by Sphinx."""
+    """Register the hooks above. Sphinx calls this."""
     app.add_html_math_renderer("mathml", (visit_inline_math, None), (visit_display_math, None))
     app.connect("autodoc-process-docstring", process_docstring)

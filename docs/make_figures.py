@@ -1,7 +1,7 @@
-"""Draws the figures of docs/ from the JSON files that commands wrote: python docs/make_figures.py.
+"""Draw the figures of docs/ from the JSON files that commands wrote: python docs/make_figures.py.
 
-With --check, nothing is written and the exit status is 1 if any figure is not what its file says. The drawing of equal
-numbers is equal, byte for byte, with the version of matplotlib in constraints.txt.
+With --check nothing is written, and the exit status is 1 if any figure is not what its file says. Equal numbers give
+equal bytes with the version of matplotlib in constraints.txt.
 """
 
 import io
@@ -17,18 +17,18 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-STYLE = "resa.reference.assets.figure"
+STYLE = "resa.reference.weights.assets.figure"
 COLOURS = [f"C{index}" for index in range(5)]
 
 
 def load(part: str) -> dict:
-    """The result of one part of the evidence."""
+    """Read the result of one part of the evidence."""
     return json.loads((ROOT / "docs" / "results" / "evidence" / f"{part}.json").read_text())
 
 
 def errors(means: list[float], intervals: list[list[float]]) -> np.ndarray:
-    """How far the ends of the intervals lie from the means: [2, means]."""
-    (low, high), middle = np.array(intervals, dtype=float).T, np.array(means, dtype=float)  # NaN where there is none
+    """Distances of the ends of the intervals from the means: [2, means]; NaN where there is no interval."""
+    (low, high), middle = np.array(intervals, dtype=float).T, np.array(means, dtype=float)
     return np.stack([middle - low, high - middle])
 
 
@@ -69,7 +69,7 @@ def written(axes: plt.Axes) -> None:
 
 
 def carried_values() -> bytes:
-    """Both, side by side."""
+    """Draw both, side by side."""
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
         carried(axes[0])

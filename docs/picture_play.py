@@ -1,4 +1,4 @@
-"""Photographs the interactive page into images/play.png: python docs/picture_play.py (needs playwright, Chromium)."""
+"""Photograph the interactive page into images/play.png: python docs/picture_play.py (needs playwright, Chromium)."""
 
 import io
 import shutil
@@ -13,14 +13,14 @@ CHROMIUM = shutil.which("chromium")
 
 
 def main() -> None:
-    """One place in one generation, as a reader with a light theme sees it."""
+    """Photograph one place in one generation, in the light theme."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1280, "height": 985}, color_scheme="light")
         page.goto((DOCS / "play" / "index.html").as_uri() + PLACE)
         picture = Image.open(io.BytesIO(page.screenshot()))
         browser.close()
-    # Few colours are in it: a palette makes the file a third as large.
+    # The page has few colours, so a palette makes the file a third as large.
     picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(DOCS / "images" / "play.png", optimize=True)
 
 

@@ -1,9 +1,9 @@
-"""Records what docs/play shows, docs/play/data.js: python docs/record_play.py.
+"""Record the data of docs/play in docs/play/data.js: python docs/record_play.py.
 
 The shipped model continues a library module that was held out of its training, greedily, under every setting that the
-page offers. Every sparse step leaves the blocks that each layer and KV head selected, how far the token that it cached
-lies from dense prefill of the same tokens (the specification's drift, layer by layer), and how far its prediction
-lies from the dense one. About a minute on one CPU core; nothing is drawn from a random generator.
+page offers. The recording keeps three things of every sparse step: the blocks that each layer and KV head selected, the
+drift of the token that it cached (layer by layer), and the distance of its prediction from the dense one. This takes
+about a minute on one CPU core and draws nothing from a random generator.
 """
 
 from __future__ import annotations
@@ -20,12 +20,22 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from resa.reference import GPT, KVCache, ReSAConfig, generate, load_model, load_tokenizer
-from resa.reference.checkpoint import file_digest, shipped_checkpoint
-from resa.reference.demo import DEMO_MODULE, demo_prompt, one_torch_thread
-from resa.reference.evals.fidelity import read_ratio
-from resa.reference.files import source_digest, write_atomically
-from resa.reference.generate import prefill, rectify, sparse_step
+from resa.reference import (
+    GPT,
+    KVCache,
+    ReSAConfig,
+    dense_pass,
+    generate,
+    load_model,
+    load_tokenizer,
+    prefill,
+    rectify,
+    sparse_step,
+)
+from resa.reference.cli.demo import DEMO_MODULE, demo_prompt
+from resa.reference.lab.fidelity import read_ratio
+from resa.reference.weights.checkpoint import file_digest, shipped_checkpoint
+from resa.reference.weights.files import source_digest, write_atomically
 
 DATA = Path(__file__).parent / "play" / "data.js"
 NAME = "RESA_PLAY"  # the one global variable that data.js sets
@@ -33,53 +43,55 @@ NAME = "RESA_PLAY"  # the one global variable that data.js sets
 ENDING = "def _decode_base64(s):\n    "  # where the prompt ends: the function before it can be copied from
 PROMPT_TOKENS, NEW_TOKENS = 1024, 128
 INTERVALS, RATIOS = (8, 16, 32, 64, None), (0.05, 0.1, 0.2)
-# At least 2 blocks: with the default of 16, caches this short would read the same whatever the ratio.
+# A step reads at least 2 blocks. With the default of 16, it would read the same at every ratio of so short a cache.
 CONFIG = ReSAConfig(min_blocks=2, schedule="paper")
 UNIT = 1e-4  # drift and divergence are stored as whole numbers of this
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One generation, step by step; a step feeds one token, so the last token has none."""
+    """One generation, step by step. A step feeds one token, and the last token is not fed."""
 
     tokens: list[int]  # [N], chosen
     selected: Tensor  # [N − 1, layer, Hkv, M] bool, blocks attended
-    drift: Tensor  # [N − 1, layer] of the token that the step cached, as the step left it
-    rectified: Tensor  # [rectifications, layer] largest drift of the window right after it was rectified
-    divergence: Tensor  # [N − 1] KL(dense ‖ sparse) of the next-token distributions, in nats
+    drift: Tensor  # [N − 1, layer], drift of the cached token right after its step
+    rectified: Tensor  # [rectifications, layer], largest drift of the window right after its rectification
+    divergence: Tensor  # [N − 1], KL(dense ‖ sparse) of the next-token distributions, in nats
 
 
 @torch.no_grad()
 def record(model: GPT, prompt: Sequence[int], n_tokens: int, config: ReSAConfig) -> Recording:
-    """`generate`, greedy, schedule "paper", with every step and every rectification looked at."""
+    """Decode greedily under schedule "paper", as `generate` does, and look at every step and rectification."""
+    # Watch the selection of every layer.
     taken: list[Tensor] = []
 
     def select_blocks(scores: Tensor, lengths: Tensor, config: ReSAConfig) -> Tensor:
         taken.append(model.ops.select_blocks(scores, lengths, config))
         return taken[-1]
 
+    # Decode, and keep what each step and each rectification wrote.
     watched = model.with_ops(replace(model.ops, select_blocks=select_blocks))
-    cache = model.new_cache(1, len(prompt) + n_tokens - 1, config.block_size)
-    logits = prefill(model, [prompt], cache)
-    tokens, window = [int(logits.argmax())], torch.zeros(1, dtype=torch.int64)
+    cache = model.new_cache(len(prompt) + n_tokens - 1, config.block_size)
+    tokens, n_drifted = [int(prefill(model, prompt, cache).argmax())], 0
     left, predicted, rewritten = [], [], []
     while len(tokens) < n_tokens:
-        logits = sparse_step(watched, torch.tensor(tokens[-1:]), cache, config)
-        window += 1
+        logits = sparse_step(watched, tokens[-1], cache, config)
+        n_drifted += 1
         left.append(newest(cache, 1))
         predicted.append(logits)
-        if int(window) == config.interval:
-            rectify(model, [tokens[-config.interval :]], cache, window)
-            rewritten.append(newest(cache, config.interval))
-            window.zero_()
+        if config.is_pass_due(n_drifted):
+            rectify(model, tokens[-n_drifted:], cache, n_drifted)
+            rewritten.append(newest(cache, n_drifted))
+            n_drifted = 0
         tokens.append(int(logits.argmax()))
 
+    # Compare with dense prefill of the same tokens.
     exact, wanted = dense_prefill(model, prompt, tokens[:-1], config)
     drift = layer_drift(torch.cat(left, dim=2), exact)
     windows = exact.split(config.interval, dim=2) if config.interval else ()
     pairs = zip(rewritten, windows, strict=False)  # the last window may be open
     after = [layer_drift(found, dense).amax(dim=0) for found, dense in pairs]
-    given = torch.cat(predicted).log_softmax(dim=-1)
+    given = torch.stack(predicted).log_softmax(dim=-1)
     divergence = (wanted.exp() * (wanted - given)).sum(dim=-1)
     rows = torch.stack([as_mask(indices[0], cache.bounds.shape[-1]) for indices in taken])
     selected = rows.unflatten(0, (n_tokens - 1, model.config.n_layer))
@@ -87,41 +99,39 @@ def record(model: GPT, prompt: Sequence[int], n_tokens: int, config: ReSAConfig)
 
 
 def newest(cache: KVCache, n: int) -> Tensor:
-    """A copy of the newest n tokens' keys and values: [2, layer, n, Hkv, D]."""
-    end = int(cache.lengths)
-    both = torch.stack((cache.keys[:, 0, :, end - n : end], cache.values[:, 0, :, end - n : end]))
-    return both.transpose(2, 3)
+    """Copy the newest n tokens' keys and values: [2, layer, n, Hkv, D]."""
+    at = slice(cache.length - n, cache.length)
+    return torch.stack((cache.keys[:, 0, :, at], cache.values[:, 0, :, at])).transpose(2, 3)
 
 
 def dense_prefill(
     model: GPT, prompt: Sequence[int], tokens: Sequence[int], config: ReSAConfig
 ) -> tuple[Tensor, Tensor]:
-    """What a dense pass over the same tokens caches, as `newest`, and its log-probabilities after each of them.
+    """Run a dense pass over the same tokens: the keys and values it caches, and its log-probabilities [n, V].
 
-    The prompt goes in at once, not in the chunks that decoding took: so rounding shows, as between any two prefills.
+    The prompt goes in at once, not in the chunks of decoding. So rounding shows, as between any two prefills.
     """
-    cache = model.new_cache(1, len(prompt) + len(tokens), config.block_size)
-    prefill(model, [prompt], cache, chunk_size=len(prompt))
-    counts = torch.full_like(cache.lengths, len(tokens))
-    hidden = model.dense_pass(torch.tensor([list(tokens)]), cache, cache.lengths, counts)
-    return newest(cache, len(tokens)), model.output(hidden[0]).log_softmax(dim=-1)
+    cache = model.new_cache(len(prompt) + len(tokens), config.block_size)
+    prefill(model, prompt, cache, chunk_size=len(prompt))
+    hidden = dense_pass(model, tokens, cache, cache.length)
+    return newest(cache, len(tokens)), model.output(hidden).log_softmax(dim=-1)
 
 
 def layer_drift(found: Tensor, exact: Tensor) -> Tensor:
-    """The specification's drift (section 3), its largest over layers left out: [2, layer, n, Hkv, D] → [n, layer]."""
+    """Drift of the specification (section 3), but for each layer by itself: [2, layer, n, Hkv, D] → [n, layer]."""
     relative = (found - exact).norm(dim=-1) / exact.norm(dim=-1)  # [2, layer, n, Hkv]
     return relative.amax(dim=(0, 3)).T
 
 
 def as_mask(indices: Tensor, n_blocks: int) -> Tensor:
-    """Which blocks are among the indices, −1 padded: [Hkv, N] → [Hkv, M] bool."""
+    """Mark the blocks among indices with −1 padding: [Hkv, N] → [Hkv, M] bool."""
     mask = torch.zeros(len(indices), n_blocks + 1, dtype=torch.bool)
     mask.scatter_(1, torch.where(indices < 0, n_blocks, indices).long(), True)
     return mask[:, :n_blocks]
 
 
 def packed(mask: Tensor) -> str:
-    """Bits as base64: [..., M] bool, each row filled up to whole bytes, the lowest block in the lowest bit.
+    """Pack bits [..., M] as base64. Each row fills whole bytes, with the lowest block in the lowest bit.
 
     >>> base64.b64decode(packed(torch.tensor([[True, False, False], [False, True, True]]))).hex()
     '0106'
@@ -132,17 +142,17 @@ def packed(mask: Tensor) -> str:
 
 
 def whole(numbers: Tensor) -> list:
-    """Numbers in the unit of the file."""
+    """Round numbers to whole units of the file."""
     return (numbers.double() / UNIT).round().long().tolist()
 
 
 def pieces(tokenizer: tiktoken.Encoding, tokens: Sequence[int]) -> list[str]:
-    """The text of every token; refused where a token is no text by itself, as the page could not show it."""
+    """Decode every token by itself. Raises UnicodeDecodeError for a token that is no text, which no page can show."""
     return [tokenizer.decode_single_token_bytes(token).decode() for token in tokens]
 
 
 def setting(tokenizer: tiktoken.Encoding, recording: Recording, config: ReSAConfig) -> dict[str, object]:
-    """One generation as the page reads it."""
+    """Put one generation into the form that the page reads."""
     return {
         "interval": config.interval,
         "ratio": config.active_ratio,
@@ -156,21 +166,21 @@ def setting(tokenizer: tiktoken.Encoding, recording: Recording, config: ReSAConf
 
 
 def play_prompt(tokenizer: tiktoken.Encoding) -> list[int]:
-    """The module's tokens up to and with `ENDING`, as many as are asked for."""
+    """The last `PROMPT_TOKENS` tokens of the module, up to and with `ENDING`."""
     text = demo_prompt()[1]
     return tokenizer.encode_ordinary(text[: text.index(ENDING) + len(ENDING)])[-PROMPT_TOKENS:]
 
 
 def every_config() -> list[ReSAConfig]:
-    """How each setting of the page decodes."""
+    """The configuration of every setting of the page."""
     return [replace(CONFIG, interval=interval, active_ratio=ratio) for ratio in RATIOS for interval in INTERVALS]
 
 
 def measure() -> dict[str, object]:
-    """All of the file."""
+    """Record every setting."""
     model, tokenizer = load_model(), load_tokenizer()
     prompt = play_prompt(tokenizer)
-    dense = generate(model, [prompt], NEW_TOKENS, ReSAConfig(interval=1))
+    [dense] = generate(model, [prompt], NEW_TOKENS, ReSAConfig(interval=1))
     settings = []
     for config in every_config():
         print(f"interval {config.interval}, active ratio {config.active_ratio}", file=sys.stderr)
@@ -188,13 +198,13 @@ def measure() -> dict[str, object]:
         "kv_heads": model.config.n_kv_head,
         "unit": UNIT,
         "prompt": pieces(tokenizer, prompt),
-        "dense": pieces(tokenizer, dense.tokens[0]),
+        "dense": pieces(tokenizer, dense.tokens),
         "settings": settings,
     }
 
 
 def as_script(result: dict[str, object]) -> str:
-    """The result as a script, because a page opened from a disk may not fetch; one setting per line."""
+    """Write the result as a script, one setting per line. A page that is opened from a disk may not fetch."""
     lines = [f"  {json.dumps(entry, separators=(',', ':'))}" for entry in result["settings"]]
     head = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in result.items() if name != "settings"]
     body = "\n".join([*head, ' "settings": [', ",\n".join(lines), " ]"])
@@ -202,13 +212,12 @@ def as_script(result: dict[str, object]) -> str:
 
 
 def read_script(path: Path = DATA) -> dict[str, object]:
-    """What `as_script` wrote."""
+    """Read a file of `as_script`."""
     text = path.read_text(encoding="utf-8")
     return json.loads(text[text.index("{") :].rstrip(";\n"))
 
 
 if __name__ == "__main__":
-    with one_torch_thread():
-        script = as_script(measure())
-    DATA.parent.mkdir(exist_ok=True)
+    torch.set_num_threads(1)  # steps of one token are too small to share among threads
+    script = as_script(measure())
     write_atomically(DATA, script.encode())

@@ -1,11 +1,11 @@
-"""Executes every tutorial once and keeps the notebooks in build/docs/notebooks, which the site shows.
+"""Execute every tutorial once and keep the notebooks in build/docs/notebooks, which the site shows.
 
-    python docs/run_tutorials.py                    # all of them, in a kernel of this very interpreter
-    python docs/run_tutorials.py 03_drift           # the ones named
-    python docs/run_tutorials.py --write            # and write their pages, docs/tutorials/*.md, as GitHub shows them
+    python docs/run_tutorials.py                    # all of them, in a kernel of this interpreter
+    python docs/run_tutorials.py 03_drift           # some of them
+    python docs/run_tutorials.py --write            # and write their pages, docs/tutorials/*.md, for GitHub
 
-A tutorial that fails, prints to standard error, takes more than a minute or draws a figure without a caption is named
-with its cell, and the exit status is 1. Next door, `build_site.py` makes the site.
+A tutorial must not fail, print to standard error, take more than a minute or draw a figure without a caption. If one
+does, the script names it with its cell and exits with status 1. `build_site.py` makes the site.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ CAPTION = re.compile(r"^\*(Figure:?.*?)\*\s*$", re.MULTILINE | re.DOTALL)
 
 
 class ThisInterpreter(KernelSpecManager):
-    """Finds one kernel, the interpreter that runs now, whatever kernels are installed on the machine."""
+    """Finds one kernel, the running interpreter, for any kernels that the machine has installed."""
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        """The same for every name."""
+        """Return the running interpreter for every name."""
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         return KernelSpec(argv=argv, display_name="Python", language="python")
 
@@ -54,9 +54,9 @@ def tutorials() -> list[Path]:
 
 
 def execute(script: Path) -> nbformat.NotebookNode:
-    """The script as a notebook with outputs, run in the repository's root.
+    """Run a script in the repository's root and return it as a notebook with outputs.
 
-    Raises `RuntimeError` naming tutorial and cell.
+    Raises `RuntimeError` with the tutorial and the cell.
     """
     notebook = jupytext.read(script)
     try:
@@ -68,7 +68,7 @@ def execute(script: Path) -> nbformat.NotebookNode:
             try:
                 NotebookClient(notebook, km=kernel, timeout=int(2 * LIMIT), resources=place).execute()
             finally:
-                run_sync(kernel.shutdown_kernel)(now=True)  # who brings a kernel ends it
+                run_sync(kernel.shutdown_kernel)(now=True)  # the client does not end a kernel that it was given
     except (CellExecutionError, CellTimeoutError) as error:
         number = sum(cell.cell_type == "code" and "execution" in cell.metadata for cell in notebook.cells)
         raise RuntimeError(f"{script.name}, code cell {number}:\n{TERMINAL_COLOURS.sub('', str(error))}") from None
@@ -84,12 +84,12 @@ def execute(script: Path) -> nbformat.NotebookNode:
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    """The cells that are executed; empty ones are not."""
+    """The code cells that are not empty. Only they are executed."""
     return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
 
 
 def figures(notebook: nbformat.NotebookNode) -> dict[str, list[str]]:
-    """Captions by the id of the cell that draws: as many as it draws, taken from the next prose."""
+    """Captions by the id of the cell that draws: one per figure, from the next prose cell."""
     found: dict[str, list[str]] = {}
     for index, cell in enumerate(notebook.cells):
         drawn = sum("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
@@ -101,7 +101,7 @@ def figures(notebook: nbformat.NotebookNode) -> dict[str, list[str]]:
 
 
 def plain(markdown: str) -> str:
-    """A caption as alternative text: one line without links, code marks or brackets.
+    """Turn a caption into an alternative text: one line without links, code marks or brackets.
 
     >>> plain(" the drift of [layer 3](x.md),\\n in `keys`")
     'the drift of layer 3, in keys'
@@ -113,14 +113,14 @@ BRACKETS = str.maketrans("[]", "()")
 
 
 def fenced(text: str, language: str) -> str:
-    """The text in a fence longer than any within it."""
+    """Put a text into a fence that is longer than any fence within it."""
     longest = max((len(run) for run in re.findall(r"^`{3,}", text, re.MULTILINE)), default=2)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def page(notebook: nbformat.NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
-    """The notebook as Markdown that GitHub shows, and its images by file name."""
+    """Turn a notebook into Markdown for GitHub, and its images by file name."""
     images: dict[str, bytes] = {}
     captions = figures(notebook)
     parts = [f"<!-- Written from tutorials/{name}.py by `make tutorials`: change that, not this. -->"]
@@ -139,7 +139,7 @@ def page(notebook: nbformat.NotebookNode, name: str) -> tuple[str, dict[str, byt
 
 
 def outputs(cell: nbformat.NotebookNode, captions: Iterator[str], images: dict[str, bytes], name: str) -> Iterator[str]:
-    """What a cell printed and drew, in order, neighbouring prints as one; fills `images`."""
+    """Yield the texts and images of a cell in order, with neighbouring prints as one text. Fills `images`."""
     printed = ""
     for output in cell.outputs:
         if output.output_type == "stream":
@@ -160,7 +160,7 @@ def outputs(cell: nbformat.NotebookNode, captions: Iterator[str], images: dict[s
 
 
 def write_page(notebook: nbformat.NotebookNode, name: str) -> None:
-    """docs/tutorials/NAME.md and its images, in place of the last ones."""
+    """Write docs/tutorials/NAME.md and its images, in place of the old ones."""
     text, images = page(notebook, name)
     (PAGES / "images").mkdir(parents=True, exist_ok=True)
     for old in (PAGES / "images").glob(f"{name}_*.png"):
@@ -171,7 +171,7 @@ def write_page(notebook: nbformat.NotebookNode, name: str) -> None:
 
 
 def remove_leftovers() -> None:
-    """Pages and images of tutorials that are no more."""
+    """Delete pages and images of tutorials that no longer exist."""
     names = {script.stem for script in tutorials()}
     for path in [*PAGES.glob("*.md"), *(PAGES / "images").glob("*.png")]:
         stem = path.stem if path.suffix == ".md" else path.stem.rpartition("_")[0]
@@ -180,7 +180,7 @@ def remove_leftovers() -> None:
 
 
 def main() -> int:
-    """Run what the command line asks for."""
+    """Run the tutorials that the command line names."""
     parser = argparse.ArgumentParser(description="execute the tutorials")
     parser.add_argument("names", nargs="*", help="such as 03_drift (default: all)")
     parser.add_argument("--write", action="store_true", help="write docs/tutorials/*.md and images too")
@@ -189,7 +189,7 @@ def main() -> int:
     unknown = set(options.names) - {script.stem for script in chosen}
     if unknown:
         parser.error(f"no tutorial {', '.join(sorted(unknown))}; there are {', '.join(p.stem for p in tutorials())}")
-    # As many threads as a small machine has: times and rounding should not depend on a large one.
+    # Take as many threads as a small machine has: times and rounding should not depend on a large machine.
     os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
     NOTEBOOKS.mkdir(parents=True, exist_ok=True)
     if not options.names:

@@ -1,33 +1,35 @@
-"""The installed command `resa`: the reference's command line and a second backend for it, `triton`.
+"""The installed command `resa`: the reference's command line with a second backend, `triton`.
 
-Unlike `python -m resa.reference`, which knows the reference alone, this runs on the kernels where there is an NVIDIA
-GPU. It works where Triton is not installed as well, with the reference alone.
+Unlike `python -m resa.reference`, which knows the reference alone, this runs on the kernels where
+there is an NVIDIA GPU. Where Triton is not installed it works with the reference alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
-from resa.reference import Generation, Operations, cli
-from resa.reference.cli import REFERENCE, Backend
+from resa.reference import Generation, Operations
+from resa.reference.cli import main as command_line
+from resa.reference.cli.main import REFERENCE, Backend
 
 from .bench.cli import add_bench
-from .crossover import dense_below
+from .bench.crossover import crossover
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`resa.reference.cli.main`, with the kernels to choose from, and the command `bench`."""
-    return cli.main(arguments, backends=BACKENDS, more=[add_bench])
+    """Run `resa.reference.cli.main.main` with the kernels to choose from, and `bench`."""
+    return command_line.main(arguments, backends=BACKENDS, more=[add_bench])
 
 
 def _needs(device: torch.device) -> str | None:
-    """What the kernels are missing to run on the device, None where they run."""
+    """What the kernels are missing to run on the device; None where they run."""
     if find_spec("triton") is None:
         return "the package triton, which there is for Linux only"
-    from .checks import INTERPRETED
+    from .gpu.limits import INTERPRETED
 
     if INTERPRETED:
         return None if device.type == "cpu" else "--device cpu while TRITON_INTERPRET=1"
@@ -36,7 +38,7 @@ def _needs(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "--device cuda"
 
 
-def _generate(*arguments: object, **options: object) -> Generation:
+def _generate(*arguments: Any, **options: Any) -> list[Generation]:
     from .generate import generate
 
     return generate(*arguments, **options)
@@ -48,4 +50,4 @@ def _operations() -> Operations:
     return TRITON_OPS
 
 
-BACKENDS = {"triton": Backend(_generate, _operations, _needs, dense_below), "reference": REFERENCE}
+BACKENDS = {"triton": Backend(_generate, _operations, _needs, crossover), "reference": REFERENCE}

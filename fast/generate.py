@@ -1,51 +1,48 @@
 """Decoding on the GPU without waiting for it: sparse steps and rectifications as CUDA graphs.
 
-The reference's loop looks at the device for every token: at lengths, at windows, at the token chosen. Here all of that
-stays on the device. Every step is one replay of a graph that decides by per-sequence masks who takes a sparse step and
-who is rectified; lengths, windows, chosen tokens and stop flags are tensors that the graph updates in place. The host
-only keeps count of which kinds of step can be due, and reads tokens back once per interval when a callback or a stop
-token asks for it, else once at the end.
+The reference decodes one sequence and looks at every token. Here a batch decodes together, and its
+state stays on the device: lengths, drift, chosen tokens and ends are tensors that a step updates in
+place. Every step is one replay of a graph, in which masks decide which sequences take part. The
+host only counts along to know which kinds of step come next. It reads tokens back once per interval
+where a callback or a stop token asks for it, else once at the end.
 
-Where the kernels are interpreted (`TRITON_INTERPRET=1`), the same steps run one operation after another.
+Where the kernels are interpreted (`TRITON_INTERPRET=1`), the same steps run without graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from resa.reference.cache import KVCache, pad_tokens
-from resa.reference.checks import check_lengths, is_integer, require
+from resa.reference.checks import check_lengths, check_tokens, require, require_integer
 from resa.reference.config import ReSAConfig
-from resa.reference.generate import (
-    NO_TOKEN,
-    Generation,
-    check_request,
-    needed_capacity,
-    open_generation,
-)
+from resa.reference.generate import Generation
 from resa.reference.model import GPT
-from resa.reference.sampling import sequence_generators
+from resa.reference.requests import check_request, sequence_generators
+from resa.reference.sampling import Sampling
 
-from .attention import count_dense_units, enqueue_dense, enqueue_sparse
-from .blocks import MANY_SCORES, block_bounds, enqueue_append_and_scores, enqueue_scores, enqueue_selection
-from .bookkeeping import enqueue_append, enqueue_plan
-from .bounds8 import Bounds8, compress_bounds
-from .cache import enqueue_write
-from .checks import INTERPRETED, check_kernel_dtypes, check_sizes
-from .graphs import capture
+from .attention import count_split_counters, dense_attention, sparse_attention
+from .blocks import MANY_SCORES, append_and_score, block_bounds, score_blocks, select_blocks
+from .cache import BatchedCache, write_window
+from .gpu.bookkeeping import Plan, note_tokens, plan_step
+from .gpu.bounds8 import Bounds8, compress_bounds
+from .gpu.graphs import capture
+from .gpu.limits import INTERPRETED, check_kernel_dtypes, check_sizes
 from .model import accelerated
+from .sampling import Sampler
 
+NO_TOKEN = -1
 PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt, at most; changes no result
-PREFILL_ROWS = 8192  # and of all prompts together, because a pass holds some 50,000 numbers per token of a 7B model
-Bounds = Sequence[Tensor | Bounds8]  # per layer: [B, Hkv, 2, D, M], exact or in 8 bits
-SMALL_BLOCK = 2048  # channels of a block's keys, up to which one warp appends a token while others score
-MANY_ROWS = 16  # KV heads of all sequences, from which on appending on a second stream costs less than it saves
-READ_BACK = 32  # fewest tokens between two looks at the device; a multiple of the interval is
+# Tokens per dense pass of all prompts together: a pass holds some 50,000 numbers per token of a 7B
+# model.
+PREFILL_ROWS = 8192
+SMALL_BLOCK = 2048  # numbers in a block's keys, up to which one warp appends while others score
+MANY_ROWS = 16  # KV heads of all sequences, from which on appending beside the scoring pays
+READ_BACK = 32  # fewest tokens between two looks at the device
 
 
 def generate(
@@ -53,401 +50,383 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     config: ReSAConfig | None = None,
+    sampling: Sampling | None = None,
     *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generators: torch.Generator | Sequence[torch.Generator] | None = None,
     stop_tokens: Collection[int] = (),
     on_token: Callable[[int, int, int], None] | None = None,
     resume: Generation | None = None,
-    eight_bit_bounds: bool = False,
-) -> Generation:
-    """Continue every prompt by up to `max_new_tokens` tokens; the reference's `generate`, argument for argument.
+) -> list[Generation]:
+    """Continue every prompt by up to `max_new_tokens` tokens, all prompts together.
 
-    Three things differ. It does not speculate. `on_token` is called once per interval, for all tokens chosen since. And
-    `eight_bit_bounds` lets selection read bounds rounded outward to 8 bits, half the bytes, which may select other
-    blocks. Raises `ValueError` naming the argument before any work starts, also for what the kernels do not support.
+    Arguments and results are those of the reference's `generate`, with two differences. `on_token`
+    is called every READ_BACK tokens or so, for all tokens chosen since. With
+    `config.eight_bit_bounds` selection reads bounds rounded outward to 8 bits, half the bytes,
+    which may select other blocks. A request that the kernels cannot serve is refused by name before
+    any work starts.
     """
     config = ReSAConfig() if config is None else config
-    check_request(model, prompts, max_new_tokens, config, stop_tokens, resume)
+    sampling = Sampling() if sampling is None else sampling
+    check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume)
     check_model(model, config, len(prompts))
-    capacity = needed_capacity(model, prompts, max_new_tokens, resume)
-    own = sequence_generators(len(prompts), temperature, top_p, top_k, generator)
+    own = sequence_generators(len(prompts), sampling, generators)
+
+    # Prefill the prompts.
     model = accelerated(model)
-    if resume is not None:
-        resume = replace(resume, cache=replace(resume.cache, block_bounds=block_bounds))
-    generation, feed = open_generation(model, prompts, padded_capacity(capacity, config.block_size), config, resume)
-    logits = prefill(model, feed, generation.cache)
+    cache, feed = open_cache(model, prompts, max_new_tokens, config, resume)
+    logits = prefill(model, feed, cache)
     if max_new_tokens == 0:
-        return generation
-    choose = Sampler(temperature, top_p, top_k, own, max_new_tokens, logits.device)
-    cache = generation.cache
-    if eight_bit_bounds:
-        bounds = [compress_bounds(layer) for layer in cache.bounds]
-        cache.bounds = cache.bounds.new_empty(*cache.bounds.shape[:-1], 0)  # not both at once
-    else:
-        bounds = cache.bounds
-    generation = DecodeLoop(model, cache, bounds, max_new_tokens, config, choose, stop_tokens).run(logits, on_token)
-    if eight_bit_bounds:
-        cache.bounds = torch.stack([block_bounds(keys, cache.lengths, config.block_size) for keys in cache.keys])
-    return generation
+        lengths = enumerate(cache.lengths.tolist())
+        return [Generation([], cache.sequence(s, length)) for s, length in lengths]
 
+    # Decode. The loop holds either exact bounds or codes, never both.
+    if config.eight_bit_bounds:
+        cache.bounds = [compress_bounds(layer) for layer in cache.bounds]
+    sampler = Sampler(sampling, own, max_new_tokens, logits.device)
+    loop = DecodeLoop(model, cache, max_new_tokens, config, sampler, stop_tokens)
+    tokens = loop.run(logits, on_token)
+    if config.eight_bit_bounds:
+        b, ends = config.block_size, cache.lengths
+        cache.bounds = torch.stack([block_bounds(keys, ends, b) for keys in cache.keys])
 
-def padded_capacity(tokens: int, block_size: int) -> int:
-    """The next capacity at which every row of bounds is 16 blocks wide or a multiple: loads of it need no splitting."""
-    return triton.cdiv(tokens, 16 * block_size) * 16 * block_size
+    # Hand out the sequences. Their caches are views, which keep the batch's memory alive.
+    rows = zip(tokens, cache.lengths.tolist(), loop.n_drifted.tolist(), strict=True)
+    return [
+        Generation(row, cache.sequence(s, length), n_drifted)
+        for s, (row, length, n_drifted) in enumerate(rows)
+    ]
 
 
 def check_model(model: GPT, config: ReSAConfig, batch: int) -> None:
-    """The kernels must support the model's shape, dtype and device, the block size and the batch."""
+    """Refuse a model, block size or batch that the kernels do not support."""
     shape = model.config
     check_kernel_dtypes(model=model.embed.weight)
     group, rows = shape.n_head // shape.n_kv_head, batch * shape.n_kv_head
     check_sizes(D=shape.head_dim, G=group, block_size=config.block_size, rows=rows)
 
 
-@torch.no_grad()
-def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache, *, chunk_size: int | None = None) -> Tensor:
-    """Append each sequence's prompt to the cache densely, `chunk_size` tokens at a time (None: by the batch).
+def padded_capacity(tokens: int, block_size: int) -> int:
+    """The next capacity whose rows of bounds are a multiple of 16 blocks: loads need no splitting.
 
-    Returns the logits [B, V] after each prompt's last token. An empty prompt leaves its sequence as it is (and its
-    logits zero). The result does not depend on the chunking. Raises `ValueError` for prompts that don't fit.
+    >>> padded_capacity(257, 16)
+    512
     """
+    return triton.cdiv(tokens, 16 * block_size) * 16 * block_size
+
+
+def open_cache(
+    model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ReSAConfig,
+    resume: Generation | None,
+) -> tuple[BatchedCache, list[list[int]]]:  # fmt: skip
+    """A cache with room for what is to come, and each sequence's tokens to prefill."""
+    feed, kept = [list(prompt) for prompt in prompts], 0
+    if resume is not None:
+        # The tokens of the open window are encoded again, with the pending one and the prompt.
+        kept = resume.cache.length - resume.n_drifted
+        feed = [[*resume.tokens[-resume.n_drifted - 1 :], *prompts[0]]]
+    room = max(max_new_tokens - 1, 0)  # the last token is never fed
+    capacity = padded_capacity(kept + max(map(len, feed)) + room, config.block_size)
+    weight, b = model.embed.weight, config.block_size
+    cache = BatchedCache.empty(
+        model.config, len(prompts), capacity, b, dtype=weight.dtype, device=weight.device
+    )
+
+    if resume is not None:
+        cache.keys[:, :, :, :kept] = resume.cache.keys[:, :, :, :kept]
+        cache.values[:, :, :, :kept] = resume.cache.values[:, :, :, :kept]
+        cache.lengths += kept
+        for layer, keys in enumerate(cache.keys):
+            cache.bounds[layer] = block_bounds(keys, cache.lengths, b)
+    return cache, feed
+
+
+@torch.no_grad()
+def prefill(
+    model: GPT, prompts: Sequence[Sequence[int]], cache: BatchedCache,
+    *, chunk_size: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Append each sequence's prompt to the cache densely → logits [B, V] after its last token.
+
+    Each is read `chunk_size` tokens at a time (None: by the batch); the result does not depend on
+    the chunking. An empty prompt leaves its sequence as it is, and its logits zero.
+    """
+    # Check, and pad the prompts to one length.
+    batch, device = len(cache.lengths), cache.lengths.device
     if chunk_size is None:
-        chunk_size = max(1, min(PREFILL_CHUNK, PREFILL_ROWS // max(1, len(prompts))))
-    require(is_integer(chunk_size, 1), "chunk_size", chunk_size, "an integer ≥ 1")
-    tokens, counts = pad_tokens("prompts", prompts, cache)
-    check_lengths("prompts: lengths in the cache", cache.lengths + counts, min(cache.capacity, model.config.context))
-    model.check_tokens(tokens)
+        chunk_size = max(1, min(PREFILL_CHUNK, PREFILL_ROWS // max(1, batch)))
+    require_integer("chunk_size", chunk_size, 1)
+    given, allowed = f"{len(prompts)} lists", f"{batch}, one per sequence of the cache"
+    require(len(prompts) == batch, "prompts", given, allowed)
+    longest = max(map(len, prompts))
+    padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+    tokens = torch.tensor(padded, dtype=torch.int64, device=device).view(batch, longest)
+    counts = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=device)
+    room = min(cache.capacity, model.config.context)
+    check_lengths("prompts: lengths in the cache", cache.lengths + counts, room)
+    check_tokens(tokens, model.config.vocab_size)
     check_kernel_dtypes(cache=cache.keys)
-    longest = tokens.shape[1]
-    logits = torch.zeros(len(prompts), model.config.vocab_size, dtype=cache.keys.dtype, device=counts.device)
-    arrivals = new_arrivals(model, cache, min(chunk_size, longest))
-    for offset in range(0, longest, chunk_size):
-        fed = (counts - offset).clamp(0, chunk_size)
-        chunk = tokens[:, offset : offset + chunk_size]
-        hidden = dense_pass(model, chunk, cache, cache.bounds, cache.lengths, cache.lengths + fed, arrivals)
-        cache.lengths += fed
-        ends_here = (fed > 0) & (counts <= offset + chunk_size)
-        logits[ends_here] = model.output(hidden[ends_here, fed[ends_here].long() - 1])
+
+    # Read them chunk by chunk. A sequence's logits come from the chunk in which its prompt ends.
+    vocabulary, dtype = model.config.vocab_size, cache.keys.dtype
+    logits = torch.zeros(batch, vocabulary, dtype=dtype, device=device)
+    split_counters = new_split_counters(model, cache, min(chunk_size, longest))
+    for first in range(0, longest, chunk_size):
+        end = cache.lengths + (counts - first).clamp(0, chunk_size)
+        chunk = tokens[:, first : first + chunk_size]
+        hidden = dense_pass(model, chunk, cache, cache.lengths, end, split_counters)
+        cache.lengths.copy_(end)
+        lasts = [len(prompt) - first - 1 for prompt in prompts]  # each prompt's last token
+        ending = [s for s, last in enumerate(lasts) if 0 <= last < chunk_size]
+        if ending:
+            logits[ending] = model.output(hidden[ending, [lasts[s] for s in ending]])
     return logits
 
 
-def new_arrivals(model: GPT, cache: KVCache, width: int) -> Tensor:
-    """Zeroed arrival counters, enough for passes of up to `width` tokens over one layer of the cache."""
-    group = model.config.n_head // model.config.n_kv_head
-    units = max(len(cache.lengths) * model.config.n_kv_head, count_dense_units(cache.keys[0], group, width))
-    return torch.zeros(units, dtype=torch.int32, device=cache.lengths.device)
+def new_split_counters(model: GPT, cache: BatchedCache, width: int) -> Tensor:
+    """Zeros, enough for passes of up to `width` tokens and for sparse steps over one layer."""
+    n_kv_head = model.config.n_kv_head
+    dense = count_split_counters(cache.keys[0], model.config.n_head // n_kv_head, width)
+    needed = max(len(cache.lengths) * n_kv_head, dense)
+    return torch.zeros(needed, dtype=torch.int32, device=cache.lengths.device)
 
 
 def dense_pass(
-    model: GPT, tokens: Tensor, cache: KVCache, bounds: Bounds, start: Tensor, end: Tensor, arrivals: Tensor
-) -> Tensor:
-    """Feed a window densely, as `GPT.dense_pass`, without reading anything back.
+    model: GPT, tokens: Tensor, cache: BatchedCache, start: Tensor, end: Tensor,
+    split_counters: Tensor,
+) -> Tensor:  # fmt: skip
+    """Feed a window of tokens densely, overwriting keys and values that the cache held there.
 
-    Sequence s feeds its first end[s] − start[s] tokens at positions start[s], …; none where they are equal. tokens
-    [B, Q], start and end [B] int32 → final hidden states [B, Q, C]. `bounds` are kept up to date; the caller moves the
+    tokens [B, Q], start and end [B] int32 → final hidden states [B, Q, C]. Sequence s feeds its
+    first end[s] − start[s] tokens at positions start[s], start[s] + 1, … The caller moves the
     lengths.
     """
     counts = end - start
-    visible = torch.where(counts > 0, end, 0)  # nothing is computed for a sequence that feeds nothing
+    visible = torch.where(counts > 0, end, 0)  # a sequence that feeds nothing computes nothing
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values, new = cache.keys[layer], cache.values[layer], (key.contiguous(), value.contiguous())
-        enqueue_write(keys, values, bounds[layer], *new, start, end, cache.block_size)
-        return enqueue_dense(query.contiguous(), keys, values, visible, counts, arrivals)[0]
+        keys, values, bounds = cache.keys[layer], cache.values[layer], cache.bounds[layer]
+        write_window(keys, values, bounds, key, value, start, end, cache.block_size)
+        return dense_attention(
+            query, keys, values, visible, query_lengths=counts, split_counters=split_counters
+        )
 
     positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-    return model.transform(tokens, positions, attend)
+    return model.hidden_states(tokens, positions, attend)
 
 
 @dataclass(frozen=True)
 class SparseStep:
-    """What all layers of a sparse step share: where each sequence's token goes, and how much there is to read."""
+    """What all layers of a sparse step share."""
 
-    mask: Tensor  # [B] int32: 1 for the sequences that take the step, 0 for others
-    start: Tensor  # [B] int32: the position of the token fed
-    end: Tensor  # [B] int32: start + 1, or start for a sequence that feeds nothing
-    visible: Tensor  # [B] int32: tokens to attend to, 0 for a sequence that feeds nothing
-    completed: Tensor  # [B] int32: those before the newest block
-    counts: Tensor  # [B] int32: blocks to select, n
+    plan: Plan
     config: ReSAConfig
-    arrivals: Tensor  # [≥ B·Hkv] int32 zeros
-    beside: torch.cuda.Stream | None  # for what can wait
-    selected: list[tuple[Tensor, Tensor]] | None = None  # where every layer leaves its query and indices, to be seen
+    split_counters: Tensor  # [≥ B·Hkv] int32, zeros before and after
+    side_stream: torch.cuda.Stream | None  # for work that can wait
+    selected: list[tuple[Tensor, Tensor]] | None = None  # gets each layer's query and indices
 
 
 def attend_sparsely(
-    step: SparseStep,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bounds: Tensor | Bounds8,
-) -> Tensor:
+    step: SparseStep, query: Tensor, key: Tensor, value: Tensor,
+    keys: Tensor, values: Tensor, bounds: Tensor | Bounds8,
+) -> Tensor:  # fmt: skip
     """One layer of a sparse step: append, score, select, attend.
 
-    query [B, Hq, D], key and value [B, Hkv, 1, D]; keys, values [B, Hkv, T_max, D] and bounds [B, Hkv, 2, D, M] are
-    extended in place → out [B, Hq, D]. The newest block is always attended, so its score is not needed: scoring covers
-    the blocks before it and does not wait for the write.
+    query [B, Hq, D], key and value [B, Hkv, 1, D] → out [B, Hq, D]. keys, values [B, Hkv, T_max, D]
+    and bounds [B, Hkv, 2, D, M] are extended in place.
     """
-    b = step.config.block_size
+    # Append and score side by side. The newest block is always attended, so its score is not
+    # needed: scoring covers the blocks before it and does not wait for the write.
+    plan, side, b = step.plan, step.side_stream, step.config.block_size
     n_scores = keys.shape[0] * keys.shape[1] * (keys.shape[2] // b)
-    if step.beside is None and b * keys.shape[3] <= SMALL_BLOCK and n_scores < MANY_SCORES:
+    if side is None and b * keys.shape[3] <= SMALL_BLOCK and n_scores < MANY_SCORES:
         new = key, value, keys, values, bounds
-        scores = enqueue_append_and_scores(query, *new, step.start, step.end, step.completed, b)
+        scores = append_and_score(query, *new, plan.start, plan.end, plan.completed, b)
     else:
-        if step.beside is not None:
-            step.beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(step.beside):  # does nothing for None
-            enqueue_write(keys, values, bounds, key, value, step.start, step.end, b)
-        scores = enqueue_scores(query, bounds, step.completed, b)
-    indices = enqueue_selection(scores, step.visible, step.counts, step.config)
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # does nothing for None
+            write_window(keys, values, bounds, key, value, plan.start, plan.end, b)
+        scores = score_blocks(query, bounds, plan.completed, b)
+
+    # Select, then attend to what is selected, the new token included.
+    indices = select_blocks(scores, plan.visible, step.config, counts=plan.counts)
     if step.selected is not None:
         step.selected.append((query, indices))
-    if step.beside is not None:
-        torch.cuda.current_stream().wait_stream(step.beside)
-    return enqueue_sparse(query, keys, values, indices, step.counts, step.visible, b, step.arrivals)[0]
+    if side is not None:
+        torch.cuda.current_stream().wait_stream(side)
+    return sparse_attention(
+        query, keys, values, indices, plan.visible, b,
+        counts=plan.counts, split_counters=step.split_counters
+    )  # fmt: skip
 
 
-def sparse_pass(model: GPT, tokens: Tensor, cache: KVCache, bounds: Bounds, step: SparseStep) -> Tensor:
-    """Feed one token per sequence, as `GPT.sparse_pass`, without reading anything back.
+def sparse_step(model: GPT, tokens: Tensor, cache: BatchedCache, step: SparseStep) -> Tensor:
+    """Feed one token per sequence that the plan names → logits [B, V]; tokens [B].
 
-    tokens [B] → final hidden states [B, C]. `bounds` are kept up to date; the caller moves the lengths.
+    The caller moves the lengths.
     """
+    plan, b = step.plan, step.config.block_size
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values, bounds = cache.keys[layer], cache.values[layer], cache.bounds[layer]
         key, value = key.contiguous(), value.contiguous()
         if layer < step.config.dense_layers:
-            keys, values = cache.keys[layer], cache.values[layer]
-            enqueue_write(keys, values, bounds[layer], key, value, step.start, step.end, cache.block_size)
-            return enqueue_dense(query.contiguous(), keys, values, step.visible, step.mask, step.arrivals)[0]
+            write_window(keys, values, bounds, key, value, plan.start, plan.end, b)
+            return dense_attention(
+                query, keys, values, plan.visible,
+                query_lengths=plan.mask, split_counters=step.split_counters
+            )  # fmt: skip
         query = query[:, :, 0].contiguous()
-        out = attend_sparsely(step, query, key, value, cache.keys[layer], cache.values[layer], bounds[layer])
-        return out[:, :, None]
+        return attend_sparsely(step, query, key, value, keys, values, bounds)[:, :, None]
 
-    return model.transform(tokens[:, None], step.start[:, None], attend)[:, 0]
+    hidden = model.hidden_states(tokens[:, None], plan.start[:, None], attend)
+    return model.output(hidden[:, 0])
 
 
 @dataclass(frozen=True)
-class Kinds:
-    """What a step consists of; each combination that occurs becomes one CUDA graph."""
+class StepKinds:
+    """What a step consists of. Each combination that occurs becomes one CUDA graph."""
 
     sparse: bool  # some sequence feeds its pending token sparsely
-    dense: bool  # some sequence feeds its pending token densely, its cache being short
     fused: bool  # some sequence re-encodes its window together with the pending token
     rectify: bool  # some sequence re-encodes its window alone (schedule "paper")
 
 
-class Forecast:
-    """The host's account of lengths and windows: which kinds of step can be due next.
+def schedule(config: ReSAConfig) -> Iterator[StepKinds]:
+    """The kinds of one step after another, for sequences that begin together.
 
-    It follows every sequence as if none had met a stop token, and so never leaves out a kind that the device needs; a
-    kind too many finds its mask empty.
+    They stay in step until they end. A step that a sequence no longer takes finds it masked.
     """
-
-    def __init__(self, lengths: list[int], config: ReSAConfig) -> None:
-        self.lengths, self.windows, self.config = lengths, [0] * len(lengths), config
-
-    def advance(self) -> Kinds:
-        """The kinds of the step that every sequence takes now."""
-        config, kinds = self.config, {"sparse": False, "dense": False, "fused": False, "rectify": False}
-        for s, window in enumerate(self.windows):
-            is_full = config.interval is not None and window + 1 >= config.interval
-            if self.lengths[s] < config.dense_below:
-                kinds["dense"], self.windows[s] = True, 0
-            elif is_full and config.schedule == "fused":
-                kinds["fused"], self.windows[s] = True, 0
-            else:
-                kinds["sparse"], self.windows[s] = True, window + 1
-                if is_full:
-                    kinds["rectify"], self.windows[s] = True, 0
-            self.lengths[s] += 1
-        return Kinds(**kinds)
+    n_drifted = 0
+    while True:
+        is_fused = config.schedule == "fused" and config.is_pass_due(n_drifted)
+        n_drifted = 0 if is_fused else n_drifted + 1
+        is_full = config.schedule == "paper" and config.is_pass_due(n_drifted)
+        n_drifted = 0 if is_full else n_drifted
+        yield StepKinds(sparse=not is_fused, fused=is_fused, rectify=is_full)
 
 
 class DecodeLoop:
-    """The state of decoding as tensors on the device, and the steps that update it in place.
-
-    tokens [B, N], −1 where none is chosen yet; count [B] of those chosen; pending [B], the last of them; window [B], w;
-    active [B]. The lengths are the cache's own tensor.
-    """
+    """The state of decoding as tensors on the device, and the steps that update it in place."""
 
     def __init__(
-        self,
-        model: GPT,
-        cache: KVCache,
-        bounds: Bounds,
-        max_new_tokens: int,
-        config: ReSAConfig,
-        choose: Sampler,
-        stop_tokens: Collection[int],
-    ) -> None:
+        self, model: GPT, cache: BatchedCache, max_new_tokens: int, config: ReSAConfig,
+        sampler: Sampler, stop_tokens: Collection[int],
+    ) -> None:  # fmt: skip
         batch, device = len(cache.lengths), cache.lengths.device
-        self.model, self.cache, self.bounds, self.config, self.choose = model, cache, bounds, config, choose
-        self.tokens = torch.full((batch, max_new_tokens), NO_TOKEN, device=device)
-        self.count = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.pending = torch.full((batch,), NO_TOKEN, device=device)
-        self.window = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.active = torch.ones(batch, dtype=torch.bool, device=device)
+        self.model, self.cache, self.config, self.sampler = model, cache, config, sampler
+
+        # State. The lengths are the cache's own tensor.
+        self.tokens = torch.full((batch, max_new_tokens), NO_TOKEN, device=device)  # [B, N]
+        self.n_chosen = torch.zeros(batch, dtype=torch.int64, device=device)  # tokens so far
+        self.pending = torch.full((batch,), NO_TOKEN, device=device)  # the last of them
+        self.n_drifted = torch.zeros(batch, dtype=torch.int32, device=device)  # w
+        self.running = torch.ones(batch, dtype=torch.bool, device=device)
         self.stop = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=device)
-        self.arrivals = new_arrivals(model, cache, config.interval or 1)
+
+        # Workspace, enough for the widest pass: a rectification's.
+        self.split_counters = new_split_counters(model, cache, config.interval or 1)
         has_company = batch * model.config.n_kv_head >= MANY_ROWS and not INTERPRETED
-        self.beside = torch.cuda.Stream(device) if has_company else None
-        self.graphs: dict[Kinds, torch.cuda.CUDAGraph | None] = {}
-        self.delivered = 0  # tokens per sequence that `on_token` has been told of
-        self.selected: list[tuple[Tensor, Tensor]] | None = None  # a list gets each layer's query and indices
+        self.side_stream = torch.cuda.Stream(device) if has_company else None
+        self.graphs: dict[StepKinds, torch.cuda.CUDAGraph | None] = {}
+        self.n_reported = 0  # tokens per sequence that `on_token` has been called for
+        self.selected: list[tuple[Tensor, Tensor]] | None = None  # see SparseStep
 
     @torch.no_grad()
-    def run(self, logits: Tensor, on_token: Callable[[int, int, int], None] | None) -> Generation:
-        """Decode from the prefill's last logits [B, V] to the end."""
+    def run(
+        self, logits: Tensor, on_token: Callable[[int, int, int], None] | None
+    ) -> list[list[int]]:
+        """Decode from the prefill's last logits [B, V] to the end → each sequence's tokens."""
         first_positions = self.cache.lengths.tolist()
-        forecast = Forecast(list(first_positions), self.config)
         is_watched = on_token is not None or len(self.stop) > 0
         interval = self.config.interval or 1
         every = interval * triton.cdiv(READ_BACK, interval)
-        self.append(logits, self.active, self.cache.lengths, is_sparse=False)
-        for step in range(1, self.tokens.shape[1]):
+
+        self.choose(logits, self.running, self.cache.lengths, is_sparse=False)
+        steps = zip(range(1, self.tokens.shape[1]), schedule(self.config), strict=False)
+        for step, kinds in steps:
             if is_watched and step % every == 0 and not self.report(first_positions, on_token)[1]:
                 break
-            self.launch(forecast.advance())
-        tokens, _ = self.report(first_positions, on_token)
-        self.choose.settle([len(row) for row in tokens])
-        return Generation(tokens, self.cache, self.window.long(), self.pending)
+            self.launch(kinds)
 
-    def launch(self, kinds: Kinds) -> None:
-        """Run one step: as it stands the first time, which compiles what it needs, and as a graph from then on."""
+        tokens, _ = self.report(first_positions, on_token)
+        self.sampler.advance_generators([len(row) for row in tokens])
+        return tokens
+
+    def launch(self, kinds: StepKinds) -> None:
+        """Run one step: as it stands the first time, which compiles, then as a graph."""
         if INTERPRETED or kinds not in self.graphs:
             self.graphs[kinds] = None
-            return self.step(kinds)
+            self.step(kinds)
+            return
         if self.graphs[kinds] is None:
             self.graphs[kinds] = capture(lambda: self.step(kinds))
-        return self.graphs[kinds].replay()
+        self.graphs[kinds].replay()
 
-    def step(self, kinds: Kinds) -> None:
-        """Feed every active sequence's pending token, by the same rules as the reference's `decode_step`."""
+    def step(self, kinds: StepKinds) -> None:
+        """Feed every running sequence's pending token, as the reference's `decode_step` does."""
         config = self.config
-        if kinds.dense or kinds.fused or kinds.rectify:  # whose turn it is, by the state before a sparse step moves it
-            stepping = self.active.clone()
-            dense = stepping & (self.cache.lengths < config.dense_below)
+        if kinds.fused or kinds.rectify:
+            running = self.running.clone()  # before a sparse step ends some
         if kinds.fused:
-            fused = stepping & ~dense & (self.window + 1 >= config.interval)
+            due = running & config.is_pass_due(self.n_drifted)
         if kinds.sparse:
-            self.sparse_step()
-        if kinds.dense:
-            self.dense_step(dense, 1, appends=True)
+            plan = plan_step(self.cache.lengths, self.n_drifted, self.running, config)
+            step = SparseStep(plan, config, self.split_counters, self.side_stream, self.selected)
+            logits = sparse_step(self.model, self.pending, self.cache, step)
+            self.choose(logits, plan.mask, plan.end, is_sparse=True)
         if kinds.fused:
-            self.dense_step(fused, config.interval, appends=True)
+            self.rectify(due, appends=True)
         if kinds.rectify:
-            self.dense_step(stepping & (self.window >= config.interval), config.interval, appends=False)
+            self.rectify(running & config.is_pass_due(self.n_drifted), appends=False)
 
-    def sparse_step(self) -> None:
-        """Feed the pending tokens of the sequences whose turn it is, attending to the selected blocks alone."""
-        plan = enqueue_plan(self.cache.lengths, self.window, self.active, self.config)
-        step = SparseStep(*plan, self.config, self.arrivals, self.beside, self.selected)
-        hidden = sparse_pass(self.model, self.pending, self.cache, self.bounds, step)
-        self.append(self.model.output(hidden), step.mask, step.end, is_sparse=True)
-
-    def dense_step(self, mask: Tensor, width: int, *, appends: bool) -> None:
-        """Re-encode the windows of the sequences in mask [B], and with `appends` their pending tokens as well.
-
-        `width` is the most tokens of one sequence. While a cache is below `dense_below` its window is empty.
-        """
-        window = self.window * mask
-        counts = window + mask if appends else window
-        start = self.cache.lengths - window
+    def rectify(self, mask: Tensor, *, appends: bool) -> None:
+        """Re-encode the windows of the sequences in mask [B], and if asked their pending tokens."""
+        # The last token chosen is the pending one. The window's tokens come right before it.
+        n_drifted = self.n_drifted * mask
+        counts = n_drifted + mask if appends else n_drifted
+        start = self.cache.lengths - n_drifted
         end = start + counts
-        # The last token chosen is the pending one; the window's tokens come right before it.
-        column = (self.count - 1 - window)[:, None] + torch.arange(width, device=mask.device)
-        tokens = self.tokens.gather(1, column.clamp(0, self.tokens.shape[1] - 1)).clamp(min=0)
-        hidden = dense_pass(self.model, tokens, self.cache, self.bounds, start, end, self.arrivals)
+        columns = torch.arange(self.config.interval, device=mask.device)
+        columns = (self.n_chosen - 1 - n_drifted)[:, None] + columns
+        tokens = self.tokens.gather(1, columns.clamp(0, self.tokens.shape[1] - 1)).clamp(min=0)
+        hidden = dense_pass(self.model, tokens, self.cache, start, end, self.split_counters)
+
         if appends:
             last = (counts - 1).clamp(min=0).long()
             logits = self.model.output(hidden[torch.arange(len(last), device=last.device), last])
-            self.append(logits, mask, end, is_sparse=False)
+            self.choose(logits, mask, end, is_sparse=False)
         else:
-            self.window.masked_fill_(mask, 0)
+            self.n_drifted.masked_fill_(mask, 0)
 
-    def append(self, logits: Tensor, mask: Tensor, end: Tensor, *, is_sparse: bool) -> None:
-        """Choose the next tokens of the sequences in mask [B], whose caches end at `end` now, from logits [B, V]."""
-        chosen = self.choose(logits, self.count)
-        state = self.tokens, self.count, self.pending, self.active, self.cache.lengths, self.window
-        enqueue_append(chosen, mask, end, *state, self.stop, is_sparse=is_sparse)
+    def choose(self, logits: Tensor, mask: Tensor, end: Tensor, *, is_sparse: bool) -> None:
+        """Choose the next tokens of the sequences in mask [B], whose caches now end at `end`."""
+        chosen = self.sampler(logits, self.n_chosen)
+        state = self.tokens, self.n_chosen, self.pending, self.running
+        drift = self.cache.lengths, self.n_drifted
+        note_tokens(chosen, mask, end, *state, *drift, self.stop, is_sparse=is_sparse)
 
     def report(
         self, first_positions: list[int], on_token: Callable[[int, int, int], None] | None
     ) -> tuple[list[list[int]], bool]:
-        """Read back what was chosen and hand it to the callback in order → all tokens so far, whether any goes on."""
-        waiting = [_to_host(tensor) for tensor in (self.tokens, self.count, self.active)]
+        """Hand new tokens to the callback → all tokens so far, and whether any sequence goes on."""
+        state = self.tokens, self.n_chosen, self.running
+        copies = [_to_host(tensor) for tensor in state]
         if not INTERPRETED:
             torch.cuda.current_stream().synchronize()
-        rows, count, active = (tensor.tolist() for tensor in waiting)
-        tokens = [row[:n] for row, n in zip(rows, count, strict=True)]
-        for place in range(self.delivered, max(count)):
+        rows, n_chosen, running = (tensor.tolist() for tensor in copies)
+        tokens = [row[:n] for row, n in zip(rows, n_chosen, strict=True)]
+
+        for place in range(self.n_reported, max(n_chosen)):
             for sequence, position in enumerate(first_positions):
                 if on_token is not None and place < len(tokens[sequence]):
                     on_token(sequence, position + place, tokens[sequence][place])
-        self.delivered = max(count)
-        return tokens, any(active)
+        self.n_reported = max(n_chosen)
+        return tokens, any(running)
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, there once the stream has been waited for; on the CPU the tensor itself."""
+    """A copy in pinned memory, there once the stream has been waited for; on the CPU the tensor."""
     if tensor.device.type == "cpu":
         return tensor
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-class Sampler:
-    """The reference's `sample_token` for a whole batch, on the device.
-
-    Its uniform numbers are drawn ahead, from copies of the sequences' generators; `settle` then moves the generators
-    themselves by what was used.
-    """
-
-    def __init__(
-        self,
-        temperature: float,
-        top_p: float,
-        top_k: int | None,
-        generators: Sequence[torch.Generator | None],
-        max_new_tokens: int,
-        device: torch.device,
-    ) -> None:
-        self.temperature, self.top_p, self.top_k, self.generators = temperature, top_p, top_k, generators
-        if temperature > 0:
-            ahead = [_uniforms(_twin(generator), max_new_tokens) for generator in generators]
-            self.uniforms = torch.stack(ahead).to(device)  # [B, N]
-
-    def __call__(self, logits: Tensor, count: Tensor) -> Tensor:
-        """The tokens [B] chosen from logits [B, V], each sequence's count[s]-th."""
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)  # the first of equals
-        # Sorted as they are: 16 bits take a fraction of what float64 takes.
-        ranked, ids = logits.sort(dim=-1, descending=True, stable=True)
-        wide = ranked[:, : self.top_k].double()
-        probabilities = torch.softmax((wide - wide[:, :1]) / self.temperature, dim=-1)
-        mass = probabilities.cumsum(dim=-1)
-        kept = (mass - probabilities < self.top_p - 1e-12).sum(dim=-1, keepdim=True).clamp(min=1)
-        uniform = self.uniforms.gather(1, count.clamp(max=self.uniforms.shape[1] - 1)[:, None])
-        place = (mass <= uniform * mass.gather(1, kept - 1)).sum(dim=-1, keepdim=True)
-        return ids.gather(1, torch.minimum(place, kept - 1))[:, 0]
-
-    def settle(self, count: list[int]) -> None:
-        """Let every generator have drawn one number per token that was generated."""
-        for generator, n in zip(self.generators, count, strict=True):
-            if self.temperature > 0:
-                _uniforms(generator, n)
-
-
-def _twin(generator: torch.Generator) -> torch.Generator:
-    """Another generator in the same state."""
-    return torch.Generator(generator.device).set_state(generator.get_state())
-
-
-def _uniforms(generator: torch.Generator, n: int) -> Tensor:
-    """n uniform numbers, drawn one by one: a single draw of n gives others."""
-    draws = [torch.rand((), dtype=torch.float64, device=generator.device, generator=generator) for _ in range(n)]
-    return torch.stack(draws) if draws else torch.zeros(0, dtype=torch.float64)

@@ -1,22 +1,41 @@
-"""Rectified sparse attention in pure PyTorch: the reference that ports and the Triton path are checked against.
+"""Rectified sparse attention in pure PyTorch: the reference that ports and the Triton path are
+checked against.
 
-Read it in the order in which data flows:
-`config → cache → blocks → attention → model → sampling → speculate → generate`.
+`README.md` in this folder says where to begin. Importing the package needs torch alone.
 """
 
 if __name__ != "resa.reference":
-    raise ImportError("the folder `reference` is the package `resa.reference`: run `make install`, then import that")
+    raise ImportError(
+        "the folder `reference` is the package `resa.reference`: `make install`, then import that"
+    )
 
-from .attention import dense_attention, sparse_attention
-from .blocks import active_blocks, block_bounds, score_blocks, select_blocks
+from importlib import import_module
+from typing import Any
+
+from .blocks import active_blocks
 from .cache import KVCache
-from .checkpoint import load_model, save_model
-from .config import GPTConfig, ReSAConfig, RopeScaling
-from .generate import Generation, decode_along, decode_step, generate, prefill, rectify, sparse_step
-from .model import GPT, REFERENCE_OPS, Operations
-from .pretrained import load_pretrained
-from .sampling import sample_token
-from .tokenizer import load_tokenizer
+from .config import GPTConfig, ReSAConfig
+from .generate import Generation, decode_step, dense_pass, generate, prefill, rectify, sparse_step
+from .model import GPT
+from .operations import CHECKED_OPS, REFERENCE_OPS, Operations, checked
+from .rope import RopeScaling
+from .sampling import Sampling
+from .speculate import speculate
+
+# The public operations check their arguments; REFERENCE_OPS, inside a pass, do not.
+block_bounds = CHECKED_OPS.block_bounds
+score_blocks = CHECKED_OPS.score_blocks
+select_blocks = CHECKED_OPS.select_blocks
+sparse_attention = CHECKED_OPS.sparse_attention
+dense_attention = CHECKED_OPS.dense_attention
+
+# Loaders need more packages than torch, so they are imported when they are first used.
+_LOADERS = {
+    "load_model": "weights.checkpoint",
+    "save_model": "weights.checkpoint",
+    "load_pretrained": "weights.pretrained",
+    "load_tokenizer": "weights.tokenizer",
+}
 
 __all__ = [
     "GPT",
@@ -27,21 +46,30 @@ __all__ = [
     "Operations",
     "ReSAConfig",
     "RopeScaling",
+    "Sampling",
     "active_blocks",
     "block_bounds",
-    "decode_along",
+    "checked",
     "decode_step",
     "dense_attention",
+    "dense_pass",
     "generate",
     "load_model",
     "load_pretrained",
     "load_tokenizer",
     "prefill",
     "rectify",
-    "sample_token",
     "save_model",
     "score_blocks",
     "select_blocks",
     "sparse_attention",
     "sparse_step",
+    "speculate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a loader when it is asked for."""
+    if name not in _LOADERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LOADERS[name]}", __name__), name)

@@ -1,4 +1,5 @@
-"""Argument checks shared by every public function: bad input is refused by name before any work starts.
+"""Argument checks shared by every public function: bad input is refused by name before any work
+starts.
 
 Every message has one form: the argument, what was given, what is allowed.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -14,7 +16,9 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-RESERVE = 3 * 2**29  # bytes of a GPU left free beside weights and caches: activations, graphs, the libraries' own
+RESERVE = (
+    3 * 2**29
+)  # bytes of a GPU left free beside weights and caches: activations, graphs, the libraries' own
 
 
 def refuse(argument: str, given: object, allowed: str) -> NoReturn:
@@ -23,7 +27,9 @@ def refuse(argument: str, given: object, allowed: str) -> NoReturn:
 
 
 def require(condition: bool, argument: str, given: object, allowed: str) -> None:
-    """Raise `ValueError` naming `argument`, the value given and the values allowed unless `condition` holds."""
+    """Raise `ValueError` naming `argument`, the value given and the values allowed unless
+    `condition` holds.
+    """
     if not condition:
         refuse(argument, given, allowed)
 
@@ -35,6 +41,27 @@ def is_integer(value: object, minimum: int) -> bool:
     (True, False, False)
     """
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a plain int or float; `True` is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def require_integer(argument: str, value: object, minimum: int) -> None:
+    """Require a plain integer of at least `minimum`."""
+    require(is_integer(value, minimum), argument, value, f"an integer ≥ {minimum}")
+
+
+def require_positive(argument: str, value: object) -> None:
+    """Require a finite number above 0."""
+    is_positive = is_number(value) and 0 < value < float("inf")
+    require(is_positive, argument, value, "a finite number > 0")
+
+
+def require_flag(argument: str, value: object) -> None:
+    """Require True or False."""
+    require(isinstance(value, bool), argument, value, "True or False")
 
 
 def bind_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
@@ -55,7 +82,7 @@ def bind_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
             refuse(argument, f"shape {shape}", f"{len(names)} dimensions [{letters}]")
         for name, size in zip(names, shape, strict=True):
             expected = int(name) if name.isdigit() else sizes.setdefault(name, size)
-            if size != expected:  # messages are written only where needed: this runs for every operation
+            if size != expected:  # the message is written only where needed
                 refuse(argument, f"shape {shape}", f"[{letters}] with {name} = {expected}")
         device = device or tensor.device
         if tensor.device != device:
@@ -65,7 +92,7 @@ def bind_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
 
 def check_dtypes(allowed: tuple[torch.dtype, ...], **arguments: Tensor) -> None:
     """The tensors must have one and the same dtype out of `allowed`."""
-    first = next(iter(arguments.values())).dtype
+    first = next((tensor.dtype for tensor in arguments.values()), None)
     for argument, tensor in arguments.items():
         if tensor.dtype not in allowed:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
@@ -82,10 +109,25 @@ def check_lengths(argument: str, lengths: Tensor, capacity: int) -> None:
         require(low >= 0 and high <= capacity, argument, f"{low} … {high}", f"0 … {capacity}")
 
 
+def check_tokens(tokens: Tensor | Sequence[int], vocabulary: int) -> None:
+    """Refuse tokens that are not ids of the vocabulary."""
+    allowed = f"token ids 0 … {vocabulary - 1}"
+    if isinstance(tokens, Tensor):
+        check_dtypes(INTEGERS, tokens=tokens)
+        if tokens.numel():
+            low, high = (int(limit) for limit in tokens.aminmax())
+            require(low >= 0 and high < vocabulary, "tokens", f"{low} … {high}", allowed)
+        return
+    is_list = isinstance(tokens, Sequence) and not isinstance(tokens, str)
+    is_known = is_list and all(is_integer(token, 0) and token < vocabulary for token in tokens)
+    require(is_known, "tokens", repr(tokens)[:60], allowed)
+
+
 def check_heads(query_heads: int, kv_heads: int) -> None:
     """Grouped-query attention: every KV head serves the same number of query heads."""
     divides = kv_heads > 0 and query_heads > 0 and query_heads % kv_heads == 0
-    require(divides, "query", f"{query_heads} heads", f"a positive multiple of the {kv_heads} KV heads")
+    allowed = f"a positive multiple of the {kv_heads} KV heads"
+    require(divides, "query", f"{query_heads} heads", allowed)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -100,16 +142,33 @@ def checked_device(argument: str, device: torch.device | str) -> torch.device:
     except RuntimeError:  # not a device's name at all
         chosen = None
     allowed = "cpu" + "".join(f", cuda:{index}" for index in range(torch.cuda.device_count()))
-    is_gpu = chosen is not None and chosen.type == "cuda" and (chosen.index or 0) < torch.cuda.device_count()
+    is_gpu = chosen is not None and chosen.type == "cuda"
+    is_gpu = is_gpu and (chosen.index or 0) < torch.cuda.device_count()
     require(is_gpu or chosen == torch.device("cpu"), argument, device, allowed)
     return chosen
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes for weights and caches: on a GPU what nobody holds less `RESERVE`, elsewhere all that the machine has."""
+    """Bytes for weights and caches: a GPU's free memory less `RESERVE`, or all of the machine's."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the allocator keeps may lie in pieces too small for what comes
+        torch.cuda.empty_cache()  # cached blocks may be too small for what comes
         return max(0, torch.cuda.mem_get_info(device)[0] - RESERVE)
     if not hasattr(os, "sysconf"):  # Windows: the allocation itself will say
         return sys.maxsize
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_cache_memory(
+    shape: tuple[int, ...], block_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse a cache [layer, B, Hkv, T_max, D] that does not fit, before it is allocated."""
+    n_layer, batch, kv_heads, capacity, head_dim = shape
+    row = n_layer * batch * kv_heads * head_dim * dtype.itemsize  # bytes of one token's keys
+    # Keys and values, and two bounds per block, which exist twice while the layers' are stacked.
+    needed = 2 * row * capacity + 4 * row * -(-capacity // block_size)
+    free = free_memory(device)
+    if needed > free:
+        fits = max(0, int(free / (2 * row + 4 * row / block_size)) // block_size * block_size)
+        given = f"{batch} × {capacity:,} tokens, {needed / 1e9:.2f} GB"
+        allowed = f"{batch} × {fits:,} tokens in the {free / 1e9:.2f} GB that {device} has free"
+        raise torch.OutOfMemoryError(f"KV cache: got {given}; allowed: {allowed}")

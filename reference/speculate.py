@@ -1,8 +1,10 @@
-"""Self-speculation: sparse steps draft, and the dense pass that would rectify them decides (Appendix B of the paper).
+"""Self-speculation: sparse steps draft, and the dense pass that would rectify them decides
+(Appendix B).
 
-The pass re-encodes the drafted tokens and so predicts, densely, what should have followed each of them. Drafts are kept
-up to the first that dense decoding would not have chosen; that one is chosen anew, what comes after it is cut from the
-cache, and drafting begins again from there. What is left is exact: the tokens, and the cache.
+The pass re-encodes the drafted tokens and so predicts, densely, what should have followed each of
+them. Drafts are kept up to the first that dense decoding would not have chosen. That one is chosen
+anew, what follows it is cut from the cache, and drafting starts again there. Tokens and cache are
+then exact. `generate` keeps every token instead, and repairs the cache alone.
 """
 
 from __future__ import annotations
@@ -13,132 +15,194 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cache import Generation, pad_tokens
+from .checks import require
 from .config import ReSAConfig
+from .generate import Generation, dense_pass, prefill, sparse_step
 from .model import GPT
-from .sampling import Choice, draw
+from .requests import check_request, open_cache, sequence_generators
+from .sampling import Sampling, place, uniform
+
+
+def speculate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    config: ReSAConfig | None = None,
+    sampling: Sampling | None = None,
+    *,
+    generators: torch.Generator | Sequence[torch.Generator] | None = None,
+    stop_tokens: Collection[int] = (),
+    on_token: Callable[[int, int, int], None] | None = None,
+    on_pass: Callable[[int, int, int], None] | None = None,
+    resume: Generation | None = None,
+) -> list[Generation]:
+    """Continue every prompt with exactly what dense decoding would write, drafted by sparse steps.
+
+    The arguments are those of `generate`; the interval must not be None. Greedy output equals that
+    of dense decoding, sampled output has its distribution. `on_token` is called after each dense
+    pass, and so is `on_pass(sequence, tokens drafted, tokens accepted)`.
+
+    A draft costs one uniform number, its acceptance another, a rejection a third; drafts that are
+    thrown away included.
+    """
+    config = ReSAConfig() if config is None else config
+    sampling = Sampling() if sampling is None else sampling
+    check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume)
+    require(config.interval is not None, "config.interval", None, "an integer, to speculate")
+    own = sequence_generators(len(prompts), sampling, generators)
+
+    generations = []
+    for index, (prompt, generator) in enumerate(zip(prompts, own, strict=True)):
+        cache, feed = open_cache(model, prompt, max_new_tokens, config, resume)
+        generation, logits = Generation([], cache), prefill(model, feed, cache)
+        speculation = Speculation(
+            model, generation, config, sampling, generator, max_new_tokens, stop_tokens
+        )
+        if on_token is not None:
+            speculation.on_token = lambda *told, sequence=index: on_token(sequence, *told)
+        if on_pass is not None:
+            speculation.on_pass = lambda *told, sequence=index: on_pass(sequence, *told)
+        speculation.run(logits)
+        generations.append(generation)
+    return generations
+
+
+def distribution(sampling: Sampling, logits: Tensor) -> Tensor:
+    """The probability with which `sampling` chooses each token: logits [V] → [V] float64."""
+    probabilities = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    if sampling.temperature == 0:
+        probabilities[logits.argmax()] = 1.0
+        return probabilities
+    ids, mass = sampling.kept(logits)
+    probabilities[ids] = mass.diff(prepend=mass.new_zeros(1)) / mass[-1]
+    return probabilities
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A token that a sparse step chose, and the distribution that it was drawn from."""
+    """A token that a sparse step chose, and the distribution it was drawn from."""
 
     token: int
     distribution: Tensor  # [V] float64
 
 
 def confirm(
-    drafts: Sequence[Draft], logits: Tensor, choice: Choice, generator: torch.Generator | None
+    drafts: Sequence[Draft], logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 ) -> tuple[list[int], int]:
-    """The tokens to keep after a dense pass, and how many of them are drafts.
+    """Decide which tokens to keep after a dense pass → the tokens, and how many of them are drafts.
 
-    logits [n, V], row i predicting in place of drafts[i], and one row more where the last draft was fed as well: then
-    a pass that confirms all of them chooses one token beyond. A draft is accepted with probability min(1, p/q), p its
-    dense and q its sparse probability; else a token is drawn from max(p − q, 0), normalised. So tokens are distributed
-    as by p; at temperature 0, both being one or zero, they are the dense choice, and no number is drawn.
+    logits [n, V]: row i predicts in place of drafts[i]. One row more, where the last draft was fed
+    too, chooses a token beyond the drafts if all of them are confirmed.
+
+    A draft is accepted with probability min(1, p/q), p its dense and q its sparse probability;
+    otherwise a token is drawn from max(p − q, 0), normalised. So tokens have the distribution p. At
+    temperature 0 all probabilities are 0 or 1: the result is the dense choice, and no number is
+    drawn.
     """
+
+    def number() -> float:
+        return 0.0 if sampling.temperature == 0 else uniform(generator)
+
     kept: list[int] = []
     for draft, row in zip(drafts, logits, strict=False):
-        dense = choice.distribution(row)
-        if choice.uniform(generator) * draft.distribution[draft.token] < dense[draft.token]:
+        dense = distribution(sampling, row)
+        if number() * draft.distribution[draft.token] < dense[draft.token]:
             kept.append(draft.token)
             continue
         rest = (dense - draft.distribution).clamp(min=0)
-        return [*kept, draw(rest, choice.uniform(generator))], len(kept)
+        return [*kept, place(rest.cumsum(dim=0), number())], len(kept)
     if len(logits) > len(drafts):
-        kept.append(choice.token(logits[-1], generator))
+        kept.append(sampling.token(logits[-1], generator))
     return kept, len(drafts)
+
+
+def _ignore(*_: int) -> None:
+    """Tell nobody."""
 
 
 @dataclass
 class Speculation:
-    """One generation: `generation` holds what is certain, `drafts` what is not; both change as it runs."""
+    """One sequence: `generation` holds what is certain, `drafts` what is not. Both change as it
+    runs.
+    """
 
     model: GPT
     generation: Generation
     config: ReSAConfig
-    choice: Choice
-    generators: Sequence[torch.Generator | None]
+    sampling: Sampling
+    generator: torch.Generator | None
     max_new_tokens: int
     stop_tokens: Collection[int]
-    on_token: Callable[[int, int, int], None] | None = None
-    on_pass: Callable[[int, int, int], None] | None = None  # (sequence, tokens drafted, tokens accepted)
-    drafts: list[list[Draft]] = field(default_factory=list)  # per sequence, since its last dense pass
+    on_token: Callable[[int, int], None] = _ignore  # (position, token)
+    on_pass: Callable[[int, int], None] = _ignore  # (tokens drafted, tokens accepted)
+    drafts: list[Draft] = field(default_factory=list)  # since the last dense pass
 
     @torch.no_grad()
     def run(self, logits: Tensor) -> None:
-        """From the prefill's last logits [B, V] to the end."""
-        active = torch.full((len(logits),), self.max_new_tokens > 0, device=logits.device)
-        self.drafts = [[] for _ in logits]
-        for sequence in active.nonzero()[:, 0].tolist():
-            first = self.choice.token(logits[sequence], self.generators[sequence])
-            active[sequence] = self.keep(sequence, [first])
-        while active.any():
-            due = torch.tensor([self.is_due(sequence) for sequence in range(len(active))], device=active.device)
-            if (active & due).any():
-                self.decide(active, active & due)
-            elif active.any():
-                self.draft(active)
+        """Decode from the prefill's last logits [V] to the end."""
+        if self.max_new_tokens == 0:
+            return
+        first = self.sampling.token(logits, self.generator)
+        goes_on = self.keep([first], self.generation.cache.length)
+        while goes_on:
+            if self.is_full() or self.is_ended():
+                goes_on = self.decide()
+            else:
+                self.draft()
 
-    def is_due(self, sequence: int) -> bool:
-        """Whether the drafts fill a window, or can't go on: a stop token is never fed, nor is the last of all."""
-        return self.is_full(sequence) or self.is_ended(sequence)
+    def is_full(self) -> bool:
+        """Whether the drafts fill a window."""
+        return self.config.is_pass_due(len(self.drafts))
 
-    def is_full(self, sequence: int) -> bool:
-        """Whether the window is as long as the interval has it; schedule "fused" counts the pending token."""
-        count = len(self.drafts[sequence]) + (self.config.schedule == "fused")
-        is_short = int(self.generation.cache.lengths[sequence]) < self.config.dense_below
-        return is_short or count >= self.config.interval
+    def is_ended(self) -> bool:
+        """Whether the last draft may not be fed: a stop token never is, nor is the last of all."""
+        room = self.max_new_tokens - len(self.generation.tokens)
+        is_stopped = len(self.drafts) > 0 and self.drafts[-1].token in self.stop_tokens
+        return is_stopped or len(self.drafts) == room
 
-    def is_ended(self, sequence: int) -> bool:
-        """Whether the last draft may not be fed."""
-        drafts, room = self.drafts[sequence], self.max_new_tokens - len(self.generation.tokens[sequence])
-        return len(drafts) == room or (len(drafts) > 0 and drafts[-1].token in self.stop_tokens)
-
-    def draft(self, active: Tensor) -> None:
-        """A sparse step of every active sequence [B], whose choice is pending and not yet certain."""
+    def draft(self) -> None:
+        """Choose one more token by a sparse step."""
         state = self.generation
-        tokens = state.pending.clamp(min=0)  # finished sequences may have none
-        logits = self.model.output(self.model.sparse_pass(tokens, state.cache, active, self.config))
-        state.window += active
-        for sequence in active.nonzero()[:, 0].tolist():
-            token = self.choice.token(logits[sequence], self.generators[sequence])
-            self.drafts[sequence].append(Draft(token, self.choice.distribution(logits[sequence])))
-            state.pending[sequence] = token
+        newest = self.drafts[-1].token if self.drafts else state.tokens[-1]
+        logits = sparse_step(self.model, newest, state.cache, self.config)
+        state.n_drifted += 1
+        token = self.sampling.token(logits, self.generator)
+        self.drafts.append(Draft(token, distribution(self.sampling, logits)))
 
-    def decide(self, active: Tensor, due: Tensor) -> None:
-        """A dense pass over the windows of the sequences that are due [B], and what follows from it."""
+    def decide(self) -> bool:
+        """Run a dense pass over the window and keep what it confirms; returns whether decoding goes
+        on.
+        """
+        state, cache = self.generation, self.generation.cache
+        start, fed = cache.length - state.n_drifted, self.fed()
+        logits = self.model.output(dense_pass(self.model, fed, cache, start))
+        state.n_drifted = 0
+        drafts, self.drafts = self.drafts, []
+        kept, accepted = confirm(drafts, logits, self.sampling, self.generator)
+
+        # The last token kept is pending; whatever was fed after the others is forgotten.
+        goes_on = self.keep(kept, start + 1)
+        self.on_pass(len(drafts), accepted)
+        cache.truncate(start + len(kept))
+        return goes_on
+
+    def fed(self) -> list[int]:
+        """The tokens that the dense pass encodes: the certain one, and the drafts after it.
+
+        The last draft is fed as well where the window is full under "fused", unless it may not be.
+        """
+        is_fused = self.config.schedule == "fused" or not self.drafts
+        is_last_fed = is_fused and self.is_full() and not self.is_ended()
+        tokens = [self.generation.tokens[-1], *(draft.token for draft in self.drafts)]
+        return tokens if is_last_fed else tokens[:-1]
+
+    def keep(self, tokens: Sequence[int], position: int) -> bool:
+        """Append tokens that are certain, the first at `position`; returns whether decoding goes
+        on.
+        """
         state = self.generation
-        windows = [self.fed(sequence) if is_due else [] for sequence, is_due in enumerate(due.tolist())]
-        tokens, counts = pad_tokens("windows", windows, state.cache)
-        start = torch.where(due, state.cache.lengths - state.window, state.cache.lengths)
-        hidden = self.model.dense_pass(tokens, state.cache, start, counts)
-        state.window[due] = 0
-        lengths = state.cache.lengths.clone()
-        for sequence in due.nonzero()[:, 0].tolist():
-            logits = self.model.output(hidden[sequence, : counts[sequence]])
-            drafts, self.drafts[sequence] = self.drafts[sequence], []
-            kept, accepted = confirm(drafts, logits, self.choice, self.generators[sequence])
-            lengths[sequence] = start[sequence] + len(kept)  # the last one kept is pending
-            active[sequence] = self.keep(sequence, kept, int(start[sequence]) + 1)
-            if self.on_pass is not None:
-                self.on_pass(sequence, len(drafts), accepted)
-        state.cache.truncate(lengths)
-
-    def fed(self, sequence: int) -> list[int]:
-        """What the dense pass encodes: the token that was certain, and the drafts after it, the last one if it may."""
-        drafts = [draft.token for draft in self.drafts[sequence]]
-        is_fused = self.config.schedule == "fused" or not drafts
-        is_last_fed = is_fused and self.is_full(sequence) and not self.is_ended(sequence)
-        return [self.generation.tokens[sequence][-1], *drafts][: None if is_last_fed else -1]
-
-    def keep(self, sequence: int, tokens: Sequence[int], position: int | None = None) -> bool:
-        """Tokens that are certain from now on, the first at `position` (None: next to be fed); whether it goes on."""
-        state = self.generation
-        position = int(state.cache.lengths[sequence]) if position is None else position
-        for i, token in enumerate(tokens):
-            state.tokens[sequence].append(token)
-            if self.on_token is not None:
-                self.on_token(sequence, position + i, token)
-        state.pending[sequence] = tokens[-1]
-        return tokens[-1] not in self.stop_tokens and len(state.tokens[sequence]) < self.max_new_tokens
+        for token in tokens:
+            state.tokens.append(token)
+            self.on_token(position, token)
+            position += 1
+        return tokens[-1] not in self.stop_tokens and len(state.tokens) < self.max_new_tokens

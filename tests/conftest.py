@@ -1,4 +1,4 @@
-"""Profiles of the property tests, one thread for tiny tensors, and the implementations the operations are tested for.
+"""Profiles of the property tests, one thread for tiny tensors, a hardened interpreter, and the backends to test.
 
 RESA_TEST_PROFILE picks a profile: `dev` (default), `ci` (default where the variable CI is set: the same examples on
 every run) or `nightly` (fresh randomness, many more examples, failures kept in .hypothesis/ for the next run).
@@ -9,16 +9,17 @@ RESA_TEST_DEVICE says where the Triton kernels run: `cpu` (default), in Triton's
 
 import os
 import shutil
+import signal
 import sys
-from importlib import import_module
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
+
+from backends import BACKENDS, REFERENCE, TRITON
 from strategies import DEVICE
 
 # A first call that loads libraries is slow without being wrong, so nothing is timed.
@@ -29,6 +30,8 @@ settings.register_profile(
     "nightly", max_examples=2000, database=DirectoryBasedExampleDatabase(".hypothesis/examples"), **common
 )
 settings.load_profile(os.environ.get("RESA_TEST_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+TIME_LIMIT = 24 * 3600 if os.environ.get("RESA_TEST_PROFILE") == "nightly" else 600
 
 # The tensors here are too small to share: more threads only add waiting, and vary with the machine.
 torch.set_num_threads(1)
@@ -78,67 +81,64 @@ def harden_interpreter():
 if DEVICE == "cpu" and find_spec("triton"):
     harden_interpreter()
 
-# Every package named here runs all tests of the operations.
-IMPLEMENTATIONS = ["resa.reference"]
-
-
-@pytest.fixture(scope="session", params=IMPLEMENTATIONS)
-def ops(request):
-    """The five operations of one implementation, found under the same file and function names in each."""
-    blocks, attention = (import_module(f"{request.param}.{name}") for name in ("blocks", "attention"))
-    return SimpleNamespace(
-        block_bounds=blocks.block_bounds,
-        score_blocks=blocks.score_blocks,
-        select_blocks=blocks.select_blocks,
-        sparse_attention=attention.sparse_attention,
-        dense_attention=attention.dense_attention,
-    )
-
 
 @pytest.fixture(scope="session")
-def device():
-    """Where the Triton operations are tested."""
-    return torch.device(DEVICE)
-
-
-@pytest.fixture(scope="session")
-def fast(device):
-    """The Triton operations, for tensors built on the CPU and results looked at there.
-
-    `write_window` works in place; here it returns what became of copies of keys, values and bounds.
-    """
-    if not find_spec("triton"):
+def backend(request):
+    """Each rendering of the operations in turn; what runs kernels carries the mark `fast`."""
+    if not request.param.is_reference and not find_spec("triton"):
         pytest.skip("triton is not installed: it comes for Linux only")
+    return request.param
 
-    def here(tensor):
-        assert tensor.device.type == device.type
-        return tensor.cpu()
 
-    def there(argument):
-        return argument.to(device) if isinstance(argument, torch.Tensor) else argument
+BROUGHT = {"dtype": "dtypes", "wide": "wide", "operation": "operations"}
 
-    def moved(operation):
-        def call(*arguments, **options):
-            options = {name: there(option) for name, option in options.items()}
-            result = operation(*map(there, arguments), **options)
-            return tuple(map(here, result)) if isinstance(result, tuple) else here(result)
 
-        return call
+def pytest_generate_tests(metafunc):
+    """Run a test of `backend` for each of them and, if it asks for a dtype or operation, for each that this one has."""
+    if "backend" in metafunc.fixturenames:
+        asked = [name for name in BROUGHT if name in metafunc.fixturenames]
+        rows = []
+        for backend in BACKENDS:
+            marks = [] if backend.is_reference else [pytest.mark.fast]
+            for value in getattr(backend, BROUGHT[asked[0]]) if asked else [None]:
+                values = (backend, value) if asked else (backend,)
+                label = f"{backend.name}-{str(value).removeprefix('torch.')}" if asked else backend.name
+                rows.append(pytest.param(*values, id=label, marks=marks))
+        metafunc.parametrize(("backend", *asked), rows, indirect=["backend"])
 
-    def write_window(keys, values, bounds, *rest):
-        stored = [tensor.to(device, copy=True) for tensor in (keys, values, bounds)]
-        cache.write_window(*stored, *map(there, rest))
-        return tuple(map(here, stored))
 
-    blocks, attention, cache = (import_module(f"resa.fast.{name}") for name in ("blocks", "attention", "cache"))
-    return SimpleNamespace(
-        block_bounds=moved(blocks.block_bounds),
-        score_blocks=moved(blocks.score_blocks),
-        select_blocks=moved(blocks.select_blocks),
-        sparse_attention=moved(attention.sparse_attention),
-        dense_attention=moved(attention.dense_attention),
-        write_window=write_window,
-    )
+def pytest_itemcollected(item):
+    """Mark what asks for the kernels."""
+    if "kernels" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.fast)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """Fail a test that runs for TIME_LIMIT seconds: a search that never ends would stall the whole suite."""
+
+    def give_up(*_):
+        pytest.fail(f"still running after {TIME_LIMIT} s")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(TIME_LIMIT)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+
+
+@pytest.fixture
+def reference():
+    """The reference's operations alone."""
+    return REFERENCE
+
+
+@pytest.fixture
+def kernels():
+    """The Triton operations alone."""
+    pytest.importorskip("triton", reason="triton comes for Linux only")
+    return TRITON
 
 
 @pytest.fixture(scope="session")

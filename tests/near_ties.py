@@ -13,21 +13,26 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from resa.reference import REFERENCE_OPS, Generation, decode_step, prefill, select_blocks
+from resa.reference import REFERENCE_OPS, Generation, prefill
+from small_models import feed
 
 ALLOWANCE = 4
 MEASURED_STEPS = 16  # how many steps the float32 reference is led along
 EPS, TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).tiny
 
 
-def first_that_matters(prompt_length, fed, config):
-    """How many of the `fed` tokens after a prompt lie in an exact cache when the next one is chosen."""
-    window, is_dense = 0, True
-    for length in range(prompt_length, prompt_length + fed):
-        before, is_full = window, config.interval is not None and window + 1 >= config.interval
-        is_dense = length < config.dense_below or (is_full and config.schedule == "fused")
-        window = 0 if is_dense or is_full else window + 1
-    return fed if is_dense else fed - before - 1
+def first_that_matters(n_fed, config):
+    """Number of the `n_fed` tokens that lie in an exact cache: only their ids matter to the next choice."""
+    n_drifted, first = 0, 0
+    for place in range(n_fed):
+        if config.schedule == "fused" and config.is_pass_due(n_drifted):
+            n_drifted, first = 0, place + 1
+            continue
+        first = place - n_drifted
+        n_drifted += 1
+        if config.is_pass_due(n_drifted) and config.schedule == "paper":
+            n_drifted = 0
+    return first
 
 
 @dataclass
@@ -45,14 +50,13 @@ class Recorder:
     def select(self, scores, lengths, config):
         place = len(self.scores)
         self.scores.append(scores)
-        self.indices.append(
-            select_blocks(scores, lengths, config) if self.forced is None else self.forced.indices[place]
-        )
+        chosen = REFERENCE_OPS.select_blocks(scores, lengths, config) if self.forced is None else None
+        self.indices.append(self.forced.indices[place] if chosen is None else chosen)
         return self.indices[place]
 
 
 def selection_gap(scores, indices, n_blocks, local_blocks):
-    """How far the lowest score chosen lies above the highest left out, per KV head: scores [Hkv, M] -> [Hkv].
+    """Distance by which the lowest score chosen lies above the highest left out, per KV head: scores [Hkv, M] -> [Hkv].
 
     Infinite where nothing is left out. The newest blocks take no part.
     """
@@ -70,27 +74,24 @@ def near_tie(model, prompt, tokens, config, rivals=None):
     `model` is the float32 one. With `rivals`, two token ids, the choice between them after the last token counts as
     well. Steps before the last rectification don't: it has made the cache exact, whatever was selected before it.
     """
-    fed = first_that_matters(len(prompt), len(tokens), config)
+    fed = first_that_matters(len(tokens), config)
     exact = Recorder()
     rounded = Recorder(forced=exact)
     models = {"exact": deepcopy(model).double().with_ops(exact.ops()), "rounded": model.with_ops(rounded.ops())}
-    states, logits = {}, {}
+    text, states, logits = [*prompt, *tokens[:fed]], {}, {}
     for name, each in models.items():
-        cache = each.new_cache(1, len(prompt) + len(tokens), config.block_size)
-        logits[name] = prefill(each, [list(prompt) + list(tokens[:fed])], cache)
-        window = torch.zeros(1, dtype=torch.int64, device=cache.lengths.device)
-        states[name] = Generation([list(tokens[:fed])], cache, window, window - 1)
-    active = torch.ones(1, dtype=torch.bool, device=model.embed.weight.device)
+        cache = each.new_cache(len(prompt) + len(tokens), config.block_size)
+        logits[name] = prefill(each, text, cache)
+        states[name] = Generation([], cache)
+
     # Nobody is expected to do better than one rounding.
     narrowest, score_error, logit_error = [], EPS, max(distance(logits), EPS * float(logits["exact"].abs().max()))
     for step, token in enumerate(tokens[fed:]):
         is_measured = step < MEASURED_STEPS
         first = len(exact.scores)
         for name in ("exact", "rounded") if is_measured else ("exact",):
-            states[name].tokens[0].append(token)
-            states[name].pending = torch.full_like(states[name].window, token)
-            logits[name] = decode_step(models[name], states[name], config, active)
-        n_blocks = -(-(len(prompt) + fed + step + 1) // config.block_size)
+            logits[name] = feed(models[name], states[name], config, token)
+        n_blocks = -(-(len(text) + step + 1) // config.block_size)
         for place in range(first, len(exact.scores)):
             scores, indices = exact.scores[place][0], exact.indices[place][0]
             valid = scores[:, :n_blocks]
@@ -101,9 +102,10 @@ def near_tie(model, prompt, tokens, config, rivals=None):
                 score_error = max(score_error, float((errors / size).max()))
         if is_measured:
             logit_error = max(logit_error, distance(logits))
+
     ratios = [float(torch.stack(narrowest).min()) / (ALLOWANCE * score_error)] if narrowest else []
     if rivals is not None:
-        one, other = (logits["exact"][0, token] for token in rivals)
+        one, other = (logits["exact"][token] for token in rivals)
         ratios.append(float((one - other).abs()) / (ALLOWANCE * max(logit_error, TINY)))
     return min(ratios, default=float("inf"))
 
@@ -119,17 +121,15 @@ def parting(found, expected):
     return next((place for place, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other), None)
 
 
-def assert_same_choices(model, prompts, found, expected, config):
-    """Token for token the same, but where float64 shows a near tie. Returns, per sequence, how many tokens agree."""
-    agreed = []
-    for s, (prompt, ours, theirs) in enumerate(zip(prompts, found, expected, strict=True)):
-        place = parting(ours, theirs)
-        if place is not None:
-            rivals = (ours[place], theirs[place])
-            tie = near_tie(model, prompt, theirs[:place], config, rivals)
-            assert tie <= 1, (
-                f"sequence {s} parts at its token {place}, {rivals[0]} instead of {rivals[1]}, and the narrowest "
-                f"branch before it is {tie:.3g} rounding allowances wide"
-            )
-        agreed.append(len(ours) if place is None else place)
-    return agreed
+def agreement(model, prompt, found, expected, config):
+    """Number of tokens that two decoders have chosen alike; where they part, float64 must show a near tie."""
+    place = parting(found, expected)
+    if place is None:
+        return len(found)
+    rivals = (found[place], expected[place])
+    tie = near_tie(model, prompt, expected[:place], config, rivals)
+    assert tie <= 1, (
+        f"they part at token {place}, {rivals[0]} instead of {rivals[1]}, and the narrowest branch before it is "
+        f"{tie:.3g} rounding allowances wide"
+    )
+    return place

@@ -1,9 +1,8 @@
 """Rectified sparse attention, written a second time: float64 NumPy, plain loops, nothing shared with the project.
 
-The tests compare the project with this file, so it imports nothing of the project, nor torch, and takes the
-slow and obvious way everywhere: bounds are rebuilt from the cache instead of maintained, attention is one
-softmax per query, one sequence at a time is decoded. "Section" and "eq." refer to the specification and to
-arXiv 2506.04108.
+The tests compare the project with this file. It imports neither the project nor torch, and it takes the slow and
+obvious way everywhere: bounds are rebuilt from the cache instead of maintained, attention is one softmax per query,
+one sequence at a time is decoded. "Section" and "eq." refer to the specification and to arXiv 2506.04108.
 
 Shapes: B sequences, Hq query heads in groups of G = Hq / Hkv per key-value head, D channels per head, T_max slots
 of cache, M blocks of b tokens. Configurations are plain mappings with the names of the project's fields.
@@ -14,9 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# --------------------------------------------------------------------------------------------------------------
-# Section 2: the operations
-# --------------------------------------------------------------------------------------------------------------
+# --- Section 2: the operations ---
 
 
 def count_blocks(tokens, block_size):
@@ -160,9 +157,7 @@ def dense_attention(query, keys, values, lengths, query_lengths=None, return_lse
     return (out, lse) if return_lse else out
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Section 3, "The model": one sequence, weights a mapping from the project's parameter names to arrays
-# --------------------------------------------------------------------------------------------------------------
+# --- Section 3, "The model": one sequence, weights a mapping from the project's parameter names to arrays ---
 
 
 @dataclass
@@ -205,8 +200,8 @@ def forward(weights, config, cache, tokens, start, attention):
     """Run `tokens` at positions start, start + 1, ...; their keys and values replace the cache from `start` on.
 
     Every layer writes before it attends, so a token sees itself. `attention` maps (query [Hq, n, D],
-    keys [Hkv, T, D], values [Hkv, T, D]) to [Hq, n, D]; what it does is all that tells a sparse step from a dense
-    pass. -> logits [n, V].
+    keys [Hkv, T, D], values [Hkv, T, D]) to [Hq, n, D]; a sparse step and a dense pass differ in it alone.
+    -> logits [n, V].
     """
     weights = {name: np.asarray(weight, np.float64) for name, weight in weights.items()}
     eps, positions = config["norm_eps"], range(start, start + len(tokens))
@@ -243,15 +238,13 @@ def forward(weights, config, cache, tokens, start, attention):
     return y @ (weights["embed.weight"] if config.get("tied_embeddings") else weights["output.weight"]).T
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Section 3, "Decoding": prefill, sparse step, rectification, both schedules, greedy
-# --------------------------------------------------------------------------------------------------------------
+# --- Section 3, "Decoding": prefill, sparse step, rectification, both schedules, greedy ---
 
 
 def dense_pass(weights, config, cache, tokens, start):
-    """`tokens` again, or for the first time, as one dense causal forward at `start`, the end of the cache or before it.
+    """One dense causal forward of `tokens` at `start`, the end of the cache or before it. -> logits [n, V].
 
-    Prefill (start = T), rectification (start = T - w) and the fused pass are all this. -> logits [n, V].
+    Prefill has start = T, a rectification start = T - w; the fused pass appends one token more.
     """
 
     def attention(query, keys, values):
@@ -280,7 +273,7 @@ def sparse_step(weights, config, resa, cache, token, selected=None):
 
 @dataclass
 class Generation:
-    """What `generate` leaves: the tokens, the logits each came from, the cache and w, its newest sparse tokens."""
+    """Results of `generate`: the tokens, the logits each came from, the cache and w, its newest sparse tokens."""
 
     tokens: list
     logits: list
@@ -291,12 +284,11 @@ class Generation:
 def generate(weights, config, resa, prompt, max_new_tokens, stop=(), forced=None, watch=None):
     """Greedy rectified sparse decoding of one sequence (section 3; Algorithm 1).
 
-    resa holds block_size, active_ratio, min_blocks, local_blocks, interval (None: never rectify), schedule ("paper"
-    or "fused") and optionally dense_below: while the cache is shorter, steps are dense and leave w at 0. The last
-    generated token, or a stop token, is never fed. With `forced`, those tokens take the place of the chosen ones, so
-    that two decoders can be compared under the same tokens. `watch(done, logits, selected)` is called after the
-    prefill and after every step, a rectification included, with the logits of the next token and what each layer
-    selected (nothing in a dense pass).
+    resa holds block_size, active_ratio, min_blocks, local_blocks, interval (None: never rectify) and schedule
+    ("paper" or "fused"). The last generated token, or a stop token, is never fed. With `forced`, those tokens take
+    the place of the chosen ones, so that two decoders can be compared under the same tokens. `watch(done, logits,
+    selected)` is called after the prefill and after every step, a rectification included, with the logits of the next
+    token and each layer's selection (empty after a dense pass).
     """
     cache, interval = Cache.empty(config), resa["interval"]
     logits = dense_pass(weights, config, cache, prompt, 0)[-1]
@@ -312,8 +304,7 @@ def generate(weights, config, resa, prompt, max_new_tokens, stop=(), forced=None
             break
         fed.append(pending)
         selected = []
-        fused_pass = resa["schedule"] == "fused" and done.w + 1 == interval
-        if fused_pass or cache.length < resa.get("dense_below", 0):
+        if resa["schedule"] == "fused" and done.w + 1 == interval:
             window = fed[cache.length - done.w :]  # w sparse tokens and the pending one
             logits = dense_pass(weights, config, cache, window, cache.length - done.w)[-1]
             done.w = 0

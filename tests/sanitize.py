@@ -1,21 +1,19 @@
 """Every kernel at small awkward sizes, and a decode loop, for compute-sanitizer to watch: see `make sanitize`.
 
-Run it with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its own and a step past its end
-is seen. Each result is compared with the reference as well, so that a run which computed nothing can't pass.
+Run it with PYTORCH_NO_CUDA_MEMORY_CACHING=1: every tensor is then an allocation of its own, and an access past its end
+is seen. Each result is also compared with the reference, so a run that computed nothing cannot pass.
 """
 
 import itertools
 import sys
 
 import torch
+
+from resa import fast, reference
+from resa.fast.generate import DecodeLoop
+from resa.reference import ReSAConfig, attention, blocks
 from small_models import Shape
 from strategies import Case
-
-from resa import reference
-from resa.fast import block_bounds, dense_attention, score_blocks, select_blocks, sparse_attention, write_window
-from resa.fast.bounds8 import compress_bounds
-from resa.fast.generate import DecodeLoop, generate
-from resa.reference import ReSAConfig, attention, blocks
 
 CASES = [  # lengths around the edges of blocks; rows of blocks that are multiples of 16 and that are not
     Case(0, kv_heads=2, group=7, head_dim=128, block_size=16, lengths=(1, 300), capacity=300),
@@ -34,21 +32,21 @@ def close(name, actual, expected, allowed):
 
 
 def run(case, dtype):
-    """All operations on one case; whether all agree with the reference."""
+    """All operations on one case; True if all agree with the reference."""
     x = case.build(dtype)
     keys, values, query, lengths = (tensor.cuda() for tensor in (x.keys, x.values, x.query, x.lengths))
     b, config = x.block_size, ReSAConfig(block_size=x.block_size, active_ratio=0.5, min_blocks=2)
     rounding = 8 * torch.finfo(dtype).eps * x.values.nan_to_num().abs().max().item() + 1e-5
-    bounds, plain_bounds = block_bounds(keys, lengths, b), blocks.block_bounds(x.keys, x.lengths, b)
+    bounds, plain_bounds = fast.block_bounds(keys, lengths, b), blocks.block_bounds(x.keys, x.lengths, b)
     scores, plain_scores = (
-        score_blocks(query, bounds, lengths, b),
+        fast.score_blocks(query, bounds, lengths, b),
         blocks.score_blocks(x.query, plain_bounds, x.lengths, b),
     )
-    indices = select_blocks(scores, lengths, config)
+    indices = fast.select_blocks(scores, lengths, config)
     plain_indices = blocks.select_blocks(scores.cpu(), x.lengths, config)
     window = case.build(dtype, n_queries=20)
     window_lengths = x.lengths.clamp(max=20)
-    dense = dense_attention(window.query.cuda(), keys, values, lengths, query_lengths=window_lengths.cuda())
+    dense = fast.dense_attention(window.query.cuda(), keys, values, lengths, query_lengths=window_lengths.cuda())
     plain_dense = attention.dense_attention(window.query, x.keys, x.values, x.lengths, query_lengths=window_lengths)
     good = [
         close("bounds", bounds, plain_bounds, 0),
@@ -56,34 +54,41 @@ def run(case, dtype):
         close("indices", indices[..., : plain_indices.shape[2]], plain_indices, 0),
         close(
             "sparse",
-            sparse_attention(query, keys, values, indices, lengths, b),
+            fast.sparse_attention(query, keys, values, indices, lengths, b),
             attention.sparse_attention(x.query, x.keys, x.values, plain_indices, x.lengths, b),
             rounding,
         ),
         close("dense", dense, plain_dense, rounding),
     ]
-    compressed = compress_bounds(bounds)
-    good.append(bool((score_blocks(query, compressed, lengths, b) >= scores - 1e-3).all()))
+    compressed = fast.compress_bounds(bounds)
+    good.append(bool((fast.score_blocks(query, compressed, lengths, b) >= scores - 1e-3).all()))
     start = (lengths - 5).clamp(min=0)
     new = torch.randn(2, len(lengths), case.kv_heads, 5, case.head_dim, device="cuda").to(dtype)
     for table in (bounds, compressed):
-        write_window(keys, values, table, *new, start, lengths, b)
+        fast.write_window(keys, values, table, *new, start, lengths, b)
     good.append(close("write", bounds, blocks.block_bounds(keys.cpu(), x.lengths, b), 0))
-    # Written in 8 bits, bounds are still none that the exact ones exceed.
-    rewritten, exact = (score_blocks(query, table, lengths, b) for table in (compressed, bounds))
+    # Bounds written in 8 bits are still bounds of the exact ones.
+    rewritten, exact = (fast.score_blocks(query, table, lengths, b) for table in (compressed, bounds))
     good.append(bool((rewritten >= exact - 1e-3).all()))
     return all(good)
 
 
-def decode(schedule):
-    """Two sequences of unequal length through sparse steps and rectifications; whether the reference agrees."""
+def decode(interval, schedule):
+    """Two sequences of unequal length through sparse steps and rectifications; True if the reference agrees.
+
+    At interval 32 the rows of a rectification fill several tiles per KV head, each with a split counter of its own.
+    """
     # Graphs can only be captured with the allocator that is switched off here, so every step is launched as it stands.
     DecodeLoop.launch = DecodeLoop.step
     shape = Shape(seed=36, head_dim=16, hidden=32, context=256, tied=False)
     model, prompts = shape.model(torch.float32).cuda(), shape.prompts((70, 20))
-    config = ReSAConfig(block_size=8, min_blocks=2, interval=4, schedule=schedule, dense_below=22)
-    found, expected = (decoder(model, prompts, 12, config).tokens for decoder in (generate, reference.generate))
-    print(f"decoding, schedule {schedule}", found, "" if found == expected else f"FAILED, expected {expected}")
+    config = ReSAConfig(block_size=8, min_blocks=2, interval=interval, schedule=schedule)
+    found, expected = (
+        [generation.tokens for generation in decoder(model, prompts, interval + 8, config)]
+        for decoder in (fast.generate, reference.generate)
+    )
+    verdict = "" if found == expected else f"FAILED, expected {expected}"
+    print(f"decoding, interval {interval}, schedule {schedule}", found, verdict)
     return found == expected
 
 
@@ -93,8 +98,8 @@ def main():
     for case, dtype in itertools.product(CASES, (torch.float16, torch.bfloat16, torch.float32)):
         print(case, dtype)
         good &= run(case, dtype)
-    for schedule in ("fused", "paper"):
-        good &= decode(schedule)
+    for interval, schedule in itertools.product((4, 32), ("fused", "paper")):
+        good &= decode(interval, schedule)
     torch.cuda.synchronize()
     return 0 if good else 1
 

@@ -6,18 +6,32 @@ unless a test asks for other garbage, so that an operation that reads them canno
 
 import os
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 
 # Where the Triton kernels run: "cpu", interpreted, or "cuda", compiled.
 DEVICE = os.environ.get("RESA_TEST_DEVICE", "cpu")
+IS_INTERPRETED = DEVICE == "cpu"
 
-# What the valid keys look like.
+# Kernels take these. Strategies draw all of it where they are compiled, the small end where they are interpreted.
+HEAD_DIMS, BLOCK_SIZES = (16, 32, 64, 128, 256), (8, 16, 32, 64, 128)
+FAST_HEAD_DIMS = HEAD_DIMS[:2] if IS_INTERPRETED else HEAD_DIMS
+FAST_BLOCK_SIZES = BLOCK_SIZES[:2] if IS_INTERPRETED else BLOCK_SIZES
+# The interpreter computes with the bits of bfloat16 as if they were whole numbers.
+FAST_DTYPES = (torch.float32, torch.float16, *(() if IS_INTERPRETED else (torch.bfloat16,)))
+
+
+def examples(interpreted, effort=None):
+    """Settings for so many of the profile's 40 examples, as interpreted launches are slow; compiled, for twice."""
+    effort = (1 if IS_INTERPRETED else 2) if effort is None else effort
+    return settings(max_examples=max(1, round(settings.default.max_examples / 40 * interpreted * effort)))
+
+
+# Kinds of valid keys.
 KEY_KINDS = {
     "normal": "independent standard normal channels",
     "equal": "all keys of a head the same, so every block scores the same",
@@ -27,14 +41,27 @@ KEY_KINDS = {
     "clusters": "each block near a centre of its own, so bounds are tight",
     "abyss": "one channel, -2**60: with such queries every logit is the same -2**120 * D**-0.5",
 }
+# The log-sum-exp of the abyss has no digits left for laws that compute with it.
+ORDINARY_KEYS = tuple(kind for kind in KEY_KINDS if kind != "abyss")
 QUERY_KINDS = {
     "normal": "independent standard normal channels",
     "opposed": "heads of a group in pairs q, -q that pool to zero (an odd one out stays)",
     "grid": "whole numbers -2 ... 2",
     "sparse": "most channels exactly zero, of either sign",
 }
-# Factors on keys and on queries. Huge keys meet tiny queries, because a logit of 1e30 is all rounding error.
-SIZES = {"plain": (0, 0), "huge": (100, -100), "tiny": (-100, 0)}  # powers of two: they round nothing
+# Powers of two on keys and on queries: they round nothing. Huge keys meet tiny queries, because a logit of 1e30 is all
+# rounding error.
+SIZES = {"plain": (0, 0), "huge": (100, -100), "tiny": (-100, 0)}
+# Whole numbers: a mean of 1, 2, 4, 8 or 16 heads and every sum after it are exact, in every order of summation.
+WHOLE = {"keys": ("grid",), "queries": ("grid",), "sizes": ("plain",), "groups": (2, 4, 8, 1, 16)}
+
+GARBAGE = ("zero", "NaN", "inf", "-inf", "huge", "lowest")
+
+
+def garbage(kind, dtype):
+    """A number for memory that nothing should read; "huge" and "lowest" are the dtype's largest and smallest."""
+    finite = torch.finfo(dtype)
+    return {"zero": 0.0, "NaN": NAN, "inf": INF, "-inf": -INF, "huge": finite.max, "lowest": finite.min}[kind]
 
 
 @dataclass(frozen=True)
@@ -49,7 +76,7 @@ class Inputs:
 
     @property
     def attention(self):
-        """The leading arguments of both attention operations but for indices and lengths."""
+        """The first three arguments of both attention operations."""
         return self.query, self.keys, self.values
 
     @property
@@ -78,12 +105,8 @@ class Case:
     size: str = "plain"
 
     @property
-    def heads(self):
-        return self.kv_heads * self.group
-
-    @property
     def exact_logits(self):
-        """Whether a logit carries one rounding at most, the same for all: then its size costs no accuracy."""
+        """True where a logit carries one rounding at most, the same for all: then its size costs no accuracy."""
         return self.key_kind == "abyss"
 
     def build(self, dtype=torch.float64, slack=NAN, n_queries=None):
@@ -112,9 +135,9 @@ class Case:
             block_size=self.block_size,
         )
 
-    def indices(self, share=0.5, width=None, seed=0):
+    def indices(self, share=0.5, width=None):
         """A random selection [B, Hkv, N], ascending with -1 at the end: each block with probability `share`."""
-        generator = torch.Generator().manual_seed(self.seed + 1 + seed)
+        generator = torch.Generator().manual_seed(self.seed + 1)
         n_blocks = -(-self.capacity // self.block_size)
         taken = torch.rand(len(self.lengths), self.kv_heads, n_blocks, generator=generator) < share
         blocks = torch.arange(n_blocks)
@@ -164,6 +187,12 @@ class Case:
         return query
 
 
+def shuffled(indices, seed):
+    """Every row of [B, Hkv, N] in another order, so that -1 stands anywhere."""
+    order = torch.rand(indices.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=-1)
+    return indices.gather(2, order)
+
+
 def lengths(block_size, max_blocks, min_length=0):
     """Token counts at and around the edges of blocks: 0, 1, b - 1, b, b + 1, 2b, ..., and the middles."""
     edges = {i * block_size + step for i in range(max_blocks + 1) for step in (-1, 0, 1, block_size // 2)}
@@ -171,8 +200,8 @@ def lengths(block_size, max_blocks, min_length=0):
 
 
 @st.composite
-def cases(draw, *, keys=tuple(KEY_KINDS), queries=tuple(QUERY_KINDS), sizes=tuple(SIZES), groups=(3, 1, 2, 4, 5, 8),
-          head_dims=(4, 2, 8, 16), block_sizes=(4, 1, 2, 8, 16), min_length=0, max_blocks=6, max_batch=3):  # fmt: skip
+def cases(draw, *, head_dims, block_sizes, groups, keys=tuple(KEY_KINDS), queries=tuple(QUERY_KINDS),
+          sizes=tuple(SIZES), min_length=0, max_blocks=6, max_batch=3):  # fmt: skip
     """Shapes in which mix-ups show: groups and key-value heads differ in number, lengths are ragged.
 
     The capacity is seldom a multiple of the block size and may leave blocks without a token.
@@ -193,56 +222,58 @@ def cases(draw, *, keys=tuple(KEY_KINDS), queries=tuple(QUERY_KINDS), sizes=tupl
     )
 
 
-# What the kernels accept. Strategies draw all of it where they are compiled, the small end where they are interpreted.
-HEAD_DIMS = (16, 32, 64, 128, 256)
-BLOCK_SIZES = (8, 16, 32, 64, 128)
-FAST_HEAD_DIMS = HEAD_DIMS[:2] if DEVICE == "cpu" else HEAD_DIMS
-FAST_BLOCK_SIZES = BLOCK_SIZES[:2] if DEVICE == "cpu" else BLOCK_SIZES
-FAST_GROUPS = (3, 1, 2, 5, 7, 8, 16)
-FAST_DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
-fast_cases = partial(cases, head_dims=FAST_HEAD_DIMS, block_sizes=FAST_BLOCK_SIZES, groups=FAST_GROUPS)
-
-
-def examples(interpreted):
-    """Settings for so many of the profile's 40 examples, as interpreted launches are slow; compiled, for twice."""
-    share = settings.default.max_examples / 40
-    return settings(max_examples=max(1, round(share * interpreted * (1 if DEVICE == "cpu" else 2))))
-
-
-# Kinds whose log-sum-exp carries enough digits for the laws that compute with it.
-ORDINARY_KEYS = tuple(kind for kind in KEY_KINDS if kind != "abyss")
+@st.composite
+def windows(draw, case):
+    """(Q, query_lengths or None): Q queries per sequence, of which each sequence uses some, 0 and all included."""
+    n_queries = min(draw(st.sampled_from([3, 1, 2, 5, case.capacity + 1])), 20)
+    if draw(st.booleans()):
+        return n_queries, None
+    return n_queries, draw(st.lists(st.integers(0, n_queries), min_size=len(case.lengths), max_size=len(case.lengths)))
 
 
 @st.composite
-def decoding(draw, block_size=None, max_local=3):
+def decoding(draw, block_size, max_local=3):
     """Fields of a ReSAConfig that selection reads, as keyword arguments."""
     local_blocks = draw(st.integers(1, max_local))
     ratios = st.one_of(*(st.integers(1, parts).map(lambda n, parts=parts: n / parts) for parts in (10, 100)))
     return {
-        "block_size": block_size or draw(st.sampled_from([4, 1, 2, 8, 16])),
+        "block_size": block_size,
         "active_ratio": draw(st.one_of(ratios, st.floats(0.01, 1.0))),
         "min_blocks": local_blocks + draw(st.integers(0, 4)),
         "local_blocks": local_blocks,
     }
 
 
-# What block scores look like, each a function of (generator, shape).
-SCORE_KINDS = ("normal", "ties", "equal", "zeros", "specials", "all NaN")
+# Kinds of block scores. The last four try a search for the threshold: its last bit, and its whole range.
+SCORE_KINDS = (
+    "normal", "ties", "equal", "zeros", "specials", "all NaN", "neighbours", "smallest", "all sizes", "outliers",
+)  # fmt: skip
 
 
-def build_scores(kind, seed, shape, dtype=torch.float64):
+def build_scores(kind, seed, shape, dtype):
     """Scores [B, Hkv, M] of one kind; "specials" mixes numbers, both zeros, both infinities and NaN."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(shape, generator=generator, dtype=torch.float64)
+    steps = torch.randint(-3, 4, shape, generator=generator)
+    sign = torch.where(steps % 2 == 0, 1.0, -1.0)
     if kind == "ties":
         scores = scores.round()
     elif kind == "equal":
         scores = torch.full(shape, -1.5, dtype=torch.float64)
     elif kind == "zeros":
         scores = 0.0 * scores  # zeros of both signs
+    elif kind == "specials":
+        table = torch.tensor([1.0, 0.0, -0.0, NAN, INF, -INF, -NAN, -3.0], dtype=torch.float64)
+        scores = table[torch.randint(0, len(table), shape, generator=generator)]
     elif kind == "all NaN":
         scores = torch.full(shape, NAN, dtype=torch.float64)
-    elif kind == "specials":
-        table = torch.tensor([1.0, 0.0, -0.0, NAN, float("inf"), float("-inf"), -NAN, -3.0], dtype=torch.float64)
-        scores = table[torch.randint(0, len(table), shape, generator=generator)]
+    elif kind == "neighbours":  # of 1 and -1
+        scores = sign * (1 + steps.double() * torch.finfo(dtype).eps)
+    elif kind == "smallest":  # float32 numbers there are
+        scores = steps.double() * 2.0**-149
+    elif kind == "all sizes":  # of either sign
+        scores = sign * torch.exp2(torch.rand(shape, generator=generator).double() * 260 - 135)
+    elif kind == "outliers":
+        is_outlier = torch.rand(shape, generator=generator) < 0.02
+        scores = torch.where(is_outlier, 3e38 * scores.sign(), 1 + 1e-3 * scores)
     return scores.to(dtype)

@@ -23,8 +23,8 @@ import torch
 from strategies import DEVICE
 
 from resa.reference import conformance, conformance_trace
-from resa.reference.cli import main
-from resa.reference.conformance import FAIL, PASS, UNCHECKED, check_port, first_failures, is_passed, load_vectors
+from resa.reference.cli.main import main
+from resa.reference.conformance.kit import FAIL, PASS, UNCHECKED, check_port, first_failures, is_passed, load_vectors
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
@@ -208,7 +208,7 @@ def test_the_numpy_port_conforms(vectors):
 
 JAX_CHECK = """
 import json, sys
-from resa.reference.conformance import check_port, load_port, load_vectors
+from resa.reference.conformance.kit import check_port, load_port, load_vectors
 
 port, vectors = load_port(sys.argv[1]), load_vectors()
 rows = [(row.case, row.status, row.says) for row in check_port(port, vectors)]

@@ -1,4 +1,4 @@
-"""How far a correct result may lie from the oracle: one table, and where each number comes from.
+"""The distance that a correct result may have from the oracle: one table, and where each number comes from.
 
 Errors of an attention output are measured in units of Σ p·|v|, what the sum would be without cancellation; the
 output itself can be close to zero although every term is rounded. First-order rounding analysis of
@@ -10,23 +10,16 @@ output itself can be close to zero although every term is rounded. First-order r
 gives eps · ((D + 4)·2·L + n + 4) · Σ p·|v| for the output and eps · ((D + 4)·L + n + 4 + |lse|) for the log-sum-exp,
 with the eps of the dtype that sums are taken in: float32, and float64 for float64 input.
 
-dtype              output, in units of Σ p·|v|                 log-sum-exp
-float64            1e-9, the specification's                    1e-9 · max(1, |lse|)
-float32            the sum above                                the sum above
-bfloat16, float16  the sum above + 2·eps(dtype): probabilities  the sum above
-                   may be rounded before they meet the values,
-                   and the output is
+dtype              output, in units of Σ p·|v|    log-sum-exp
+float64            1e-9, the specification's       1e-9 · max(1, |lse|)
+float32            the sum above                   the sum above
+bfloat16, float16  2·eps(dtype)                    the sum above
 
-An exact logit has L = 0 here.
-
-The Triton kernels are held to less (`assert_three_way`): twice what plain PyTorch in the same dtype errs in that row,
-plus a floor. For bfloat16 and float16 the floor is 2·eps(dtype) · Σ p·|v| alone, because what float32 sums lose shows
-in plain PyTorch too; for float32 it is the sum above. Their log-sum-exps may be taken in base 2: the scale times
-log2 e, that times the logit, and ln 2 times the sum are up to five more roundings of eps/2 · |lse|, an exact logit's
-too.
+An exact logit has L = 0 here. Below float64 twice the error of plain PyTorch in the same dtype comes on top, row by row
+(`assert_three_way`): probabilities may be rounded before they meet the values, and what float32 sums lose shows there
+too. The kernels' log-sum-exps are taken in base 2: the scale times log2 e, that times the logit, and ln 2 times the sum
+are up to five more roundings of eps/2 · |lse|, an exact logit's too.
 """
-
-import math
 
 import numpy as np
 import torch
@@ -48,20 +41,16 @@ def logit_size(query, keys, lengths):
     return size * query.shape[-1] ** -0.5
 
 
-def accumulation(L, head_dim, n_tokens):
-    """The sum above for outputs, in units of Σ p·|v|, with float32's eps."""
-    return eps(torch.float32) * (2 * (head_dim + 4) * L + n_tokens + 4)
-
-
 def output_floor(dtype, L, head_dim, n_tokens):
-    """Allowed error of an output element in units of its Σ p·|v|."""
+    """Allowed error of an output element in units of its Σ p·|v|, where plain PyTorch happens to be exact."""
     if dtype == torch.float64:
         return 1e-9 + 0 * L
-    rounding = 0.0 if dtype == torch.float32 else 2 * eps(dtype)
-    return accumulation(L, head_dim, n_tokens) + rounding
+    if dtype == torch.float32:
+        return eps(torch.float32) * (2 * (head_dim + 4) * L + n_tokens + 4)
+    return 2 * eps(dtype) + 0 * L
 
 
-def lse_floor(dtype, L, head_dim, n_tokens, lse, base=math.e):
+def lse_floor(dtype, L, head_dim, n_tokens, lse, base):
     """Allowed error of a log-sum-exp; where it is -inf nothing but -inf will do."""
     size = np.where(np.isfinite(lse), np.abs(lse), 0.0)
     if dtype == torch.float64:
@@ -71,7 +60,7 @@ def lse_floor(dtype, L, head_dim, n_tokens, lse, base=math.e):
 
 
 def plain_attention(query, keys, values, visible):
-    """The usual PyTorch attention in the query's dtype: probabilities are rounded to it before they meet the values.
+    """The usual PyTorch attention in the query's dtype, its probabilities rounded before they meet the values.
 
     query [B, Hq, Q, D], keys and values [B, Hkv, T, D], finite, visible [B, 1 or Hq, Q, T] -> [B, Hq, Q, D].
     """
@@ -82,15 +71,13 @@ def plain_attention(query, keys, values, visible):
     return (weights.float() @ values).to(query.dtype)
 
 
-def three_way_floor(dtype, L, head_dim, n_tokens):
-    """What a kernel may err, in units of Σ p·|v|, where plain PyTorch happens to be exact."""
-    return output_floor(dtype, L, head_dim, n_tokens) if dtype == torch.float32 else 2 * eps(dtype) + 0 * L
-
-
 def assert_three_way(actual, exact, plain, floor, what):
-    """Errors of a kernel ≤ 2 × the largest of the row's errors in plain PyTorch + floor. Returns the largest ratio."""
+    """Errors ≤ 2 × the largest of the row's errors in plain PyTorch + floor; in float64 the floor alone judges.
+
+    Returns the largest ratio to what is allowed.
+    """
     plain_error = np.abs(plain.double().numpy() - exact).max(axis=-1, keepdims=True, initial=0.0)
-    return assert_within(actual, exact, 2 * plain_error + floor, what)
+    return assert_within(actual, exact, floor + (0.0 if plain.dtype == torch.float64 else 2 * plain_error), what)
 
 
 def assert_within(actual, expected, allowed, what):

@@ -2,19 +2,19 @@
 # # 1. The cache
 #
 # **What you will learn:** how a transformer decodes token by token, what it keeps in its
-# [KV cache](../glossary.md#kv-cache), how many bytes of it every new token reads, and why that makes long contexts
-# slow. What is timed is timed on the machine that runs this page; numbers of a GPU are read from files, and the text
-# says so.
+# [KV cache](../glossary.md#kv-cache), how many bytes of that cache every new token reads, and why this makes long
+# contexts slow. Times are measured on the machine that runs this page. Numbers from a GPU are read from files, and the
+# text says where.
 #
 # The first four tutorials lead to *rectified sparse attention* (ReSA, [arXiv
-# 2506.04108](https://arxiv.org/abs/2506.04108)): decoding that reads a small part of the cache at each step and puts
-# right, every now and then, what that did to the cache. This one is about the cache itself.
+# 2506.04108](https://arxiv.org/abs/2506.04108)). It reads a small part of the cache at each step. That leaves errors in
+# the cache, and every few tokens ReSA removes them. This tutorial is about the cache itself.
 #
 # **Time:** ten minutes to read, less than half a minute to run. You should know PyTorch and have seen the
 # formula of attention.
 #
-# The model is a small GPT that comes with the project and continues Python source. The text is a module of Python's
-# standard library that it has never seen in training.
+# The model is a small GPT that comes with the project. It continues Python source. The text is a module of Python's
+# standard library that the model did not see in training.
 
 # %%
 import json
@@ -26,10 +26,10 @@ import torch
 
 import resa.reference
 from resa.reference import GPT, GPTConfig, ReSAConfig, dense_attention, generate, load_model, load_tokenizer, prefill
-from resa.reference.demo import demo_prompt
-from resa.reference.evals.fidelity import read_ratio
+from resa.reference.cli.demo import demo_prompt
+from resa.reference.lab.fidelity import read_ratio
 
-plt.style.use("resa.reference.assets.figure")
+plt.style.use("resa.reference.weights.assets.figure")
 torch.set_num_threads(1)  # steps of one token are too small to share among threads
 
 model, tokenizer = load_model(), load_tokenizer()
@@ -42,8 +42,8 @@ print(f"head dimension {model.config.head_dim}")
 # %% [markdown]
 # ## Decoding without a cache, and with one
 #
-# A model that writes text predicts one token, appends it, and predicts the next. The plainest program runs the whole
-# text through the model each time and keeps the last row of what comes out:
+# A model that writes text predicts one token, appends it, and predicts the next. The simplest program runs the whole
+# text through the model each time and keeps the last row of the output:
 
 # %%
 prompt = tokens[:512]
@@ -51,7 +51,7 @@ prompt = tokens[:512]
 
 @torch.no_grad()
 def next_token_logits(context):
-    """Logits [V] after the last token, everything computed anew."""
+    """Logits [V] after the last token. Everything is computed anew."""
     return model(torch.tensor([context]))[0, -1]
 
 
@@ -61,47 +61,49 @@ for _ in range(16):
 print(repr(tokenizer.decode(anew[len(prompt) :])))
 
 # %% [markdown]
-# Nearly all of that work is repeated. A token is mixed with others in one place only, attention: for every layer and
-# every head,
+# Nearly all of that work is repeated. Tokens meet each other in one place only: attention. For every layer and every
+# head,
 #
 # $$\mathrm{out} = \sum_{j=0}^{T-1} \frac{e^{s_j}}{\sum_i e^{s_i}} v_j, \qquad s_j = \frac{q \cdot k_j}{\sqrt{D}}$$
 #
 # where $q$ `[D]` is the query of the newest token, $k_j$ and $v_j$ `[D]` are the key and the value of token $j$, and
-# $T$ is the number of tokens so far. Attention here is causal: a token sees itself and what stands before it. So
-# $k_j$ and $v_j$ depend on tokens $0 … j$ alone, and never change when more text follows. They can be kept. The place
-# where they are kept is the KV cache.
+# $T$ is the number of tokens so far. Attention here is causal: a token sees itself and the tokens before it. So
+# $k_j$ and $v_j$ depend on tokens $0 … j$ alone. They do not change when more text follows, so they can be kept. The
+# KV cache is the place where they are kept.
 #
-# Several query heads share a pair of key and value heads: $G = H_q / H_{kv}$ of them
-# ([grouped-query attention](../glossary.md#gqa)). So the keys of a whole cache are a tensor
-# `[layer, B, Hkv, T_max, D]`, with $B$ sequences in the batch, and the values another one.
+# Several query heads share one key head and one value head: $G = H_q / H_{kv}$ of them
+# ([grouped-query attention](../glossary.md#gqa)). The cache here holds one sequence. Its keys are a tensor
+# `[layer, 1, Hkv, T_max, D]`, and its values are another. (The 1 is the batch. A fast implementation keeps $B$
+# sequences in one tensor.)
 
 # %%
-cache = model.new_cache(batch=1, capacity=len(prompt) + 16, block_size=16)  # blocks: tutorial 2
-logits = prefill(model, [prompt], cache)  # [B, V]; the whole prompt at once
-print("keys", list(cache.keys.shape), "  values", list(cache.values.shape), "  length", cache.lengths.tolist())
+cache = model.new_cache(capacity=len(prompt) + 16, block_size=16)  # blocks: tutorial 2
+logits = prefill(model, prompt, cache)  # [V]; the whole prompt at once
+print("keys", list(cache.keys.shape), "  values", list(cache.values.shape), "  length", cache.length)
 
 # %% [markdown]
-# [`prefill`](../glossary.md#prefill) runs tokens through the model and appends their keys and values to the cache,
-# however many they are. Given one token it is a decoding step:
+# [`prefill`](../glossary.md#prefill) runs any number of tokens through the model and appends their keys and values to
+# the cache. With a single token it is a decoding step:
 
 # %%
 cached = list(prompt)
 for _ in range(16):
-    cached.append(int(logits[0].argmax()))
-    logits = prefill(model, [cached[-1:]], cache)
+    cached.append(int(logits.argmax()))
+    logits = prefill(model, cached[-1:], cache)
 assert cached == anew, "the cache changes what is computed, not what comes out"
 
 # %% [markdown]
-# This loop is what `generate` does when it decodes densely. (That `interval=1` is the configuration of *dense*
-# decoding becomes clear in [tutorial 4](04_rectification.md).)
+# `generate` runs this loop when it decodes densely. It takes a list of prompts and returns one generation per prompt.
+# ([Tutorial 4](04_rectification.md) explains why `interval=1` means *dense* decoding.)
 
 # %%
-generation = generate(model, [prompt], 16, ReSAConfig(interval=1))
-assert prompt + generation.tokens[0] == anew
+[generation] = generate(model, [prompt], 16, ReSAConfig(interval=1))
+assert prompt + generation.tokens == anew
 
 # %% [markdown]
-# How much time does the cache save, and how does what is left depend on the length? To time a step, it does not matter
-# what the cache holds. So we fill one with random numbers and set its length, which is faster than prefilling it.
+# How much time does the cache save? And how does the remaining time depend on the length? The time of a step does not
+# depend on what the cache holds. So we fill a cache with random numbers and set its length. That is faster than
+# prefilling it.
 
 
 # %%
@@ -118,11 +120,11 @@ def median_ms(function, repeats):
 
 def step_ms(length):
     """Time of a dense decoding step of the small model over a cache of `length` tokens."""
-    cache = model.new_cache(batch=1, capacity=length + 20, block_size=16)
+    cache = model.new_cache(capacity=length + 20, block_size=16)
     cache.keys.normal_()
     cache.values.normal_()
-    cache.lengths.fill_(length)
-    return median_ms(lambda: prefill(model, [[0]], cache), 15)
+    cache.length = length
+    return median_ms(lambda: prefill(model, [0], cache), 15)
 
 
 lengths_anew = [256, 512, 1024, 2048]
@@ -144,19 +146,19 @@ for length, ms in zip(lengths_anew, ms_anew, strict=True):
 assert ms_anew[-1] > 4 * ms_cached[lengths_cached.index(2048)]
 
 # %% [markdown]
-# *Figure: time per token of the small model on this machine, both axes logarithmic. Without a cache the time grows
-# faster than the text. With one it is nearly flat at first, where the model's weights and the overhead of many small
-# operations dominate, and then rises with T.*
+# *Figure: time per token of the small model on this machine. Both axes are logarithmic. Without a cache the time grows
+# faster than the text. With a cache it is nearly flat at first, where the model's weights and the overhead of many
+# small operations dominate. Then it rises with T.*
 #
 # ## What a step reads
 #
-# The rise has one cause: every new token's query meets *all* cached keys, and all values are summed. Nothing of the
-# cache can be skipped, so each step of [dense attention](../glossary.md#dense-attention) reads
+# The rise has one cause. Every new token's query meets *all* cached keys, and attention sums *all* values. Nothing in
+# the cache can be skipped, so each step of [dense attention](../glossary.md#dense-attention) reads
 #
 # $$\mathrm{bytes}(T) = 2 \cdot n_\mathrm{layer} \cdot H_{kv} \cdot D \cdot T \cdot (\mathrm{bytes\ per\ number})$$
 #
-# per sequence, the 2 being keys and values. The weights of the model are read as well, once per step, whatever the
-# length and whatever the batch.
+# per sequence. The 2 stands for keys and values. Each step also reads the weights of the model once, for any length
+# and any batch.
 
 
 # %%
@@ -174,9 +176,9 @@ print(f"from {weights / per_token:,.0f} tokens on, a step reads more cache than 
 # %% [markdown]
 # ## Attention alone, over longer caches
 #
-# To look at attention without the rest, call the operation itself. The caches are synthetic, in the shape of one layer
-# of Qwen2.5-7B: 28 query heads, 4 KV heads, head dimension 128. Beside it stands what merely *reading* as many bytes
-# takes, which is the [memory bandwidth](../glossary.md#memory-bandwidth) of one core.
+# To look at attention alone, we call the operation itself. The caches are synthetic. They have the shape of one layer
+# of Qwen2.5-7B: 28 query heads, 4 KV heads, head dimension 128. For comparison we time how long it takes to *read* as
+# many bytes. That is the [memory bandwidth](../glossary.md#memory-bandwidth) of one core.
 
 # %%
 Hq, Hkv, D = 28, 4, 128
@@ -205,14 +207,13 @@ for T, ms, reading, size in zip(lengths, attention_ms, reading_ms, read_bytes, s
 assert attention_ms[-1] > 4 * attention_ms[0], "16 times the bytes take many times as long"
 
 # %% [markdown]
-# *Figure: one layer's dense attention for one new token on this machine. Both lines are nearly straight:
-# time goes with bytes.*
+# *Figure: dense attention of one layer for one new token on this machine. Both lines are nearly straight: the time is
+# proportional to the bytes.*
 #
-# On one CPU core, attention does not reach the speed of pure reading: each key meets $G = 7$ queries, and one core is
-# slow at the arithmetic. A GPU can do hundreds of multiplications in the time that one number takes to come from
-# memory, so there the bytes alone decide. These numbers were measured on a GPU and come with the project; they are read
-# from a file, not measured now. "Copying" is a plain copy from one place of the GPU's memory to another, timed in the
-# same run.
+# On one CPU core, attention is slower than pure reading. Each key meets $G = 7$ queries, and one core is slow at the
+# arithmetic. A GPU can do hundreds of multiplications in the time that one number takes to arrive from memory, so
+# there the bytes alone decide. The next numbers were measured on a GPU. They come with the project and are read from a
+# file. "Copying" is a plain copy within the GPU's memory, timed in the same run.
 
 # %%
 results = Path(resa.reference.__file__).parents[1] / "docs" / "results"
@@ -226,13 +227,13 @@ for row in measured["rows"]:
         assert share > 0.8
 
 # %% [markdown]
-# A share above 100 % is no mistake: copying writes as well, and pure reading is a little faster.
+# A share above 100 % is no mistake. Copying also writes, and pure reading is a little faster.
 #
 # ## A large model at 256K tokens
 #
-# Now the arithmetic for a whole model of Qwen2.5-7B's shape, in 16 bits. The parameters are only counted, on PyTorch's
-# `meta` device, which allocates nothing. The table of input embeddings does not count: a step reads one row of it per
-# sequence.
+# Now we compute the bytes for a whole model of Qwen2.5-7B's shape, in 16 bits. We only count the parameters, on
+# PyTorch's `meta` device, which allocates nothing. We leave out the table of input embeddings, because a step reads
+# only one row of it per sequence.
 
 # %%
 qwen = GPTConfig(
@@ -257,9 +258,9 @@ print(f"cache: {token_bytes:,} bytes per token, {T * token_bytes / 1e9:.2f} GB p
 assert token_bytes == 2 * 28 * 4 * 128 * 2 == 57_344
 
 # %% [markdown]
-# At 256K tokens one sequence's cache is as large as the weights. With eight sequences in the batch the weights are
-# still read once, because all eight rows are multiplied with them together. But every sequence has a cache of its own,
-# and the caches are read eight times. From the bytes and the GPU's speed of copying we can predict how long a whole
+# At 256K tokens the cache of one sequence is as large as the weights. With eight sequences in the batch a step still
+# reads the weights once, because it multiplies all eight rows with them together. But every sequence has a cache of
+# its own, so a step reads eight caches. From the bytes and the GPU's copying speed we can predict how long a whole
 # step takes, and compare:
 
 # %%
@@ -276,8 +277,8 @@ for row in measured["rows"]:
         assert 0.8 < predicted / taken < 1.2
 
 # %% [markdown]
-# ("Shared" in the code: the caches of all layers do not fit on one GPU, so all layers of the measured model read one
-# and the same. The bytes read are as many.)
+# ("Shared" in the code: the caches of all layers do not fit on one GPU, so all layers of the measured model read the
+# same cache. The number of bytes read does not change.)
 
 # %%
 contexts = [4, 16, 64, 256]  # in units of 1,024 tokens
@@ -298,19 +299,21 @@ print(f"ReSA reads {ways['ReSA']:.4f} of dense decoding's cache bytes at these s
 assert abs(ways["ReSA"] - (1 / 16 + 0.1 + 1 / 32)) < 1e-9
 
 # %% [markdown]
-# *Figure: bytes that one step of a model of Qwen2.5-7B's shape reads for 8 sequences, computed. In short contexts the
-# weights dominate and nothing is to be gained from the cache. In long ones nearly everything is cache.*
+# *Figure: bytes that one step reads for 8 sequences, computed for a model of Qwen2.5-7B's shape. In short contexts the
+# weights dominate, and reading less of the cache gains nothing. In long contexts nearly all bytes belong to the cache.*
 #
 # This is the whole motive for [sparse attention](../glossary.md#sparse-attention): to produce a token from a tenth of
-# the cache. The bar for ReSA adds up three parts, which the next tutorials explain one by one: bounds that say which
-# blocks are worth reading ($1/b$ of the dense bytes, $b = 16$), those blocks ($p = 0.1$), and a dense pass every
-# $f = 32$ tokens that puts the cache right ($1/f$).
+# the cache. The bar for ReSA adds up three parts, which the next tutorials explain one by one:
+#
+# - the bounds that say which blocks are worth reading, $1/b$ of the dense bytes with $b = 16$,
+# - those blocks, $p = 0.1$,
+# - a dense pass every $f = 32$ tokens that makes the cache exact again, $1/f$.
 #
 # ## Exercises
 #
 # ### 1. No grouped queries
 #
-# Suppose that the large model had one KV head per query head. How many gigabytes would one sequence of 256K tokens
+# Suppose the large model had one KV head per query head. How many gigabytes would one sequence of 256K tokens
 # read per step?
 
 # %% tags=["hide-cell"]
@@ -321,18 +324,18 @@ assert cache_bytes_per_token(ungrouped, 2) == 7 * token_bytes
 # %% [markdown]
 # ### 2. When is the cache half of what is read?
 #
-# For the large model at batch 1 and at batch 8: from which length $T$ on does a step read more cache than weights?
+# Take the large model at batch 1 and at batch 8. From which length $T$ on does a step read more cache than weights?
 
 # %% tags=["hide-cell"]
 for batch in (1, 8):
     print(f"batch {batch}: from {weight_bytes / (batch * token_bytes):,.0f} tokens on")
-# Weights are shared by the batch, caches are not: eight times the batch, an eighth of the length.
+# The batch shares the weights, but not the caches. So eight times the batch means an eighth of the length.
 
 # %% [markdown]
 # ### 3. Predict, then measure
 #
 # From the numbers above, predict how long `dense_attention` takes on this machine for $T = 131{,}072$ in the same
-# shape. Then measure it. Why is doubling the last row a fair prediction, and doubling the first row often not?
+# shape. Then measure it. Why is doubling the last row a fair prediction? Why is doubling the first row often not?
 
 # %% tags=["hide-cell"]
 predicted = 2 * attention_ms[-1]
@@ -340,8 +343,8 @@ keys, values = torch.randn(2, 1, Hkv, 131072, D)
 query, T_valid = torch.randn(1, Hq, 1, D), torch.tensor([131072], dtype=torch.int32)
 taken = median_ms(lambda: dense_attention(query, keys, values, T_valid), 3)
 print(f"predicted {predicted:.1f} ms, measured {taken:.1f} ms")
-# The line goes through the origin only where the bytes dominate. Short caches have a fixed overhead, and they fit in
-# the processor's own cache, from which reading is faster than from memory.
+# The line goes through the origin only where the bytes dominate. Short caches have a fixed overhead. They also fit in
+# the processor's own cache, which is faster to read than memory.
 
 # %% [markdown]
 # **Next:** [which tenth of the cache to read](02_blocks.md).

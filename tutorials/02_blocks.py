@@ -1,16 +1,16 @@
 # %% [markdown]
 # # 2. Blocks
 #
-# **What you will learn:** how a decoding step finds the part of the cache worth reading without reading the cache:
-# [blocks](../glossary.md#block), their [bounds](../glossary.md#block-bounds), the
-# [score](../glossary.md#block-score) of a block and the [selection](../glossary.md#selection); first by hand on five
-# tokens, then on a real Python file. And what a selection leaves out.
+# **What you will learn:** how a decoding step finds the part of the cache worth reading without reading the cache. You
+# will meet [blocks](../glossary.md#block), their [bounds](../glossary.md#block-bounds), the
+# [score](../glossary.md#block-score) of a block and the [selection](../glossary.md#selection), first by hand on five
+# tokens, then on a real Python file. You will also measure what a selection leaves out.
 #
 # **Time:** fifteen minutes to read, less than half a minute to run. It builds on [the cache](01_cache.md).
 #
-# Attention gives every cached token a weight, and most weights are tiny. If one knew beforehand which tokens get the
-# large ones, one would read only their keys and values. One does not: the weights follow from the keys. The way out,
-# due to the method Quest and used by ReSA, is to keep a short *summary* of every block of neighbouring tokens, and to
+# Attention gives every cached token a weight, and most weights are tiny. If we knew beforehand which tokens get the
+# large weights, we would read only their keys and values. We do not know, because the weights follow from the keys.
+# The method Quest found a way out, and ReSA uses it: keep a short *summary* of every block of neighbouring tokens, and
 # let the query look at the summaries.
 
 # %%
@@ -31,17 +31,17 @@ from resa.reference import (
     select_blocks,
     sparse_attention,
 )
-from resa.reference.demo import demo_prompt
-from resa.reference.evals.selection import Step, is_selected, scores_by_name
+from resa.reference.cli.demo import demo_prompt
+from resa.reference.lab.selection import Step, is_selected, scores_by_name
 
-plt.style.use("resa.reference.assets.figure")
+plt.style.use("resa.reference.weights.assets.figure")
 torch.set_num_threads(1)
 
 # %% [markdown]
 # ## By hand: five tokens, two channels
 #
-# Five tokens are cached, in blocks of $b = 2$, so there are $M = \lceil 5/2 \rceil = 3$ blocks and the last one is only
-# half full. There is one KV head, and two query heads share it, so $G = 2$. The keys have $D = 2$ channels:
+# The cache holds five tokens in blocks of $b = 2$. So there are $M = \lceil 5/2 \rceil = 3$ blocks, and the last one is
+# only half full. There is one KV head, and two query heads share it, so $G = 2$. The keys have $D = 2$ channels:
 #
 # | block | keys | lo | hi |
 # |---|---|---|---|
@@ -49,9 +49,8 @@ torch.set_num_threads(1)
 # | 1 | (−2, −1), (−1, 1) | (−2, −1) | (−1, 1) |
 # | 2 | (1, −2) | (1, −2) | (1, −2) |
 #
-# The bounds `lo` and `hi` are the smallest and the largest key of the block, channel by channel. Together they are a
-# box in which all keys of the block lie. For long caches that is little to store: two vectors instead of $b$ keys and
-# $b$ values.
+# The bounds `lo` and `hi` are the smallest and the largest key of the block, channel by channel. Together they form a
+# box that contains all keys of the block. They are small: two vectors instead of $b$ keys and $b$ values.
 
 # %%
 b = 2
@@ -65,17 +64,17 @@ assert lo.T.tolist() == [[1, 1], [-2, -1], [1, -2]]
 assert hi.T.tolist() == [[3, 2], [-1, 1], [1, -2]]
 
 # %% [markdown]
-# All query heads of a group read the same keys, so they share one selection, made with the mean of their queries,
+# All query heads of a group read the same keys, so they share one selection. It uses the mean of their queries,
 #
 # $$\bar q = \frac{1}{G} \sum_{g} q_g \qquad [D]$$
 #
-# The score of a block is the largest value that $\bar q \cdot k$ can take for any $k$ *in the box*. Channels can be
-# looked at one by one: if $\bar q_d$ is positive take `hi`, if it is negative take `lo`.
+# The score of a block is the largest value that $\bar q \cdot k$ can take for any $k$ *in the box*. We can maximise
+# every channel by itself: take `hi` if $\bar q_d$ is positive, and `lo` if it is negative.
 #
 # $$\mathrm{score}_i = \sum_{d=0}^{D-1} \max(\bar q_d \mathrm{lo}_{i,d}, \bar q_d \mathrm{hi}_{i,d}) \qquad [M]$$
 #
-# Let the two queries be (2, −1) and (0, −1). Then $\bar q = (1, -1)$, and the score is hi of the first channel minus lo
-# of the second:
+# Let the two queries be (2, −1) and (0, −1). Then $\bar q = (1, -1)$, and the score is `hi` of the first channel minus
+# `lo` of the second:
 #
 # - block 0: 3 − 1 = 2
 # - block 1: −1 − (−1) = 0
@@ -104,17 +103,17 @@ axes.legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
-# *Figure: keys as dots, bounds as boxes. The star is the corner of each box that lies furthest in the direction of the
-# pooled query; the score is the product with that corner.*
+# *Figure: keys as dots, bounds as boxes. The star marks the corner of each box that lies furthest in the direction of
+# the pooled query. The score is the product of the query with that corner.*
 #
-# In blocks 0 and 2 there is a key at the star, so the score is exact. In block 1 there is none: its score is 0, but the
-# best of its keys reaches only −1. A score may promise too much and never too little. That is the first
-# [law](../glossary.md#law) of this project: the score of a block is at least $\bar q \cdot k$ for each of its keys. A
-# block of low score holds no key that the group wants on average (a single head may still want it: exercise 2); a block
-# of high score may disappoint.
+# In blocks 0 and 2 a key lies at the star, so the score is exact. In block 1 no key does: the score is 0, but the
+# best of its keys reaches only −1. A score may promise too much, but never too little. That is the first
+# [law](../glossary.md#law) of this project: the score of a block is at least $\bar q \cdot k$ for each of its keys. So
+# a block of low score holds no key that the group wants on average. (A single head may still want it: exercise 2.) A
+# block of high score may disappoint.
 #
-# Selection takes the newest block in any case ([`local_blocks`](../glossary.md#local-blocks) is 1: what was said last
-# nearly always matters), then the highest scores, $n$ blocks in all:
+# Selection always takes the newest block, because the last few words nearly always matter
+# ([`local_blocks`](../glossary.md#local-blocks) is 1). Then it takes the highest scores, $n$ blocks in all:
 #
 # $$n = \min(M, \max(\mathrm{min\_blocks}, \lceil p \cdot M \rceil))$$
 #
@@ -128,7 +127,8 @@ print("selected blocks", indices[0, 0].tolist())
 assert indices[0, 0].tolist() == [0, 2]
 
 # %% [markdown]
-# With the defaults, $b = 16$, $p = 0.1$ and at least 16 blocks, so many are attended in longer caches:
+# The defaults are $b = 16$, $p = 0.1$ and at least 16 blocks. With them a step attends to so many blocks of longer
+# caches:
 
 # %%
 for T in (100, 1_000, 4_000, 16_000, 256 * 1024):
@@ -138,9 +138,9 @@ for T in (100, 1_000, 4_000, 16_000, 256 * 1024):
 # %% [markdown]
 # ## On a real file
 #
-# Now the shipped model reads a library module that was held out of its training. It prefills 2,048 tokens; then we
-# follow the next 48 and look over its shoulder at what every layer asks for. The model's operations are an argument of
-# it, so we can give it an attention that takes notes:
+# Now the shipped model reads a library module that was held out of its training. It prefills 2,048 tokens. Then we
+# follow the next 48 tokens and record the queries of every layer. The model takes its operations as an argument, so we
+# can give it an attention that takes notes:
 
 # %%
 model, tokenizer = load_model(), load_tokenizer()
@@ -149,9 +149,9 @@ tokens = tokenizer.encode_ordinary(text)
 n_prompt, n_steps, b = 2048, 48, 16
 config = ReSAConfig(active_ratio=0.1, min_blocks=4)
 
-cache = model.new_cache(batch=1, capacity=n_prompt + n_steps, block_size=b)
-prefill(model, [tokens[:n_prompt]], cache)
-queries = []  # one [B, Hq, n_steps, D] per layer
+cache = model.new_cache(capacity=n_prompt + n_steps, block_size=b)
+prefill(model, tokens[:n_prompt], cache)
+queries = []  # one [1, Hq, n_steps, D] per layer
 
 
 def attention_with_notes(query, keys, values, lengths, **options):
@@ -160,15 +160,15 @@ def attention_with_notes(query, keys, values, lengths, **options):
 
 
 watched = model.with_ops(replace(model.ops, dense_attention=attention_with_notes))
-prefill(watched, [tokens[n_prompt : n_prompt + n_steps]], cache)
+prefill(watched, tokens[n_prompt : n_prompt + n_steps], cache)
 print(f"{subject}\n")
 print(tokenizer.decode(tokens[n_prompt : n_prompt + n_steps]))
 
 # %% [markdown]
-# To score all 48 steps at once, treat each as a sequence of its own that is as long as the cache was then: lengths
-# 2,049, 2,050 and so on, over the same keys. `Step` is a helper of the project that holds one layer's query, keys and
-# lengths and gives the exact attention logits. From those come the *mass* of each block, the sum of its tokens'
-# attention weights. All blocks' masses add up to 1.
+# To score all 48 steps at once, we treat each step as a sequence of its own that is as long as the cache was then:
+# lengths 2,049, 2,050 and so on, over the same keys. `Step` is a helper of the project. It holds one layer's query,
+# keys and lengths, and it computes the exact attention logits. The logits give the *mass* of each block, which is the
+# sum of its tokens' attention weights. The masses of all blocks add up to 1.
 
 # %%
 lengths = torch.arange(n_prompt + 1, n_prompt + n_steps + 1, dtype=torch.int32)  # [B = n_steps]
@@ -186,8 +186,8 @@ group_mass = torch.stack([mass.mean(dim=2) for mass in masses])  # [layer, B, Hk
 scores = torch.stack(scores)  # [layer, B, Hkv, M]
 
 # %% [markdown]
-# First the law, on all of these steps: the score of a block is no less than $\bar q \cdot k$ for any of its keys, up to
-# float32's rounding.
+# First we check the law on all of these steps: the score of a block is no less than $\bar q \cdot k$ for any of its
+# keys, up to rounding in float32.
 
 # %%
 gaps = []
@@ -203,11 +203,12 @@ for layer, step in enumerate(steps):
 print(f"a score exceeds the block's best key by {torch.stack(gaps).mean():.1f} on average, in attention logits")
 
 # %% [markdown]
-# It holds, and it is generous: in 64 channels there is hardly ever a key at the corner of the box. What counts for
-# selection is that blocks of good keys score *higher than others*, not by how much they promise.
+# The law holds, and the bound is generous: in 64 channels a key hardly ever lies at the corner of the box. For
+# selection it only matters that blocks of good keys score *higher than others*. It does not matter how much they
+# promise.
 #
-# Let us look for the step at which a layer wanted something specific from far back: the largest mass on a single block
-# that is neither the first of the text nor among the newest eight.
+# Now we look for a step at which a layer wanted something specific from far back. We take the largest mass on a single
+# block that is neither the first of the text nor among the newest eight.
 
 # %%
 newest = (lengths.long() - 1) // b  # [B], the block that holds the newest token
@@ -234,11 +235,11 @@ for rank, index in enumerate(by_score, start=1):
     print(f"{mark} {rank:5} {value:7.2f} {share:5.2f}  {index:5}  {shown}")
 
 # %% [markdown]
-# The table shows the blocks of highest score for this one step and what stands in them (the scores divided by $\sqrt
-# D$, as attention does); the arrow marks the far block that got so much mass. Typically such a head searches for
-# earlier places where the newest word occurred, to see how it went on there. The bounds lead to that block without a
-# key being read. Other blocks of high score get hardly any mass: they promised and disappointed. The next picture shows
-# the same head over all 48 steps.
+# The table shows the blocks of highest score for this one step, and their text. (Scores are divided by $\sqrt D$, as in
+# attention.) The arrow marks the far block that got so much mass. Such a head typically searches for earlier places
+# where the newest word occurred, to see how the text went on there. The bounds lead to that block without reading a
+# key. Other blocks of high score get hardly any mass: they promised and disappointed. The next picture shows the same
+# head over all 48 steps.
 
 # %%
 n_seen = scores.shape[-1]
@@ -261,14 +262,14 @@ all_axes[0].set_ylabel("decoding step")
 plt.show()
 
 # %% [markdown]
-# *Figure: one layer and KV head over 48 steps (rows) and all blocks (columns; the text begins at the left). Left, what
-# the bounds promise; middle, where attention truly goes; right, which blocks a step would read at $p = 0.1$. The newest
-# block is the staircase at the right edge: it moves on every 16 steps.*
+# *Figure: one layer and KV head over 48 steps (rows) and all blocks (columns, with the start of the text at the left).
+# Left: the scores. Middle: where attention truly goes. Right: the blocks that a step would read at $p = 0.1$. The
+# staircase at the right edge is the newest block, which moves on every 16 steps.*
 #
 # ## What a selection leaves out
 #
-# [Sparse attention](../glossary.md#sparse-attention) is exact softmax attention over the selected blocks. If every
-# block is selected, it is dense attention (law 3):
+# [Sparse attention](../glossary.md#sparse-attention) is exact softmax attention over the selected blocks. If it selects
+# every block, it equals dense attention (law 3):
 
 # %%
 step, values = steps[layer], cache.values[layer].expand(n_steps, -1, -1, -1)
@@ -281,9 +282,12 @@ sparse = sparse_attention(step.query, step.keys, values, part, lengths, b)
 print(f"{part.shape[-1]} of {n_seen} blocks: output off by {(sparse - dense).norm() / dense.norm():.0%} of its norm")
 
 # %% [markdown]
-# The weights of the tokens that were left out go to the others instead. How much mass that is, by the share of blocks
-# attended and by layer, for three ways to choose: by score; the newest blocks, without any scores; and the best choice
-# there is, which needs to know the masses beforehand.
+# The weights of the tokens that were left out go to the others instead. We measure how much mass that is, by the share
+# of blocks attended and by layer, for three ways to choose:
+#
+# - by score,
+# - the newest blocks, without any scores,
+# - the best possible choice, which needs to know the masses beforehand.
 
 # %%
 ratios = [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
@@ -315,47 +319,46 @@ for way in ways:
     assert (left_out[way].mean(dim=1).diff() <= 1e-6).all(), "more blocks leave less out"
 
 # %% [markdown]
-# *Figure: attention mass on blocks that are not read, mean over steps and heads. Left, all layers together; right,
-# layer by layer at a tenth of the blocks.*
+# *Figure: attention mass on blocks that are not read, mean over steps and heads. Left: all layers together. Right:
+# layer by layer, at a tenth of the blocks.*
 #
-# Be careful with what this says. The model is small (5.7 million parameters) and its attention is spread over the text,
-# so even the best choice of a tenth leaves a good part of the mass out; on average the scores do little better than
-# taking the newest blocks, or no better. What the scores can do and the newest blocks cannot is find the one block far
-# back that matters, as in the table above. In large models attention is known to be far more concentrated, which is
-# what sparse decoding presumes. [Evidence](../evidence.md#what-selection-leaves-out) has the same measurement over more
-# files, with intervals.
+# Read this with care. The model is small (5.7 million parameters), and its attention is spread over the text. So even
+# the best choice of a tenth leaves out a good part of the mass, and on average the scores do little or no better than
+# the newest blocks. But the scores can find the one block far back that matters, as in the table above, and the newest
+# blocks cannot. Attention in large models is known to be far more concentrated, and sparse decoding relies on that.
+# [Evidence](../evidence.md#what-selection-leaves-out) has the same measurement over more files, with intervals.
 #
-# The mass left out is the cause of everything that follows. A step that leaves mass out computes a slightly wrong
-# output. Where that error goes is the subject of [the next tutorial](03_drift.md).
+# The mass left out causes everything that follows. A step that leaves mass out computes a slightly wrong output.
+# [The next tutorial](03_drift.md) shows where that error goes.
 #
 # ## Exercises
 #
 # ### 1. Blocks of one token
 #
-# What is the score of a block when $b = 1$? What would be saved by selecting?
+# What is the score of a block when $b = 1$? What would selection save then?
 
 # %% tags=["hide-cell"]
 ones = torch.tensor([5], dtype=torch.int32)
 exact = score_blocks(torch.tensor([[[2.0, -1.0], [0.0, -1.0]]]), block_bounds(keys, ones, 1), ones, 1)
 print(exact[0, 0].tolist())
 assert torch.equal(exact[0, 0], true_products)
-# lo = hi = the key: the score is the product itself. But lo and hi together are then as large as all keys and values,
-# so a step reads as much as a dense one before it has selected anything (half, if it reads only the bound that each
-# channel needs). The cost of the bounds falls as 1/b, their precision falls as well.
+# lo = hi = the key, so the score is the product itself. But lo and hi together are then as large as all keys and
+# values. So a step reads as much as a dense one before it has selected anything (half of that, if it reads only the
+# bound that each channel needs). The cost of the bounds falls as 1/b. Their precision falls as well.
 
 # %% [markdown]
 # ### 2. Two heads that disagree
 #
-# Let the two heads of a group have the queries $q$ and $-q$. What are the scores, which blocks are selected, and what
-# does that mean for the heads?
+# Let the two heads of a group have the queries $q$ and $-q$. What are the scores? Which blocks are selected? What does
+# that mean for the heads?
 
 # %% tags=["hide-cell"]
 opposed = torch.stack([torch.tensor([2.0, -1.0]), torch.tensor([-2.0, 1.0])])[None]
 nothing = score_blocks(opposed, bounds, ones, 2)
 print(nothing[0, 0].tolist(), select_blocks(nothing, ones, ReSAConfig(2, 0.5, 1))[0, 0].tolist())
 assert (nothing == 0).all()
-# The mean is zero, so all scores are equal. The newest block is taken, then the lower index wins a tie. The score
-# bounds the mean of the heads' products and says nothing about a single head. Tutorial 5 comes back to this.
+# The mean is zero, so all scores are equal. Selection takes the newest block, and then the lower index wins a tie. The
+# score bounds the mean of the heads' products and says nothing about a single head. Tutorial 5 comes back to this.
 
 # %% [markdown]
 # ### 3. Larger blocks
@@ -372,13 +375,13 @@ for size in (4, 16, 64):
         chosen = is_selected(scored, lengths, ReSAConfig(size, 0.1, 1))
         lost.append(mass.masked_fill(chosen[:, :, None], 0.0).sum(dim=-1).mean())
     print(f"b = {size:2}: {torch.stack(lost).mean():.3f} of the mass left out")
-# Small blocks are read for the sake of fewer bystanders, and their boxes are tighter.
+# A small block brings fewer bystanders along, and its box is tighter.
 
 # %% [markdown]
 # ### 4. How deep must one read?
 #
-# At the step of the table above: at which rank by score does the block of most far mass stand? Up to which active ratio
-# would it be missed?
+# Take the step of the table above. Which rank by score has the block of most far mass? Up to which active ratio would a
+# step miss it?
 
 # %% tags=["hide-cell"]
 rank, total = by_score.index(wanted), int(newest[at]) + 1

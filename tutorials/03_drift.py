@@ -1,10 +1,11 @@
 # %% [markdown]
 # # 3. Drift
 #
-# **What you will learn:** what happens to the cache when every step is sparse: errors are written into it and read
-# again, and it [drifts](../glossary.md#drift). You will watch that layer by layer and token by token, find where an
-# error comes from, and tell drift from the other error of sparse decoding, [step error](../glossary.md#step-error).
-# Which of the two matters depends on the model, and you will see one of either kind.
+# **What you will learn:** what happens to the cache when every step is sparse. Steps write errors into it and read them
+# again, so the cache [drifts](../glossary.md#drift). You will watch this layer by layer and token by token, and find
+# where an error comes from. You will also separate drift from the other error of sparse decoding,
+# [step error](../glossary.md#step-error). Which of the two matters depends on the model. You will see one model of
+# each kind.
 #
 # **Time:** fifteen minutes to read, less than half a minute to run. It builds on [blocks](02_blocks.md).
 
@@ -18,13 +19,13 @@ import torch
 
 import resa.reference
 from resa.reference import ReSAConfig, load_model, load_tokenizer, prefill, rectify, sparse_step
-from resa.reference.checkpoint import shipped_checkpoint
-from resa.reference.demo import demo_prompt
-from resa.reference.evals.carried import Checks, Way, marked
-from resa.reference.evals.fidelity import kv_drift
-from resa.reference.programs import UNSEEN, alias_program
+from resa.reference.cli.demo import demo_prompt
+from resa.reference.lab.carried import Checks, Way, marked
+from resa.reference.lab.fidelity import kv_drift
+from resa.reference.lab.programs import UNSEEN, alias_program
+from resa.reference.weights.checkpoint import shipped_checkpoint
 
-plt.style.use("resa.reference.assets.figure")
+plt.style.use("resa.reference.weights.assets.figure")
 torch.set_num_threads(1)
 
 model, tokenizer = load_model(), load_tokenizer()
@@ -36,36 +37,36 @@ prompt, continuation = tokens[:n_prompt], tokens[n_prompt : n_prompt + n_steps]
 # %% [markdown]
 # ## Two caches of the same text
 #
-# We continue a file that the model has never seen, and we let every way of decoding read *the same* tokens, those that
-# truly stand in the file. (If each chose its own, their texts would soon differ, and comparing their caches token by
-# token would mean nothing.)
+# We continue a file that the model has never seen. Every way of decoding reads *the same* tokens, namely those of the
+# file. (If each way chose its own tokens, the texts would soon differ. Comparing their caches token by token would
+# then mean nothing.)
 #
-# One cache takes everything in densely. That is what a cache should look like; we call it *exact*. The other takes in
-# the prompt densely, as every decoder does, and then the continuation by [sparse steps](../glossary.md#sparse-step),
-# each attending to a tenth of the blocks. The cache has some 70 blocks, so we lower `min_blocks` to 4; at the default
-# of 16 nearly a quarter would be read. (A single step looks only at these settings; the interval of a configuration
-# matters to the loop around the steps, in the next tutorial.)
+# One cache reads everything densely. This is how a cache should look, so we call it *exact*. The other cache reads the
+# prompt densely, as in every decoder. Then it reads the continuation by [sparse steps](../glossary.md#sparse-step),
+# each of which attends to a tenth of the blocks. The cache has some 70 blocks, so we lower `min_blocks` to 4. At the
+# default of 16 a step would read nearly a quarter of them. (A single step uses only these settings. The interval of a
+# configuration matters to the loop around the steps, in the next tutorial.)
 
 # %%
 config = ReSAConfig(active_ratio=0.1, min_blocks=4)
-exact = model.new_cache(batch=1, capacity=n_prompt + n_steps, block_size=config.block_size)
-prefill(model, [prompt + continuation], exact)
+exact = model.new_cache(capacity=n_prompt + n_steps, block_size=config.block_size)
+prefill(model, prompt + continuation, exact)
 
-cache = model.new_cache(batch=1, capacity=n_prompt + n_steps, block_size=config.block_size)
-prefill(model, [prompt], cache)
+cache = model.new_cache(capacity=n_prompt + n_steps, block_size=config.block_size)
+prefill(model, prompt, cache)
 sparse_logits = []
 for token in continuation:
-    sparse_logits.append(sparse_step(model, torch.tensor([token]), cache, config)[0])  # [V]
+    sparse_logits.append(sparse_step(model, token, cache, config))  # [V]
 
 # %% [markdown]
-# How far a token has moved is measured relative to the length of its exact key or value. For layer $l$ and token $j$,
+# We measure how far a token has moved relative to the length of its exact key or value. For layer $l$ and token $j$,
 #
 # $$e_l(j) = \max_{h} \max\left( \frac{\lVert k_j - k_j^\ast \rVert}{\lVert k_j^\ast \rVert},
 # \frac{\lVert v_j - v_j^\ast \rVert}{\lVert v_j^\ast \rVert} \right)$$
 #
-# where $h$ runs over the $H_{kv}$ heads, $k_j$ and $v_j$ `[D]` are in the cache at hand, and $k_j^\ast$, $v_j^\ast$
-# `[D]` in the exact one. The *drift* of a token is the largest of these over the layers. An error of 1 is as large as
-# the key itself.
+# where $h$ runs over the $H_{kv}$ heads, $k_j$ and $v_j$ `[D]` are in the drifted cache, and $k_j^\ast$, $v_j^\ast$
+# `[D]` are in the exact one. The *drift* of a token is the largest of these errors over the layers. An error of 1 is as
+# large as the key itself.
 
 
 # %%
@@ -80,8 +81,8 @@ def errors(cache, exact, positions):
 
 generated = torch.arange(n_prompt, n_prompt + n_steps)
 drifted = errors(cache, exact, generated)
-assert torch.allclose(drifted.amax(dim=0), kv_drift(cache, exact, generated[None])[0]), "the project's own measure"
-assert errors(cache, exact, torch.arange(n_prompt)).max() < 1e-4, "the prompt was taken in densely and is exact"
+assert torch.allclose(drifted.amax(dim=0), kv_drift(cache, exact, generated)), "the project's own measure"
+assert errors(cache, exact, torch.arange(n_prompt)).max() < 1e-4, "the prompt was read densely and is exact"
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 2.6))
@@ -99,41 +100,40 @@ print("mean error by layer:", " ".join(f"{error:.2g}" for error in drifted.mean(
 #
 # ## Where an error comes from
 #
-# The bottom of the story is the top row of the picture: in layer 0 there is no error at all. Keys and values of layer 0
-# are computed from the token and its position alone, before any attention. A wrong selection cannot reach them.
+# Start at the top row of the picture: layer 0 has no error at all. Its keys and values are computed from the token and
+# its position alone, before any attention. A wrong selection cannot reach them.
 
 # %%
 assert drifted[0].max() < 1e-4
 assert drifted[1:].min() > 10 * drifted[0].max()
 
 # %% [markdown]
-# In layer 1 it begins. In a sparse step, layer 0's attention skips most blocks, so its output is a little wrong; that
-# output is added to what flows on to layer 1; and layer 1's keys and values are computed from it *and written into the
-# cache*. The first generated token shows it alone, because all it reads is exact:
+# The error begins in layer 1. In a sparse step the attention of layer 0 skips most blocks, so its output is a little
+# wrong. That output flows on to layer 1. Layer 1 computes its keys and values from it *and writes them into the cache*.
+# The first generated token shows this effect alone, because everything it reads is exact:
 
 # %%
 print("first token, by layer:", " ".join(f"{error:.2g}" for error in drifted[:, 0].tolist()))
 assert drifted[1:, 0].min() > 1e-3
 
 # %% [markdown]
-# A token that comes later may be wrong for two reasons: because its own step skipped blocks, and because the keys and
-# values that it did read had been written wrongly before. We can tell them apart with a decoder that repairs the cache
-# after every single token. It makes a sparse step, and then runs the same token through the model once more, densely,
-# over an exact cache, which overwrites its key and value. What a step writes *before* the repair is its own error
-# alone. That way of decoding is called [decode-only](../glossary.md#decode-only): its cache is always exact, only the
-# steps are sparse.
+# A later token may be wrong for two reasons. Its own step skipped blocks, or the keys and values that it read were
+# already wrong. We can separate the two with a decoder that repairs the cache after every single token. It takes a
+# sparse step. Then it runs the same token through the model once more, densely and over an exact cache, and overwrites
+# the key and value. So what a step writes *before* the repair is its own error alone. This way of decoding is called
+# [decode-only](../glossary.md#decode-only). Its cache is always exact, and only its steps are sparse.
 
 
 # %%
 def decode_only(model, prompt, continuation, exact, config):
     """Errors written by steps that read an exact cache [layer, n], and the logits of those steps [n, V]."""
-    cache = model.new_cache(1, exact.capacity, config.block_size)
-    prefill(model, [prompt], cache)
+    cache = model.new_cache(exact.capacity, config.block_size)
+    prefill(model, prompt, cache)
     own, logits = [], []
     for at, token in enumerate(continuation, start=len(prompt)):
-        logits.append(sparse_step(model, torch.tensor([token]), cache, config)[0])
+        logits.append(sparse_step(model, token, cache, config))
         own.append(errors(cache, exact, torch.tensor([at])))
-        rectify(model, [[token]], cache, window=torch.tensor([1]))
+        rectify(model, [token], cache, n_drifted=1)
     assert errors(cache, exact, torch.arange(exact.capacity)).max() < 1e-3, "the cache of decode-only is exact"
     return torch.cat(own, dim=1), torch.stack(logits)
 
@@ -157,27 +157,26 @@ axes.legend(loc="lower right")
 plt.show()
 
 mean, alone = drifted.amax(dim=0).mean(), own.amax(dim=0).mean()
-print(f"drift {mean:.2f} on average, {alone:.2f} of it made by the token's own step")
+print(f"drift {mean:.2f} on average, {alone:.2f} of it from the token's own step")
 gap = drifted.amax(dim=0) - own.amax(dim=0)
 print(f"inherited: {gap[:16].mean():.3f} over the first 16 tokens, {gap[64:].mean():.3f} over the last 64")
 assert 0 < gap[:16].mean() < gap[64:].mean(), "what is read wrongly is written more wrongly"
 
 # %% [markdown]
 # *Figure: drift of the tokens that sparse decoding writes, beside the error that the same step makes over an exact
-# cache. The gap is inherited: it comes from reading what was wrong before.*
+# cache. The gap is inherited: it comes from reading tokens that were already wrong.*
 #
-# At the first tokens nothing can be inherited; the gap opens as wrong tokens pile up. It does not grow without end,
-# though. Most of what a step reads here is the prompt, which is exact, and most of a token's error is made by its own
-# step.
+# The first tokens cannot inherit anything. The gap opens as wrong tokens pile up. It does not grow without end, though.
+# Most of what a step reads here is the prompt, which is exact, and most of a token's error comes from its own step.
 #
 # ## What it costs: step error and drift
 #
-# A cache that drifts is a symptom. What counts is what the model predicts. We compare each step's prediction with the
+# A cache that drifts is a symptom. The model's predictions are what counts. We compare each step's prediction with the
 # dense one by their Kullback-Leibler divergence, $\sum_x P(x) \log (P(x)/Q(x))$ over the vocabulary, where $P$ is the
-# dense prediction and $Q$ the other one; 0 means that they are equal. The loss of sparse decoding splits in two:
+# dense prediction and $Q$ the other one. It is 0 if both are equal. The loss of sparse decoding splits in two:
 #
-# - *step error*: what decode-only loses. Its cache is exact, so this is the price of reading a part of the cache now.
-# - *drift* (as a loss): what sparse decoding loses beyond that, the price of having read a part of it before.
+# - *step error*: the loss of decode-only. Its cache is exact, so this is the price of reading a part of the cache now.
+# - *drift* (as a loss): what sparse decoding loses beyond that. This is the price of reading only a part before.
 
 # %%
 with torch.no_grad():
@@ -205,12 +204,12 @@ print(f" + drift {sparse_loss.mean() - step_loss.mean():+.3f}")
 assert step_loss.mean() > 0.5 * sparse_loss.mean(), "most of the loss is step error"
 
 # %% [markdown]
-# *Figure: loss against dense decoding along the same 128 tokens of source code, summed up. The distance between the
-# lines is the part of the loss that drift causes, and the most that any repair of the cache can win back.*
+# *Figure: loss against dense decoding along the same 128 tokens of source code, summed up. Drift causes the distance
+# between the lines. No repair of the cache can win back more than that.*
 #
-# Most of the loss is step error. How large the rest is, 128 tokens of one file are too few to tell. The project ships a
-# measurement over 16 files, with bootstrap intervals (nominally of 95 %; of so few files they are a little too narrow);
-# it is read from a file here:
+# Most of the loss is step error. But 128 tokens of one file are too few to tell how large the rest is. The project
+# ships a measurement over 16 files, with bootstrap intervals. (Nominally they are 95 % intervals. With so few files
+# they are a little too narrow.) We read it from a file:
 
 # %%
 results = Path(resa.reference.__file__).parents[1] / "docs" / "results"
@@ -222,13 +221,14 @@ print(f"of it drift {row['drift_kl']:.4f} [{low:.4f}, {high:.4f}], that is {shar
 assert 0 < low < row["drift_kl"] < 0.25 * row["kl"]
 
 # %% [markdown]
-# So drift costs this model something, and not much: keys and values may be off by two fifths of their norm and the
-# predictions hardly care. [Evidence](../evidence.md) takes the loss apart further.
+# So drift costs this model something, but not much. Keys and values may be off by two fifths of their norm, and the
+# predictions hardly change. [Evidence](../evidence.md) takes the loss apart further.
 #
 # ## Where drift matters
 #
-# On source code this model has little use for what it wrote into the cache a while ago: most of what it needs stands in
-# the text, and the text is given. A second model that comes with the project was trained on programs of another kind:
+# On source code this model hardly uses what it wrote into the cache a while ago. It finds most of what it needs in the
+# text itself, and the text is right. A second model that comes with the project was trained on programs of another
+# kind:
 
 # %%
 carrying = load_model(shipped_checkpoint("carrying"))
@@ -238,33 +238,33 @@ programs = [alias_program(tokenizer, np.random.default_rng(seed), 1025) for seed
 print(tokenizer.decode(programs[0].tokens[-60:]))
 
 # %% [markdown]
-# A line such as `index = device` does not say its value. Whoever reads it must look up `device`, and can keep what was
-# found in only one place: the keys and values of this line. If a sparse step misses it, the cache holds a wrong value,
-# and every later line that builds on it will be wrong too. Here the text cannot help.
+# A line such as `index = device` does not say its value. The model must look up `device`, and it can keep the value in
+# only one place: the keys and values of this line. If a sparse step misses it, the cache holds a wrong value, and every
+# later line that builds on it is wrong too. Here the text cannot help.
 #
-# So we count. Four programs, each decoded from token 256 to 1,024, along
-# their true text; each asserted digit is right or wrong. (`marked` computes all steps of a program in one pass, which
-# is possible when the tokens are known, and gives what step by step decoding gives.)
+# So we count. We decode four programs from token 256 to 1,024 along their true text, and each asserted digit is right
+# or wrong. (`marked` computes all steps of a program in one pass. This is possible because the tokens are known, and it
+# gives the same result as decoding step by step.)
 
 # %%
 checks = Checks.of(programs, n_opening)
 ways = {
     "sparse": ReSAConfig(active_ratio=0.1, min_blocks=4, interval=None, schedule="paper"),
-    # Repaired after every token. (Under the default schedule an interval of 1 is dense decoding: tutorial 4.)
+    # Repaired after every token. (Under the default schedule an interval of 1 means dense decoding: tutorial 4.)
     "decode-only": ReSAConfig(active_ratio=0.1, min_blocks=4, interval=1, schedule="paper"),
 }
-marks = marked(carrying, programs, checks, [Way(config) for config in ways.values()], n_opening, batch=4)
+marks = marked(carrying, programs, checks, [Way(config) for config in ways.values()], n_opening)
 found = {name: marks[Way(config)] for name, config in ways.items()}
 right = {"dense": found["sparse"].dense_right.mean()} | {name: marks.right.mean() for name, marks in found.items()}
-print(f"{len(checks.at)} values asked")
+print(f"{len(checks.at)} values asserted")
 for name, share in right.items():
     print(f"{name:12} {share:.1%} right")
 print(f"step error {right['dense'] - right['decode-only']:.1%}, drift {right['decode-only'] - right['sparse']:.1%}")
 assert right["dense"] > right["decode-only"] > right["sparse"]
 
 # %% [markdown]
-# A good part of the loss is drift: values that an exact cache would have given right. These programs are few and short;
-# the shipped measurement has 48 of them, four times as long:
+# A good part of the loss is drift: an exact cache would have given these values right. Four short programs are few. The
+# shipped measurement has 48 programs, four times as long:
 
 # %%
 measured = json.loads((results / "evidence" / "carried.json").read_text())
@@ -277,28 +277,28 @@ print(f"drift costs {sparse_row['drift']:.1%} [{low:.1%}, {high:.1%}]")
 assert low > 0.02
 
 # %% [markdown]
-# Do not look for the reason in the size of the errors. The distances of this model's cache, measured as above, are as
-# large in decode-only's steps as in sparse decoding:
+# The size of the errors is not the reason. We measure the distances of this model's cache as above. In decode-only's
+# steps they are as large as in sparse decoding:
 
 # %%
 n_lines = 64
 opening, lines = programs[0].tokens[:n_opening], programs[0].tokens[n_opening : n_opening + n_lines]
-exact_program = carrying.new_cache(1, n_opening + n_lines, config.block_size)
-prefill(carrying, [opening + lines], exact_program)
-cache = carrying.new_cache(1, n_opening + n_lines, config.block_size)
-prefill(carrying, [opening], cache)
+exact_program = carrying.new_cache(n_opening + n_lines, config.block_size)
+prefill(carrying, opening + lines, exact_program)
+cache = carrying.new_cache(n_opening + n_lines, config.block_size)
+prefill(carrying, opening, cache)
 for token in lines:
-    sparse_step(carrying, torch.tensor([token]), cache, config)
+    sparse_step(carrying, token, cache, config)
 drifted_program = errors(cache, exact_program, torch.arange(n_opening, n_opening + n_lines))
 own_program, _ = decode_only(carrying, opening, lines, exact_program, config)
 print(f"drift {drifted_program.amax(dim=0).mean():.2f} on average, ", end="")
-print(f"{own_program.amax(dim=0).mean():.2f} of it made by the token's own step")
+print(f"{own_program.amax(dim=0).mean():.2f} of it from the token's own step")
 
 # %% [markdown]
-# What counts is *what* is wrong in the cache, whether anybody reads it later, and whether it can be had elsewhere.
-# Drift as a distance says how far a cache is from exact; only predictions say what that costs.
+# Three things count: *what* is wrong in the cache, whether a later step reads it, and whether the model can find it
+# elsewhere. Drift as a distance says how far a cache is from exact. Only predictions say what that costs.
 #
-# Drift can be repaired. How, is [the next tutorial](04_rectification.md).
+# Drift can be repaired. [The next tutorial](04_rectification.md) shows how.
 #
 # ## Exercises
 #
@@ -308,14 +308,14 @@ print(f"{own_program.amax(dim=0).mean():.2f} of it made by the token's own step"
 # which layer does the first error appear? Predict, then look.
 
 # %% tags=["hide-cell"]
-cache = model.new_cache(1, n_prompt + 16, config.block_size)
-prefill(model, [prompt], cache)
+cache = model.new_cache(n_prompt + 16, config.block_size)
+prefill(model, prompt, cache)
 for token in continuation[:16]:
-    sparse_step(model, torch.tensor([token]), cache, ReSAConfig(active_ratio=0.1, min_blocks=4, dense_layers=4))
+    sparse_step(model, token, cache, ReSAConfig(active_ratio=0.1, min_blocks=4, dense_layers=4))
 by_layer = errors(cache, exact, generated[:16]).mean(dim=1)
 print(" ".join(f"{error:.1g}" for error in by_layer.tolist()))
 assert by_layer[:5].max() < 1e-4 < by_layer[5]
-# Layer 4 is the first to skip blocks, but its own keys and values are computed before its attention. Layer 5 is wrong.
+# Layer 4 is the first to skip blocks, but it computes its own keys and values before its attention. Layer 5 is wrong.
 
 # %% [markdown]
 # ### 2. All blocks
@@ -323,30 +323,30 @@ assert by_layer[:5].max() < 1e-4 < by_layer[5]
 # What is the drift with `active_ratio=1.0`? Is it exactly zero?
 
 # %% tags=["hide-cell"]
-cache = model.new_cache(1, n_prompt + 16, config.block_size)
-prefill(model, [prompt], cache)
+cache = model.new_cache(n_prompt + 16, config.block_size)
+prefill(model, prompt, cache)
 for token in continuation[:16]:
-    sparse_step(model, torch.tensor([token]), cache, ReSAConfig(active_ratio=1.0))
+    sparse_step(model, token, cache, ReSAConfig(active_ratio=1.0))
 print(f"{errors(cache, exact, generated[:16]).max():.1e}")
 assert errors(cache, exact, generated[:16]).max() < 1e-3
-# A sparse step over all blocks is a dense step. What is left is float32's rounding: sums in another order.
+# A sparse step over all blocks is a dense step. The rest is rounding in float32: the sums have another order.
 
 # %% [markdown]
 # ### 3. Can a later token be exact again?
 #
-# Suppose that steps 0 to 9 are sparse and all later ones dense, over the cache as it is. Is the key of token 20 exact?
+# Suppose steps 0 to 9 are sparse and all later ones are dense, over the cache as it is. Is the key of token 20 exact?
 
 # %% tags=["hide-cell"]
-cache = model.new_cache(1, n_prompt + 32, config.block_size)
-prefill(model, [prompt], cache)
+cache = model.new_cache(n_prompt + 32, config.block_size)
+prefill(model, prompt, cache)
 for token in continuation[:10]:
-    sparse_step(model, torch.tensor([token]), cache, config)
-prefill(model, [continuation[10:32]], cache)  # dense
+    sparse_step(model, token, cache, config)
+prefill(model, continuation[10:32], cache)  # dense
 later = errors(cache, exact, generated[:32]).amax(dim=0)
 print(f"tokens 0 to 9: {later[:10].mean():.2g}, tokens 10 to 31: {later[10:].mean():.2g}")
 assert later[10:].min() > 1e-4, "no dense step makes up for what it reads"
-# Smaller, but not zero: dense steps read all of the cache, the wrong part included. Only overwriting the wrong part
-# helps.
+# The error is smaller, but not zero. Dense steps read all of the cache, and a part of it is wrong. Only overwriting
+# that part helps.
 
 # %% [markdown]
-# **Next:** [putting the cache right](04_rectification.md).
+# **Next:** [making the cache exact again](04_rectification.md).

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 5. How wrong can one step be?
 #
-# **What you will learn:** the [step error](../glossary.md#step-error) can't be repaired, but it can be *bounded*: from
-# what a sparse step has read anyway, one can compute a number that the error is guaranteed not to exceed. You will
-# derive this [certified bound](../glossary.md#certified-bound), see it work where keys are clustered, and see it say
+# **What you will learn:** nothing repairs the [step error](../glossary.md#step-error), but we can *bound* it. A sparse
+# step has read enough to compute a number that the error cannot exceed. You will derive this
+# [certified bound](../glossary.md#certified-bound) and see it work on clustered keys. You will also see that it says
 # nothing on a real model, and why.
 #
 # **Time:** fifteen minutes to read, less than half a minute to run. It builds on [blocks](02_blocks.md).
@@ -25,19 +25,19 @@ from resa.reference import (
     select_blocks,
     sparse_attention,
 )
-from resa.reference.demo import demo_prompt
-from resa.reference.evals.selection import Step, certified_bound, is_selected, upper_bounds
+from resa.reference.cli.demo import demo_prompt
+from resa.reference.lab.selection import Step, certified_bound, is_selected, upper_bounds
 
-plt.style.use("resa.reference.assets.figure")
+plt.style.use("resa.reference.weights.assets.figure")
 torch.set_num_threads(1)
 
 # %% [markdown]
 # ## Keys to try it on
 #
-# First, keys that suit the method: in each block, all keys lie close to a common centre, with a spread that we choose.
-# Each query points to the centre of one block, so there is something to find. `Step` holds one attention step of each
-# of $B$ sequences; here $B = 32$, there is one KV head with $G = 2$ query heads, $D = 64$, and $T = 1{,}000$ tokens in
-# blocks of $b = 16$. All of it is in float64, so that rounding does not blur the comparison.
+# First we take keys that suit the method. In each block, all keys lie close to a common centre, with a spread that we
+# choose. Each query points to the centre of one block, so there is something to find. `Step` holds one attention step
+# of each of $B$ sequences. Here $B = 32$, one KV head has $G = 2$ query heads, $D = 64$, and $T = 1{,}000$ tokens stand
+# in blocks of $b = 16$. Everything is in float64, so that rounding does not blur the comparison.
 
 # %%
 B, G, D, T, b = 32, 2, 64, 1000, 16
@@ -69,18 +69,18 @@ print(f"{int(chosen[0].sum())} of {M} blocks are selected")
 # %% [markdown]
 # ## The attention mass left out
 #
-# Take one query head. Let $S$ be the selected blocks, and $s_j = q \cdot k_j / \sqrt D$ the logit of token $j$. A dense
-# step divides by the sum over all tokens, which has two parts,
+# Take one query head. Let $S$ be the selected blocks, and let $s_j = q \cdot k_j / \sqrt D$ be the logit of token $j$.
+# A dense step divides by the sum over all tokens. This sum has two parts,
 #
 # $$Z_S = \sum_{j \in S} e^{s_j} \qquad R^\ast = \sum_{j \notin S} e^{s_j}$$
 #
 # and the mass left out is $m = R^\ast / (Z_S + R^\ast)$. The sparse step knows $Z_S$, because it has read those keys.
-# It does not know $R^\ast$. But it has bounds. By the reasoning of tutorial 2, for the head's own query $q$ `[D]`,
+# It does not know $R^\ast$. But it knows the bounds. As in tutorial 2, for the head's own query $q$ `[D]`,
 #
 # $$u_i = \frac{1}{\sqrt D} \sum_{d=0}^{D-1} \max(q_d \mathrm{lo}_{i,d},  q_d \mathrm{hi}_{i,d}) \ge s_j
 # \quad \text{for every token } j \text{ of block } i$$
 #
-# So each block that was not selected contributes at most its number of tokens times $e^{u_i}$:
+# So each block that the step did not select contributes at most its number of tokens times $e^{u_i}$:
 #
 # $$R^\ast \le R = \sum_{i \notin S} |\mathrm{block}_i| e^{u_i}$$
 #
@@ -88,7 +88,7 @@ print(f"{int(chosen[0].sum())} of {M} blocks are selected")
 #
 # $$m = \frac{R^\ast}{Z_S + R^\ast} \le \varepsilon = \frac{R}{Z_S + R}$$
 #
-# Exponentials of large logits overflow, so the sums are kept as logarithms; then
+# Exponentials of large logits overflow, so we keep the sums as logarithms. Then
 # $\varepsilon = \mathrm{sigmoid}(\log R - \log Z_S)$.
 
 # %%
@@ -110,27 +110,28 @@ print(f"mass left out {left_out.median():.4f}, at most {left_out.max():.4f}")
 print(f"certified     {epsilon.median():.4f}, at most {epsilon.max():.4f}")
 
 # %% [markdown]
-# The bound is above the truth in every case, and of use: it says that the step has seen nearly everything, without
-# having read the keys that it says this about.
+# The bound is above the truth in every case, and it is useful. It says that the step has seen nearly everything,
+# without reading the keys that were left out.
 #
-# Note that $u$ is taken from *each head's own* query. The score that selects uses the mean of the group's queries, and
-# it bounds the mean of the heads' logits, which says nothing about a single one: heads with queries $q$ and $-q$ have a
-# mean of zero.
+# Note that $u$ uses *each head's own* query. The score that selects blocks uses the mean of the group's queries. It
+# bounds the mean of the heads' logits, which says nothing about a single head: the queries $q$ and $-q$ have a mean of
+# zero.
 #
 # ## The error of the output
 #
-# Let $o$ `[D]` be the head's output in a dense step, $o_S$ in the sparse one, and $o_N$ the attention over what was
-# *not* selected. Attention over a whole is the mean of attention over its parts, weighted by their masses (law 4):
+# Let $o$ `[D]` be the head's output in a dense step, $o_S$ its output in the sparse step, and $o_N$ the attention over
+# the tokens that were *not* selected. Attention over a whole is the mean of attention over its parts, weighted by their
+# masses (law 4):
 #
 # $$o = (1 - m) o_S + m o_N \quad\Longrightarrow\quad o_S - o = m (o_S - o_N)$$
 #
-# $o_S$ and $o_N$ are weighted means of values, so they are no further apart than the two values that are furthest
+# $o_S$ and $o_N$ are weighted means of values. So their distance is at most that of the two values that are furthest
 # apart:
 #
 # $$\lVert o_S - o \rVert \le \varepsilon \cdot \max_{j,k} \lVert v_j - v_k \rVert
 # \le 2 \varepsilon \cdot \max_j \lVert v_j \rVert$$
 #
-# The last form needs one number per KV head, the largest norm of a value, which a cache could keep up to date.
+# The last form needs one number per KV head, the largest norm of a value. A cache could keep this number up to date.
 
 
 # %%
@@ -152,7 +153,7 @@ print(f"output error {error.median():.4f}, at most {error.max():.4f}; certified 
 # %% [markdown]
 # ## When is it tight?
 #
-# Now vary the spread of the keys within a block, from none to as much as the centres' own.
+# Now we vary the spread of the keys within a block, from zero up to the spread of the centres themselves.
 
 # %%
 spreads = [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
@@ -187,28 +188,28 @@ assert torch.allclose(truths[0], certificates[0]), "no spread: the box is one po
 assert certificates[-1].median() > 0.99, "spread like the centres: the bound is nearly one"
 
 # %% [markdown]
-# *Figure: left, median over 64 heads of the mass left out and of its bound; right, the error of the output and its
-# bound $2\varepsilon \max\lVert v \rVert$, one dot per head; on the grey line they would be equal.*
+# *Figure: left, the median over 64 heads of the mass left out and of its bound. Right, the error of the output and its
+# bound $2\varepsilon \max\lVert v \rVert$, one dot per head. On the grey line both would be equal.*
 #
-# Without spread, the box around a block is a point, $u$ is the logit itself, and the bound of the mass (left) equals
-# the truth; that of the output (right) still has its factor $2\max\lVert v \rVert$. With little spread it is useful.
-# With much, it rises to 1, and "at most everything is left out" is true and worthless. The truth itself hardly moves
-# meanwhile: what fails is the bound, not the selection.
+# Without spread, the box around a block is a point and $u$ is the logit itself. So the bound of the mass (left) equals
+# the truth. The bound of the output (right) still has its factor $2\max\lVert v \rVert$. With a small spread the bound
+# is useful. With a large spread it rises to 1, and "at most everything is left out" is true and worthless. The truth
+# itself hardly moves meanwhile. So the bound fails, and the selection does not.
 #
 # ## On the model
 #
-# Now the queries and keys of the shipped model, 16 steps after a prompt of 1,024 tokens of a Python file, all layers
-# and heads. As in tutorial 2, an attention that takes notes records the queries, and each of the 16 steps becomes a
-# sequence of its own.
+# Now we take the queries and keys of the shipped model, for 16 steps after a prompt of 1,024 tokens of a Python file,
+# in all layers and heads. As in tutorial 2, an attention that takes notes records the queries, and each of the 16 steps
+# becomes a sequence of its own.
 
 # %%
 model, tokenizer = load_model(), load_tokenizer()
 _, text = demo_prompt()
 tokens = tokenizer.encode_ordinary(text)
 n_prompt, n_steps = 1024, 16
-cache = model.new_cache(1, n_prompt + n_steps, b)
-prefill(model, [tokens[:n_prompt]], cache)
-queries = []  # one [B, Hq, n_steps, D] per layer
+cache = model.new_cache(n_prompt + n_steps, b)
+prefill(model, tokens[:n_prompt], cache)
+queries = []  # one [1, Hq, n_steps, D] per layer
 
 
 def attention_with_notes(query, keys, values, lengths, **options):
@@ -217,7 +218,7 @@ def attention_with_notes(query, keys, values, lengths, **options):
 
 
 watched = model.with_ops(replace(model.ops, dense_attention=attention_with_notes))
-prefill(watched, [tokens[n_prompt : n_prompt + n_steps]], cache)
+prefill(watched, tokens[n_prompt : n_prompt + n_steps], cache)
 model_lengths = torch.arange(n_prompt + 1, n_prompt + n_steps + 1, dtype=torch.int32)
 model_steps = [
     Step(query[0].transpose(0, 1).double(), keys.expand(n_steps, -1, -1, -1).double(), model_lengths, b)
@@ -226,7 +227,7 @@ model_steps = [
 
 
 def residuals(step, config):
-    """log Z_S, log R* and log R of a step whose selection `config` makes: three [B, Hkv, G]."""
+    """log Z_S, log R* and log R of a step that selects as `config` says: three [B, Hkv, G]."""
     bounds = block_bounds(step.keys, step.lengths, step.block_size)
     chosen = is_selected(score_blocks(step.query, bounds, step.lengths, step.block_size), step.lengths, config)
     out = chosen[:, :, None]
@@ -245,10 +246,10 @@ print(f"certified bound {epsilon.mean():.5f} on average, at least {epsilon.min()
 assert epsilon.mean() > 0.99, "it says nothing"
 
 # %% [markdown]
-# The bound is never exceeded, and it is nearly one everywhere. Two quantities tell why, both differences of logarithms:
+# The truth never exceeds the bound, but the bound is nearly one everywhere. Two differences of logarithms tell why:
 #
-# - the *margin* $\log Z_S - \log R^\ast$: by how much the selected blocks outweigh the rest, in truth;
-# - the *slack* $\log R - \log R^\ast$: by how much the bounds overestimate the rest.
+# - The *margin* $\log Z_S - \log R^\ast$ is how much the selected blocks truly outweigh the rest.
+# - The *slack* $\log R - \log R^\ast$ is how much the bounds overestimate the rest.
 #
 # Since $\varepsilon = \mathrm{sigmoid}(\mathrm{slack} - \mathrm{margin})$, the bound says something only where the
 # slack is smaller than the margin.
@@ -270,21 +271,20 @@ print("slack by layer: ", " ".join(f"{each:.1f}" for each in slack.tolist()))
 assert (slack > margin).all()
 
 # %% [markdown]
-# *Figure: what would have to be reversed for the bound to say something, by layer, on the model. One nat is a factor of
-# e.*
+# *Figure: margin and slack by layer, on the model. The bound would say something where the margin is the larger one.
+# One nat is a factor of e.*
 #
-# There are two reasons. The margin is small: this model's attention is spread out, and what is selected does not
-# outweigh the rest by much. And the slack is large: the bound takes for each of the 64 channels the most favourable key
-# of the block, and no key is the most favourable in all. The excess adds up over channels; then it is put into an
-# exponential.
+# There are two reasons. First, the margin is small: this model's attention is spread out, and the selected blocks do
+# not outweigh the rest by much. Second, the slack is large: for each of the 64 channels the bound takes the most
+# favourable key of the block, but no key is the most favourable in all channels. The excess adds up over channels, and
+# then the exponential multiplies it.
 #
-# That alone does not make the score a bad *ranking*: if all blocks are overestimated by about as much, their order is
-# right. A ranking needs differences, a certificate needs the level.
+# That alone does not make the score a bad *ranking*. If the bounds overestimate all blocks by about as much, their
+# order is right. A ranking needs differences, and a certificate needs the level.
 #
-# ## What smaller blocks would do
+# ## Smaller blocks
 #
-# The fewer keys in a box, the tighter it is. With $b = 1$ the box is the key, and the bound must be the mass left out
-# itself.
+# A box with fewer keys is tighter. With $b = 1$ the box is the key, and the bound must equal the mass left out.
 
 # %%
 print(" b   mass left out   certified   bounds read, of the cache")
@@ -297,26 +297,26 @@ for size in (1, 2, 4, 8, 16):
         assert torch.allclose(log_R, log_R_true, atol=1e-4)
 
 # %% [markdown]
-# (The last column counts the one bound per channel that a query needs, $1/(2b)$ of all keys and values.) By the time
-# the bound says something here, it costs more to read than the selected tenth of the blocks. On this model no block
-# size gives a cheap certificate.
+# (The last column counts the one bound per channel that a query needs, $1/(2b)$ of all keys and values.) Once the
+# blocks are small enough for the bound to say something, it costs more to read than the selected tenth of the blocks.
+# On this model no block size gives a cheap certificate.
 #
-# ## What it is good for
+# ## The use of it
 #
-# - It is a *law*: true for every input, so tests can check it (law 10 of the specification), and an implementation with
-#   wrong bounds or a wrong selection breaks it.
-# - Where keys are clustered within blocks and attention is sharp, it tells at run time that a step was good, or that it
-#   was not and should be done densely.
-# - It speaks of *one step over the cache as it is*. About drift it says nothing: over a wrong cache, a step may be
-#   certified and wrong. For drift there is [rectification](04_rectification.md), and it needs no bound, since it is
+# - It is a *law*. It holds for every input, so tests can check it (law 10 of the specification), and an implementation
+#   with wrong bounds or a wrong selection breaks it.
+# - Where keys are clustered within blocks and attention is sharp, it tells at run time whether a step was good or
+#   should be repeated densely.
+# - It speaks of *one step over the cache as it is*. It says nothing about drift: over a wrong cache, a step may be
+#   certified and wrong. Against drift there is [rectification](04_rectification.md). It needs no bound, because it is
 #   exact.
 #
 # ## Exercises
 #
 # ### 1. From error to density
 #
-# A decoder could attend densely wherever $\varepsilon$ exceeds 0.05. For which share of the heads would that be, at
-# spreads 0.1, 0.3 and 0.5 of the clustered keys, and for which share is the mass left out truly above 0.05?
+# A decoder could attend densely wherever $\varepsilon$ exceeds 0.05. Take spreads 0.1, 0.3 and 0.5 of the clustered
+# keys. Which share of the heads would it attend to densely? For which share is the mass left out truly above 0.05?
 
 # %% tags=["hide-cell"]
 for spread in (0.1, 0.3, 0.5):
@@ -324,14 +324,14 @@ for spread in (0.1, 0.3, 0.5):
     suspected, guilty = (certificates[index] > 0.05).double().mean(), (truths[index] > 0.05).double().mean()
     print(f"spread {spread}: dense for {suspected:.0%} of the heads, needed for {guilty:.0%}")
     assert suspected >= guilty
-# A certificate errs on one side only: it may ask for a dense step that was not needed, and never misses one that was.
+# A certificate errs on one side only. It may ask for a dense step that was not needed, but it never misses one that
+# was.
 
 # %% [markdown]
 # ### 2. The best selection for a certificate
 #
-# Suppose that one wants $\varepsilon$ itself to be small. Which blocks should one select, those of highest mean score
-# or others? Try the largest of the heads' own upper bounds (`upper_bounds(step, bounds).amax(dim=2)`) on clustered
-# keys.
+# Suppose you want $\varepsilon$ itself to be small. Which blocks should a step select, those of highest mean score or
+# others? Try the largest of the heads' own upper bounds (`upper_bounds(step, bounds).amax(dim=2)`) on clustered keys.
 
 # %% tags=["hide-cell"]
 step, _ = clustered(0.2)
@@ -339,7 +339,7 @@ bounds = block_bounds(step.keys, lengths, b)
 pooled = is_selected(score_blocks(step.query, bounds, lengths, b), lengths, config)
 own = is_selected(upper_bounds(step, bounds).amax(dim=2), lengths, config)
 print(f"pooled {certified_bound(step, pooled).mean():.3f}, largest own bound {certified_bound(step, own).mean():.3f}")
-# R is a sum of exponentials of each head's u, so its largest terms should be selected: the blocks of large u, for some
+# R is a sum of exponentials of each head's u. So a step should select its largest terms, the blocks of large u for some
 # head. The two heads of a group ask for nearly the same here, so the choices hardly differ.
 
 # %% [markdown]
@@ -359,7 +359,7 @@ lost, bound = mass.masked_fill(chosen[:, :, None], 0.0).sum(dim=-1), certified_b
 print(f"scores of at most {scores.abs().max():.1g}: mass left out {lost.mean():.2f}, certified {bound.mean():.2f}")
 assert (lost <= bound + 1e-9).all()
 assert bound.mean() > 0.9
-# All scores are zero, so the selection is blind; the bound, made of the heads' own queries, says so.
+# All scores are zero, so the selection is blind. The bound uses the heads' own queries, and it says so.
 
 # %% [markdown]
 # **Next:** [from these operations to fast kernels](06_kernel_ladder.md).

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 6. From loops to Triton
 #
-# A [sparse step](../glossary.md#sparse-step) reads a tenth of the [KV cache](../glossary.md#kv-cache). It is only worth
-# it if that tenth is read at the speed of memory. This tutorial climbs to such a kernel in five rungs. Each rung is
-# complete and correct, and each cures one fault of the one before it:
+# A [sparse step](../glossary.md#sparse-step) reads a tenth of the [KV cache](../glossary.md#kv-cache). That only pays
+# if it reads this tenth at the speed of memory. This tutorial climbs to such a kernel in five rungs. Each rung is
+# complete and correct, and each cures one fault of the rung before it:
 #
 # | rung | what is new |
 # | --- | --- |
@@ -14,15 +14,15 @@
 # | 4 | many programs per sequence: a split list, merged by [log-sum-exp](../glossary.md#log-sum-exp) |
 # | 5 | the project's own kernel, imported |
 #
-# **What you will learn:** what limits such a kernel, how to write it so that it can be checked anywhere, and how to
-# time it.
+# **What you will learn:** what limits such a kernel, how to write it so that you can check it on any machine, and how
+# to time it.
 #
-# **Time:** half an hour to read, less than half a minute to run. You should know PyTorch;
-# [Triton](../glossary.md#triton) is explained as it comes. No GPU is needed: without one the kernels run in Triton's
-# interpreter, one program after another in NumPy, which is exact and slow. With one they are compiled, and timed at
-# the end.
+# **Time:** half an hour to read, less than half a minute to run. You should know PyTorch. The text explains
+# [Triton](../glossary.md#triton) where it first uses it. You need no GPU: without one the kernels run in Triton's
+# interpreter, one program after another in NumPy, which is exact and slow. With a GPU they are compiled, and the end of
+# this tutorial times them.
 #
-# Triton decides whether to interpret when it is imported, so the choice comes first.
+# Triton decides at import whether to interpret, so this choice comes first.
 
 # %%
 import os
@@ -45,21 +45,21 @@ import triton.language as tl
 from torch import Tensor
 
 import resa.reference
-from resa.fast.attention import enqueue_sparse
+from resa.fast.attention import sparse_attention as own_attention
 from resa.fast.bench.cli import revision
 from resa.fast.bench.layer import L2_BYTES, Shape, distance, floors
 from resa.fast.bench.timing import Time, copy_bandwidth, elapsed, time_calls
-from resa.fast.checks import INTERPRETED
+from resa.fast.gpu.limits import INTERPRETED
 from resa.reference import ReSAConfig, select_blocks
 from resa.reference import sparse_attention as reference_attention
 
-plt.style.use("resa.reference.assets.figure")
+plt.style.use("resa.reference.weights.assets.figure")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 RESULTS = Path(resa.reference.__file__).parents[1] / "docs" / "results"
 print("Triton", triton.__version__, "in its interpreter" if INTERPRETED else f"on {torch.cuda.get_device_name()}")
 
 # %% [markdown]
-# ## What is computed, and what it must cost
+# ## The computation, and what it must cost
 #
 # One query per sequence attends to the tokens of the blocks on its list. For query head $g$ of a KV head's group, with
 # query $q_g \in \mathbb{R}^D$, keys and values $k_t, v_t \in \mathbb{R}^D$, and $S$ the set of valid tokens of the
@@ -71,10 +71,10 @@ print("Triton", triton.__version__, "in its interpreter" if INTERPRETED else f"o
 # Shapes, as everywhere in this project: queries `[B, Hq, D]`, keys and values `[B, Hkv, T_max, D]`, block indices
 # `[B, Hkv, N]` with −1 for nothing, lengths `[B]`. The $G = H_q / H_{kv}$ heads of a group share one list.
 #
-# Every selected key and value must be read once, and each takes part in about $2G$ multiplications and additions per
-# number: with $G = 7$ and 16-bit numbers, 7 operations per byte. A GPU like the H100 could do some 300 in the time that
-# a byte takes to arrive. So nothing counts but bytes: the *floor* of this kernel is the size of the selected keys and
-# values over the [memory bandwidth](../glossary.md#memory-bandwidth).
+# The kernel must read every selected key and value once. Each number takes part in about $2G$ multiplications and
+# additions. With $G = 7$ and 16-bit numbers, that makes 7 operations per byte. A GPU like the H100 could do some 300 in
+# the time that a byte takes to arrive. So only bytes count: the *floor* of this kernel is the size of the selected keys
+# and values over the [memory bandwidth](../glossary.md#memory-bandwidth).
 
 # %%
 config = ReSAConfig()  # block size 16, a tenth of the blocks, at least 16
@@ -86,12 +86,12 @@ for context in (2**14, 2**16, 2**18):
 # %% [markdown]
 # ## A case to test every rung on
 #
-# A kernel that was only tried on full, tidy input is not tested. This case has lengths that end inside a block, a
-# sequence so short that its list holds −1, lists in no order, and NaN in every slot past a sequence's end: whoever
-# reads what is not valid will show it.
+# Full, tidy input does not test a kernel. This case has lengths that end inside a block, a sequence so short that its
+# list holds −1, lists in no order, and NaN in every slot past a sequence's end. A kernel that reads an invalid slot
+# gives NaN.
 #
-# Outputs come from `torch.empty`, so a row that a kernel forgets to write may by chance hold the right numbers of an
-# earlier run. In the test it can't: PyTorch can be told to fill new memory with NaN.
+# Outputs come from `torch.empty`. So a row that a kernel forgets to write may by chance hold the right numbers of an
+# earlier run. The test rules this out: it tells PyTorch to fill new memory with NaN.
 
 
 # %%
@@ -163,23 +163,23 @@ def check(launch: Callable[..., Tensor], case: Case) -> float:
 print(f"rung 0, the reference itself in float16: {check(reference_attention, toy):.2f} roundings")
 
 # %% [markdown]
-# Rung 0 is right, and slow: it gathers the selected keys and values into new memory, widens them, writes logits, reads
-# them again. Every one of those arrays travels to memory and back.
+# Rung 0 is right, but slow. It gathers the selected keys and values into new memory, widens them, writes logits and
+# reads them again. Each of these arrays travels to memory and back.
 #
 # ## Rung 1: one program per query head
 #
-# A Triton kernel is a *program* that runs many times, side by side; `tl.program_id` tells a program which one it is.
-# Within it, values are small arrays (*[tiles](../glossary.md#tile)*) that live in registers: `tl.arange` makes one,
-# `tl.load` reads one through a tile of pointers. Names follow a scheme: `i_` is an index of one thing, `o_` a tile of
-# offsets, `m_` a mask, `p_` a pointer. Capital letters are constants of compilation.
+# A Triton kernel is a *program* that runs many times, side by side. `tl.program_id` tells a program which one it is.
+# Values within a program are small arrays (*[tiles](../glossary.md#tile)*) that live in registers. `tl.arange` makes a
+# tile, and `tl.load` reads one through a tile of pointers. Names follow a scheme: `i_` is an index of one thing, `o_` a
+# tile of offsets, `m_` a mask, `p_` a pointer. Capital letters are constants of compilation.
 #
-# There are no strides among the arguments. All arrays are contiguous, so the query of sequence $s$ and head $h$ is row
-# $s H_q + h$ of D numbers, and its keys belong to row $(s H_q + h) \mathbin{/\!/} G = s H_{kv} + h \mathbin{/\!/} G$ of
-# the cache, because $H_q = G H_{kv}$.
+# No argument is a stride. All arrays are contiguous, so the query of sequence $s$ and head $h$ is row $s H_q + h$ of D
+# numbers. Its keys belong to row $(s H_q + h) \mathbin{/\!/} G = s H_{kv} + h \mathbin{/\!/} G$ of the cache, because
+# $H_q = G H_{kv}$.
 #
-# A list entry may be −1, and a block may end past the sequence. Neither is worth an `if`: a branch that depends on
-# loaded data makes loads wait for one another. Instead the address is made harmless, the load is masked, and the logit
-# becomes −∞, which weighs $e^{-\infty} = 0$.
+# A list entry may be −1, and a block may end past the sequence. Neither needs an `if`. (A branch that depends on loaded
+# data makes loads wait for each other.) Instead the kernel makes the address harmless, masks the load, and sets the
+# logit to −∞, which weighs $e^{-\infty} = 0$.
 
 
 # %%
@@ -201,9 +201,9 @@ def logits_of(query, p_keys, position, m_token, D: tl.constexpr):
 
 
 # %% [markdown]
-# The softmax takes two passes over the list, as a loop in plain Python would: first the largest logit $m$, then
-# $\sum_t e^{s_t - m}$ and $\sum_t e^{s_t - m} v_t$. Subtracting $m$ changes nothing in the quotient and keeps
-# exponentials from overflowing.
+# The softmax takes two passes over the list, like a loop in plain Python. The first pass finds the largest logit $m$.
+# The second sums $\sum_t e^{s_t - m}$ and $\sum_t e^{s_t - m} v_t$. Subtracting $m$ does not change the quotient, and
+# it keeps exponentials from overflowing.
 
 
 # %%
@@ -255,20 +255,20 @@ two_pass = by_head(two_pass_kernel)
 print(f"rung 1: {check(two_pass, toy):.2f} roundings")
 
 # %% [markdown]
-# It is right. What is wrong with it: every key is read twice, once per pass.
+# The result is right. The fault: each pass reads every key, so every key is read twice.
 #
 # ## Rung 2: online softmax, one pass
 #
-# The maximum need not be known beforehand. Keep the maximum $m$ *so far*, and sums that are relative to it,
+# We need not know the maximum beforehand. We keep the maximum $m$ *so far*, and sums relative to it,
 # $z = \sum e^{s_t - m}$ and $a = \sum e^{s_t - m} v_t$ with $a \in \mathbb{R}^D$. When a block brings a larger logit,
-# $m' > m$, what was summed is too large by $e^{m' - m}$, and one multiplication mends it:
+# $m' > m$, the sums so far are too large by $e^{m' - m}$, and one multiplication corrects them:
 #
 # $$ m' = \max(m, \max_t s_t), \qquad
 #    z' = z\, e^{m - m'} + \sum_t e^{s_t - m'}, \qquad
 #    a' = a\, e^{m - m'} + \sum_t e^{s_t - m'} v_t $$
 #
-# At the end $o = a / z$, and $\ln z + m$ is the log-sum-exp of the logits, for free. In numbers, for six logits in
-# blocks of two and values that are just numbers:
+# At the end $o = a / z$. The log-sum-exp of the logits comes for free: it is $\ln z + m$. Here are the steps for six
+# logits in blocks of two, with plain numbers as values:
 
 # %%
 logits, numbers = torch.tensor([1.0, 3.0, 2.0, 7.0, -1.0, 6.0]), torch.tensor([10.0, 20.0, 30.0, 40.0, 50.0, 60.0])
@@ -318,18 +318,18 @@ online = by_head(online_kernel)
 print(f"rung 2: {check(online, toy):.2f} roundings")
 
 # %% [markdown]
-# What is wrong with it: the G heads of a group have the same list and the same keys, and each reads them for itself.
-# A cache near the multiprocessors may serve some of that twice; nothing promises it.
+# The fault: the G heads of a group have the same list and the same keys, and each head reads them for itself. A cache
+# near the multiprocessors may serve some of these reads twice, but nothing guarantees it.
 #
 # ## Rung 3: a group shares its loads
 #
-# One program takes all G heads of a KV head. Its queries form a matrix, so the logits of a block are a matrix product,
-# `[G, D] · [D, b]`, and so is the weighted sum of values, `[G, b] · [b, D]`. That is what a GPU's matrix units are for.
-# They want at least 16 rows: G is padded to 16, and the rows that don't count cost nothing, since time is spent waiting
-# for bytes. Scalars `m` and `z` become tiles of 16.
+# One program takes all G heads of a KV head. Its queries form a matrix. So the logits of a block are a matrix product,
+# `[G, D] · [D, b]`, and so is the weighted sum of values, `[G, b] · [b, D]`. A GPU has matrix units for this. They want
+# at least 16 rows, so we pad G to 16. The padding costs nothing, because the time goes into waiting for bytes. The
+# scalars `m` and `z` become tiles of 16.
 #
-# The loop stands in a function of its own, over the entries `first` … `last − 1` of the list, because the next rung
-# needs it for a part of the list.
+# The loop over the entries `first` … `last − 1` of the list is a function of its own, because the next rung needs it
+# for a part of the list.
 
 
 # %%
@@ -387,20 +387,20 @@ def by_group(query, keys, values, indices, lengths, block_size):
 print(f"rung 3: {check(by_group, toy):.2f} roundings")
 
 # %% [markdown]
-# Now every byte is asked for once. What is wrong with it: 8 sequences with 4 KV heads are 32 programs, and an H100 has
-# 132 multiprocessors. A hundred of them idle, and 32 can't keep enough loads in flight to use the memory.
-# The better a kernel shares, the fewer programs are left: this is why the next rung is needed.
+# Now the kernel asks for every byte once. The fault: 8 sequences with 4 KV heads make 32 programs, but an H100 has 132
+# multiprocessors. A hundred of them idle, and 32 cannot keep enough loads in flight to use the memory. A kernel that
+# shares more leaves fewer programs. The next rung solves this.
 #
 # ## Rung 4: split the list, merge the parts
 #
-# Attention over a split set of tokens can be put together again (the [law](../glossary.md#law) of partition, law 4).
-# With $o_i \in \mathbb{R}^D$ and $\ell_i = \ln \sum_{t \in S_i} e^{s_t}$ of the parts $S_i$ of $S$:
+# Attention over parts of the tokens merges into attention over all of them (the [law](../glossary.md#law) of partition,
+# law 4). With $o_i \in \mathbb{R}^D$ and $\ell_i = \ln \sum_{t \in S_i} e^{s_t}$ of the parts $S_i$ of $S$:
 #
 # $$ \ell = \ln \sum_i e^{\ell_i}, \qquad o = \sum_i e^{\ell_i - \ell}\, o_i $$
 #
-# So the list of every KV head is cut into `splits` parts, each with a program of its own, and a second small kernel
-# merges. This is known as [split-KV](../glossary.md#split-kv) decoding. The parts cost memory traffic of their own,
-# 16·D numbers each, which is little beside hundreds of blocks.
+# So we cut the list of every KV head into `splits` parts. Each part has a program of its own, and a second small kernel
+# merges them. This is called [split-KV](../glossary.md#split-kv) decoding. The parts cost memory traffic of their own,
+# 16·D numbers each. That is little beside hundreds of blocks.
 
 
 # %%
@@ -411,7 +411,7 @@ def split_kernel(
 ):  # fmt: skip
     """The G heads of one KV head over one part of its list. Grid: (splits, Hkv, B). Tiles as before.
 
-    part [B·Hkv, splits, 16, D] gets each part's own attention, part_lse [B·Hkv, splits, 16] its log-sum-exp.
+    Writes each part's own attention to part [B·Hkv, splits, 16, D] and its log-sum-exp to part_lse [B·Hkv, splits, 16].
     """
     i_row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     length = tl.load(lengths_ptr + tl.program_id(2))
@@ -432,7 +432,7 @@ def split_kernel(
 
 @triton.jit
 def merge_kernel(part_ptr, part_lse_ptr, out_ptr, splits, G: tl.constexpr, D: tl.constexpr):
-    """The parts of one KV head as one. Grid: (Hkv, B). Tile: [16, D]; the same running maximum once more."""
+    """Merge the parts of one KV head, again with a running maximum. Grid: (Hkv, B). Tile: [16, D]."""
     i_row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     o_g, o_d = tl.arange(0, 16), tl.arange(0, D)
     m = tl.full([16], float("-inf"), tl.float32)
@@ -454,7 +454,7 @@ def merge_kernel(part_ptr, part_lse_ptr, out_ptr, splits, G: tl.constexpr, D: tl
 
 
 def split_attention(query, keys, values, indices, lengths, block_size, *, splits=None):
-    """As many programs as fill the GPU about twice; a few in the interpreter, so that there is something to merge."""
+    """Launch enough programs to fill the GPU about twice. In the interpreter a few are enough to merge."""
     (batch, kv_heads, capacity, head_dim), out = keys.shape, torch.empty_like(query)
     group, rows, width = query.shape[1] // kv_heads, batch * kv_heads, indices.shape[2]
     if splits is None:
@@ -473,7 +473,8 @@ for splits in (1, 3, 7, 20):  # also more parts than entries, so that some are e
     check(lambda *arguments, splits=splits: split_attention(*arguments, splits=splits), toy)
 
 # %% [markdown]
-# Who reads what, for one sequence, one KV head with three query heads, and a list of twelve blocks:
+# The next picture shows which program reads which block, for one sequence, one KV head with three query heads, and a
+# list of twelve blocks:
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(7.2, 1.9), gridspec_kw={"width_ratios": [1, 1, 1]})
@@ -493,38 +494,38 @@ axes[0].set_ylabel("program")
 plt.show()
 
 # %% [markdown]
-# *Figure: each row is a program, each square a block that it reads, the darker the earlier. Rungs 1 and 2 read every
-# block once per head (rung 1 its keys twice). Rung 3 reads each once, but one program works through the whole list.
-# Rung 4 reads each once, and all parts at the same time.*
+# *Figure: each row is a program, and each square is a block that it reads. Darker squares are read earlier. Rungs 1 and
+# 2 read every block once per head (rung 1 reads its keys twice). Rung 3 reads each block once, but one program works
+# through the whole list. Rung 4 reads each block once, and all parts at the same time.*
 #
 # ## Rung 5: the project's kernel
 #
-# [`fast/attention.py`](../../fast/attention.py) is rung 4 with what measurements asked for ([kernels](../kernels.md)
-# has the history in numbers):
+# [`fast/attention.py`](../../fast/attention.py) is rung 4 with improvements that measurements asked for
+# ([kernels](../kernels.md) has the history in numbers):
 #
-# - eight blocks of 16 tokens per iteration instead of one, so that more bytes are on their way at any time, and loads
-#   that are issued iterations ahead where the list is long enough;
-# - the part that arrives *last* merges, in the same kernel, so there is no second launch; always in the order of the
-#   splits, so that two runs give the same bits;
-# - parts are merged by $m$ and $z$ apart. The log-sum-exp $m + \ln z$ of a part loses $z$ when logits are huge
-#   (exercise 3);
-# - exponentials in base 2, which is what the hardware computes;
-# - the kernel may start while the one before it still runs.
+# - It loads eight blocks of 16 tokens per iteration instead of one, so that more bytes are on their way at any time.
+#   Where the list is long enough, it issues loads some iterations ahead.
+# - The part that arrives *last* merges, in the same kernel, so there is no second launch. It merges in the order of the
+#   splits, so two runs give the same bits.
+# - It merges parts by $m$ and $z$ and keeps the two apart. The log-sum-exp $m + \ln z$ of a part loses $z$ when logits
+#   are huge (exercise 3).
+# - It takes exponentials in base 2, as the hardware does.
+# - It may start while the kernel before it still runs.
 
 # %%
-arrivals = torch.zeros(4096, dtype=torch.int32, device=DEVICE)  # counts who has arrived; left at zero by every call
+split_counters = torch.zeros(4096, dtype=torch.int32, device=DEVICE)  # count the parts; every call leaves zeros
 
 
 @cache
 def counts_of(batch: int, width: int) -> Tensor:
-    """How many entries of each list to look at: all."""
+    """The number of entries to read of each list: all."""
     return torch.full((batch,), width, dtype=torch.int32, device=DEVICE)
 
 
 def own_kernel(query, keys, values, indices, lengths, block_size):
-    """The project's kernel without the checks of its public function, which wait for the device."""
-    counts = counts_of(len(lengths), indices.shape[2])
-    return enqueue_sparse(query, keys, values, indices, counts, lengths, block_size, arrivals)[0]
+    """Launch the project's kernel as the decode loop does: unchecked, and with tensors made beforehand."""
+    own = {"counts": counts_of(len(lengths), indices.shape[2]), "split_counters": split_counters}
+    return own_attention(query, keys, values, indices, lengths, block_size, **own)
 
 
 print(f"rung 5: {check(own_kernel, toy):.2f} roundings")
@@ -538,17 +539,17 @@ RUNGS = {
 }
 
 # %% [markdown]
-# ## Counting what is asked for
+# ## Counting bytes
 #
 # An interpreter says nothing about time, but it sees every load. Here it counts the bytes of keys and values that each
-# rung asks for. With $n$ the bytes of the selected keys, and as many of the values, the floor is $2n$; by the argument
-# above the rungs should ask for $3nG$, $2nG$, $2n$ and $2n$.
+# rung asks for. Let $n$ be the bytes of the selected keys. The values have as many, so the floor is $2n$. By the
+# argument above the rungs should ask for $3nG$, $2nG$, $2n$ and $2n$.
 
 
 # %%
 @contextmanager
 def counted_loads(*tensors: Tensor) -> Iterator[list[int]]:
-    """A list that gets the bytes that every load in the interpreter takes from these tensors."""
+    """Yield a list that collects the bytes of these tensors that each load in the interpreter takes."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     plain, loads = InterpreterBuilder.create_masked_load, []
@@ -580,9 +581,9 @@ if INTERPRETED:
         assert sum(loads) == times * selected
 
 # %% [markdown]
-# So two things decide: the bytes asked for, and the programs that ask. No rung before the fourth does well in both.
-# Here they are for 8 sequences of 256K tokens and the heads of a 7B model, rung 4 with the parts that it writes and
-# reads:
+# So two things decide: the bytes that a kernel asks for, and the number of programs that ask. No rung before the fourth
+# does well in both. Here are both for 8 sequences of 256K tokens and the heads of a 7B model. Rung 4 includes the parts
+# that it writes and reads:
 
 # %%
 n = int(floors(shape, config, batch=8, context=2**18)["attend"])
@@ -611,23 +612,23 @@ assert table["4 split"][1] < 1.02 * n
 assert table["4 split"][0] > 132 > table["3 group"][0]
 
 # %% [markdown]
-# *Figure: computed, not measured. Left: bytes asked for, the line being the floor. Right: programs, the line being the
-# multiprocessors of an H100. Rungs 1 and 2 have programs enough and ask too much; rung 3 asks for the least with too
-# few programs; rung 4 has both.*
+# *Figure: computed, not measured. Left: bytes asked for. The line is the floor. Right: programs. The line is the number
+# of multiprocessors of an H100. Rungs 1 and 2 have enough programs, but ask for too much. Rung 3 asks for the least,
+# with too few programs. Rung 4 does well in both.*
 #
 # ## Timing the ladder
 #
-# The benchmark's own tools do it: calls are captured in a [CUDA graph](../glossary.md#cuda-graph) of some milliseconds
-# and timed by replaying it, over enough caches that nothing stays in the L2 between two uses; the number is the median
-# of 11 replays, with quartiles. Before a rung is timed it is compared with the reference. The reference itself reads
-# lengths on the host, which no graph can hold, so it is timed as it is called.
+# We use the tools of the benchmark. They capture calls in a [CUDA graph](../glossary.md#cuda-graph) of some
+# milliseconds and time its replay. They use enough caches that nothing stays in the L2 between two uses. The result is
+# the median of 11 replays, with quartiles. Each rung is compared with the reference before it is timed. The reference
+# itself reads lengths on the host, and no graph can hold that, so we time its plain calls.
 
 
 # %%
 def time_ladder(
     shape: Shape, config: ReSAConfig, batch: int, contexts: list[int], clock: Callable, clock_by_hand: Callable
 ) -> list[dict]:
-    """One row per context and rung: µs, the quartiles, the error before timing, bytes of the floor."""
+    """Time every rung: a row per context and rung with µs, quartiles, error and the bytes of the floor."""
     rows = []
     for context in contexts:
         floor = floors(shape, config, batch, context)["attend"]
@@ -645,22 +646,22 @@ def time_ladder(
 
 
 def clock_by_hand(calls: list[Callable]) -> Time:
-    """As called, launches and checks included: for what can't be captured."""
+    """Time plain calls, with their launches and checks. No graph can hold the reference."""
     for call in calls:
         call()
     return Time.of([elapsed(call) for call in calls * 11])
 
 
 def run_once(calls: list[Callable]) -> Time:
-    """No time at all: every call runs, which is what can be tried without a GPU."""
+    """Run every call and measure nothing: without a GPU this is all that can be tried."""
     for call in calls:
         call()
     return Time(float("nan"), float("nan"), float("nan"))
 
 
 # %% [markdown]
-# Without a GPU this is a rehearsal at a toy size: what a GPU would time runs and passes the check, and the numbers
-# below are read from a file that was measured before. With one,
+# Without a GPU this is a rehearsal at a toy size. Everything that a GPU would time runs and passes the check, and the
+# numbers below come from a file of earlier measurements. With a GPU,
 # `python tutorials/06_kernel_ladder.py --out docs/results/ladder.json` times every rung and writes that file.
 
 # %%
@@ -696,7 +697,7 @@ for axis, context in zip(axes, (2**14, 2**16, 2**18), strict=True):
         print(f"{context // 1024:4}K  {row['rung']:17} {spread}, {floor_us / row['us']:6.1%} of the bandwidth")
         assert row["us"] > floor_us, "nothing is faster than its bytes"
     us = {row["rung"]: row["us"] for row in rows}
-    if INTERPRETED:  # what the text says of the recorded times
+    if INTERPRETED:  # the text speaks of the recorded times
         assert 0.66 < us["2 online"] / us["1 two passes"] < 0.75
         assert 2.5 < us["2 online"] / us["3 group"] < 2.7
         assert 3.7 < us["3 group"] / us["4 split"] < 6.8
@@ -709,36 +710,35 @@ plt.show()
 
 # %% [markdown]
 # *Figure: bytes of the selected keys and values, over the median time of a call and the bandwidth of a copy. At the
-# line a call would take as long as copying them.*
+# line a call would take as long as copying these bytes.*
 #
-# Compare with what was computed. Rung 2 asks for two thirds of what rung 1 asks for, and takes 67 to 74 % of its time.
-# Rung 3 asks for a seventh of that and gains only a factor of 2.6: 32 programs can't keep 132 multiprocessors busy.
-# Rung 4 asks for as much with eight times the programs and is 3.8 to 6.7 times as fast. The reference, which gathers
-# with PyTorch's kernels, beats rung 1 at 256K: that one asks for everything ten times over. The last rung gathers
-# eight blocks at a time rather than one, keeps several such loads under way where lists are long, and lets the last
-# program of a sequence to arrive merge the parts.
+# Compare this with the computed numbers. Rung 2 asks for two thirds of the bytes of rung 1 and takes 67 to 74 % of its
+# time. Rung 3 asks for a seventh of that and gains only a factor of 2.6, because 32 programs cannot keep 132
+# multiprocessors busy. Rung 4 asks for as much as rung 3, with eight times the programs, and is 3.8 to 6.7 times as
+# fast. The reference gathers with PyTorch's kernels. At 256K it beats rung 1, which asks for everything ten times over.
+# The last rung gathers eight blocks at a time rather than one. Where lists are long, it keeps several such loads under
+# way. The last program of a sequence to arrive merges the parts.
 #
-# At 256K the kernel runs near the speed of a copy. At 16K it does not: there the floor is a few microseconds, and what
-# is left is the chain of waits that every launch has, from the length to the index to the key
-# ([kernels](../kernels.md)). No rung can remove those; [the next tutorial](07_fast_path.md) shows what can be done
-# around them.
+# At 256K the kernel runs near the speed of a copy. At 16K it does not. There the floor is a few microseconds, and the
+# rest is the chain of waits that every launch has, from the length to the index to the key ([kernels](../kernels.md)).
+# No rung can remove these waits. [The next tutorial](07_fast_path.md) shows how to hide them.
 #
 # ## Exercises
 #
-# **1.** In rung 1, `tokens_of` replaces the position of an invisible token by 0. Why, when the load is masked anyway?
-# What would happen in rung 3 if the mask were dropped and only the logits were set to −∞?
+# **1.** In rung 1, `tokens_of` replaces the position of an invisible token by 0. Why, although the load is masked? What
+# would happen in rung 3 without the mask, with only the logits set to −∞?
 
 # %% tags=["hide-cell"]
 weights, values = torch.tensor([1.0, 0.0]), torch.tensor([5.0, float("nan")])
 print("a weight of zero times NaN:", (weights * values).sum().item())
 assert (weights * values).sum().isnan()
-# The position only has to be one that exists, so that the pointer stays inside the cache whatever the mask
-# is worth to the compiler; with −1 it would point before the row. Without the mask, values past the end would be
-# loaded and multiplied by a weight of exactly zero. If one of them is NaN or infinite, the sum is NaN: 0 · NaN is NaN.
-# Setting the logit to −∞ protects the softmax, not the sum of values (law 5, inertness).
+# The position must exist, so that the pointer stays inside the cache. With −1 it would point before the row. Without
+# the mask, the kernel would load values past the end and multiply them by a weight of exactly zero. If one of them is
+# NaN or infinite, the sum is NaN, because 0 · NaN is NaN. A logit of −∞ protects the softmax, but not the sum of values
+# (law 5, inertness).
 
 # %% [markdown]
-# **2.** Rung 3 loads one block of 16 tokens per iteration. Write a version of it that gathers `TOKENS` tokens at once,
+# **2.** Rung 3 loads one block of 16 tokens per iteration. Write a version that gathers `TOKENS` tokens at once,
 # several blocks of the list in one tile. (Token $t$ of a tile that begins at token $t_0$ of the list belongs to entry
 # $(t_0 + t) \mathbin{/\!/} b$.)
 
@@ -749,7 +749,7 @@ def wide_group_kernel(
     query_ptr, keys_ptr, values_ptr, indices_ptr, lengths_ptr, out_ptr, capacity, width,
     G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """As `group_kernel`, with tiles of keys and values [TOKENS, D] gathered from TOKENS / b blocks."""
+    """The attention of `group_kernel`, with tiles of keys and values [TOKENS, D] gathered from TOKENS / b blocks."""
     i_row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     length = tl.load(lengths_ptr + tl.program_id(1))
     o_g, o_d, o_t = tl.arange(0, 16), tl.arange(0, D), tl.arange(0, TOKENS)
@@ -780,7 +780,7 @@ def wide_group_kernel(
 
 
 def by_wide_group(query, keys, values, indices, lengths, block_size):
-    """64 tokens, four blocks of 16, per iteration."""
+    """One program per KV head, with 64 tokens, four blocks of 16, per iteration."""
     (batch, kv_heads, capacity, head_dim), out = keys.shape, torch.empty_like(query)
     arrays = query, keys, values, indices, lengths, out
     group = query.shape[1] // kv_heads
@@ -789,12 +789,12 @@ def by_wide_group(query, keys, values, indices, lengths, block_size):
 
 
 print(f"wide tiles: {check(by_wide_group, toy):.2f} roundings")
-# The list is loaded as a tile of entries with a mask of its own; −1 stands in for entries past its end.
-# This also lifts a limit of rungs 3 and 4: a matrix product needs at least 16 tokens, so they can't take blocks of 8.
+# The kernel loads the list as a tile of entries with a mask of its own. An entry past its end reads as −1. This also
+# lifts a limit of rungs 3 and 4: a matrix product needs at least 16 tokens, so they cannot take blocks of 8.
 
 # %% [markdown]
 # **3.** Rung 4 merges by log-sum-exp. Let all logits of a list be equal and huge, and its parts of different sizes.
-# What should the output be, and what does rung 4 give?
+# What should the output be? What does rung 4 give?
 
 # %% tags=["hide-cell"]
 huge = random_case(Shape(1, 1, 32, "float32"), ReSAConfig(active_ratio=1, min_blocks=1), [80], 80)
@@ -809,10 +809,9 @@ by_halves = (huge.values[:, :, :48].mean(dim=2) + huge.values[:, :, 48:].mean(di
 assert distance(merged_by_lse, plain) > 0.01
 assert distance(merged_by_lse, by_halves) < 1e-5
 assert distance(own_kernel(*huge.arguments()), plain) < 1e-5
-# The mean of all values. Rung 4 gives the mean of the two parts' means, as if 48 tokens and 32 weighed the
-# same: beside m ≈ −10³⁶, float32 has no digits left for ln 48 or ln 32. Keeping m and
-# z apart costs one more number per row, and that is what the project's kernel does. Real logits are not that large;
-# a kernel that is to be trusted should not care.
+# The output should be the mean of all values. Rung 4 gives the mean of the two parts' means, as if 48 tokens weighed as
+# much as 32. Beside m ≈ −10³⁶, float32 has no digits left for ln 48 or ln 32. The project's kernel keeps m and z apart,
+# which costs one more number per row. Real logits are not that large, but a kernel should not depend on that.
 
 # %% [markdown]
 # [Next: the rest of the fast path](07_fast_path.md)

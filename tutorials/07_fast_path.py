@@ -2,19 +2,19 @@
 # # 7. The rest of the fast path
 #
 # [The last tutorial](06_kernel_ladder.md) built the kernel that attends. A [sparse step](../glossary.md#sparse-step)
-# has three more things to do before it, a [rectification](../glossary.md#rectification) comes every f tokens, and
-# around all of it somebody has to decide what happens next. At short contexts these decide how fast decoding is.
+# has three more parts before it. A [rectification](../glossary.md#rectification) comes every f tokens. And the loop
+# around them must decide what happens next. At short contexts these parts decide how fast decoding is.
 #
 # **What you will learn:**
 #
-# - how a selection is made without sorting,
-# - why half of the [block bounds](../glossary.md#block-bounds) are never read,
-# - why a window of f queries costs little more than one, so that rectification costs about 1/f of a dense step per
-#   token,
-# - what a [CUDA graph](../glossary.md#cuda-graph) holds, and how decoding goes on without ever waiting for the host.
+# - how to select without sorting,
+# - why a step never reads half of the [block bounds](../glossary.md#block-bounds),
+# - why a window of f queries costs little more than one query, so that rectification costs about 1/f of a dense step
+#   per token,
+# - what a [CUDA graph](../glossary.md#cuda-graph) holds, and how decoding goes on without waiting for the host.
 #
 # **Time:** half an hour to read, less than half a minute to run. Kernels run in Triton's interpreter, on a CPU, because
-# this tutorial looks at what they do; how long they take on a GPU is read from the recorded results of the benchmark.
+# this tutorial looks at their work. Their times on a GPU come from the recorded results of the benchmark.
 
 # %%
 import os
@@ -24,6 +24,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 import json
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,11 +35,9 @@ from triton.runtime.interpreter import GridExecutor
 import resa.reference
 from resa import fast, reference
 from resa.fast.bench.layer import Shape, floors
-from resa.fast.crossover import dense_below
-from resa.fast.generate import Forecast
 from resa.reference import GPT, GPTConfig, ReSAConfig
 
-plt.style.use("resa.reference.assets.figure")
+plt.style.use("resa.reference.weights.assets.figure")
 torch.manual_seed(0)
 recorded = json.loads((Path(resa.reference.__file__).parents[1] / "docs/results/attention.json").read_text())
 rows = {row["context"]: row for row in recorded["rows"] if row["batch"] == 8}
@@ -47,9 +46,9 @@ print(f"recorded: {recorded['device']}, triton {recorded['triton']}, commit {rec
 # %% [markdown]
 # ## Where the time goes
 #
-# One layer of a sparse step is four kernels: *append* the new key and value and refresh the bounds of its block,
+# One layer of a sparse step has four kernels: *append* the new key and value and refresh the bounds of its block,
 # *score* the blocks, *select*, *attend*. Once in f tokens a *rectification* attends with a whole window to the whole
-# cache. Here is what each takes for 8 sequences, with rectification spread over its 32 tokens.
+# cache. Here are the times for 8 sequences, with rectification spread over its 32 tokens.
 
 # %%
 parts = ("append", "score", "select", "attend", "rectify")
@@ -71,23 +70,24 @@ for context in (2**12, 2**14, 2**18):
     print(f"{context // 1024:3}K, µs per call: {times}; dense {rows[context]['dense_us']:.1f}")
 
 # %% [markdown]
-# *Figure: recorded on an H100, one layer, 8 sequences. The line is dense attention by torch. At long contexts attention
-# over the selected blocks and the rectification are most of what is left; at short ones the append, the scores and the
-# selection, whose lengths hardly depend on the context.*
+# *Figure: recorded on an H100, one layer, 8 sequences. The line is dense attention by torch. At long contexts,
+# attention over the selected blocks and the rectification take most of the time. At short contexts the append, the
+# scores and the selection do, because their times hardly depend on the context.*
 #
 # ## Half of the bounds
 #
-# The score of block $i$ is an upper bound of what the pooled query $\bar q \in \mathbb{R}^D$ makes of any key in it,
-# from the channel-wise minima and maxima $\mathrm{lo}_i, \mathrm{hi}_i \in \mathbb{R}^D$:
+# The score of block $i$ is an upper bound of the product of the pooled query $\bar q \in \mathbb{R}^D$ with any key in
+# the block. It follows from the channel-wise minima and maxima $\mathrm{lo}_i, \mathrm{hi}_i \in \mathbb{R}^D$:
 #
 # $$ \mathrm{score}_i = \sum_{d=1}^{D} \max(\bar q_d\, \mathrm{lo}_{i,d},\ \bar q_d\, \mathrm{hi}_{i,d}) $$
 #
-# Which of the two products is larger depends on the sign of $\bar q_d$ alone, because $\mathrm{lo} \le \mathrm{hi}$:
-# $\bar q_d\, \mathrm{hi}$ where $\bar q_d \ge 0$, else $\bar q_d\, \mathrm{lo}$. All blocks share the query. So for
-# each channel one of the two rows is never needed. Bounds are stored channel by channel, `[B, Hkv, 2, D, M]`, so that a
-# row of M blocks lies in one piece; the kernel computes the row's address from the sign and leaves the other alone.
+# The sign of $\bar q_d$ alone decides which of the two products is larger, because $\mathrm{lo} \le \mathrm{hi}$: it is
+# $\bar q_d\, \mathrm{hi}$ where $\bar q_d \ge 0$, and $\bar q_d\, \mathrm{lo}$ elsewhere. All blocks share the query.
+# So for each channel the kernel never needs one of the two rows. Bounds are stored channel by channel, `[B, Hkv, 2, D,
+# M]`, so that a row of M blocks lies in one piece. The kernel computes the address of the row from the sign and does
+# not touch the other row.
 #
-# To see that it does, put NaN wherever it should not look. Not a bit of the scores may change.
+# To check this, we put NaN wherever the kernel should not look. Not a bit of the scores may change.
 
 # %%
 keys, lengths = torch.randn(1, 2, 512, 64), torch.tensor([512], dtype=torch.int32)
@@ -103,8 +103,7 @@ assert torch.allclose(scores, reference.score_blocks(query, bounds, lengths, 16)
 assert reference.score_blocks(query, poisoned, lengths, 16).isnan().all(), "the reference reads both"
 
 # %% [markdown]
-# The recorded times say the same about the GPU. At 256K tokens the kernel takes less than reading both halves would
-# take at the speed of a copy:
+# The recorded times on the GPU agree. At 256K tokens the kernel is faster than a copy could read both halves:
 
 # %%
 time, half_us = rows[2**18]["parts"]["score"]["us"], rows[2**18]["floor_us"]["score"]
@@ -117,22 +116,22 @@ assert eight < time
 # %% [markdown]
 # ## Selection without sorting
 #
-# Of M scores the n highest are wanted (minus the [local blocks](../glossary.md#local-blocks), which are in anyway), as
-# ascending indices, and of equal scores the lower index first. Sorting 16,384 scores would answer questions nobody
-# asked. What is needed is one number, the n-th highest score. Then two easy things are left: mark what lies at or above
-# it, and number what is marked.
+# The kernel must find the n highest of M scores, as ascending indices. (The [local blocks](../glossary.md#local-blocks)
+# are in anyway.) Of equal scores the lower index comes first. Sorting 16,384 scores would be more work than this needs.
+# The kernel only needs one number, the n-th highest score. Then two easy steps are left: mark the scores at or above
+# it, and number the marked ones.
 #
-# The number is found by guessing. Counting how many scores lie at or above a guess is one comparison per score and a
-# sum, and the scores stay in registers all the while. If there are too many, the guess was too low.
+# The kernel finds this number by guessing. To count the scores at or above a guess takes one comparison per score and a
+# sum, and the scores stay in registers. If the count is too high, the guess was too low.
 #
-# Guessing among floats has a trap: halving the distance between two floats may go on for long where they are unevenly
-# spaced. Read as integers, the bit patterns of floats have the order of the floats, once the negative ones are turned
-# around, and between two 32-bit integers there are at most 32 halvings.
+# Guessing among floats has a trap: halving the distance between two floats may take many steps where floats are
+# unevenly spaced. But the bit patterns of floats, read as integers, have the order of the floats, once the negative
+# ones are reversed. Between two 32-bit integers there are at most 32 halvings.
 
 
 # %%
 def order(numbers: torch.Tensor) -> torch.Tensor:
-    """float32 as int64 of the same order; both zeros are 0."""
+    """Map float32 to int64 in the same order. Both zeros become 0."""
     bits = (numbers + 0.0).view(torch.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
 
@@ -142,14 +141,14 @@ print(order(examples).tolist())
 assert (order(examples).diff() >= 0).all()
 
 # %% [markdown]
-# Better than halving is to look at the counts: if 3,000 scores lie above `low` and 10 above `high`, and 1,638 are
-# wanted, a bit less than half way is a good guess. This is *interpolation*. On smooth distributions it needs few
-# passes. On others it can be led astray, so the kernel interpolates 12 times at most and halves from then on.
+# The counts allow better guesses than halving. Suppose 3,000 scores lie above `low` and 10 above `high`, and 1,638 are
+# wanted. Then a bit less than half way is a good guess. This is *interpolation*. On smooth distributions it needs few
+# passes. On others it can go astray, so the kernel interpolates at most 12 times and halves from then on.
 
 
 # %%
 def search(scores: torch.Tensor, n: int, interpolations: int) -> list[tuple[int, int]]:
-    """Guesses (as integers) and their counts until the n-th highest score is pinned down."""
+    """Search for the n-th highest score. Returns the guesses, as integers, and their counts."""
     place = order(scores)
     low, high, at_low, at_high, passes = int(place.min()), int(place.max()) + 1, len(place), 0, []
     while at_low > n and high > low + 1:
@@ -196,11 +195,11 @@ print("guess and count:", [(round(x, 3), count) for x, (_, count) in zip(floats.
 assert found[-1][1] == 410
 
 # %% [markdown]
-# *Figure: how many of 4,096 blocks score at least as much as a number. The line is the 410 that are wanted, the dots
-# are the kernel's guesses, the first three numbered. The search ends when exactly 410 scores lie at or above the
-# guess.*
+# *Figure: how many of 4,096 blocks score at least as much as a number. The line marks the 410 that are wanted. The dots
+# are the kernel's guesses, and the first three have numbers. The search ends when exactly 410 scores lie at or above
+# the guess.*
 #
-# What is left is to write the indices of the marked blocks, ascending. The place of each is the number of marked blocks
+# Now the kernel writes the indices of the marked blocks, ascending. The place of each is the number of marked blocks
 # before it, a *prefix sum*:
 
 # %%
@@ -214,9 +213,9 @@ some = slice(int(indices[0]) - 2, int(indices[0]) + 14)
 print("marked:", taken[some].tolist(), "\nplaces:", place[some].tolist())
 
 # %% [markdown]
-# If more scores are equal to the last one taken than there is room for, the search never reaches n. Then a second
-# search finds up to which index the equal ones are taken; it runs only in that case. Here are scores that consist of
-# ties, a few infinities and a NaN, in the real kernel and in the reference:
+# More scores may equal the last one taken than there is room for. Then the search never reaches n. In that case alone,
+# a second search finds the index up to which the kernel takes the equal ones. Here the real kernel and the reference
+# select among ties, a few infinities and a NaN:
 
 # %%
 config = ReSAConfig(active_ratio=0.25, min_blocks=4, local_blocks=2)
@@ -235,18 +234,18 @@ for context in (2**14, 2**16, 2**18):
 # ## The window of a rectification
 #
 # A rectification is [dense attention](../glossary.md#dense-attention) for the newest f tokens at once. It reads the
-# whole cache, like a step of dense decoding. The question is what f queries cost beyond one. For each cached token and
-# KV head, with 2 bytes per number, it moves $4D$ bytes (a key and a value) and does $4 f G D$ operations (two products
-# with $fG$ rows, multiply and add), so
+# whole cache, like a step of dense decoding. How much more do f queries cost than one? For each cached token and
+# KV head, with 2 bytes per number, the pass moves $4D$ bytes (a key and a value) and does $4 f G D$ operations (two
+# products with $fG$ rows, multiply and add). So
 #
 # $$ \frac{\text{operations}}{\text{bytes}} = \frac{4 f G D}{4 D} = f\,G . $$
 #
-# At $f = 1$ and $G = 7$ that is 7; at $f = 32$ it is 224. By its datasheet an H100 can do 989 · 10¹² operations a
-# second and move 3.35 · 10¹² bytes, 295 per byte. Up to there the queries ride along while the memory is busy: one pass
-# for 32 tokens should take about as long as a pass for one, and per token 1/f of it.
+# At $f = 1$ and $G = 7$ that is 7. At $f = 32$ it is 224. By its datasheet an H100 can do 989 · 10¹² operations and
+# move 3.35 · 10¹² bytes per second, 295 operations per byte. Up to there, more queries cost no time, because the memory
+# is busy anyway. So one pass for 32 tokens should take about as long as a pass for one token, and per token 1/f of it.
 #
-# The kernel packs the $fG$ query rows of a KV head into one matrix. All of them see all but the newest tokens, so the
-# main loop over the cache has no mask; causality matters among the last f tokens alone.
+# The kernel packs the $fG$ query rows of a KV head into one matrix. All rows see all but the newest tokens, so the main
+# loop over the cache has no mask. Causality matters among the last f tokens alone.
 
 # %%
 f, length = 8, 200
@@ -271,28 +270,29 @@ for context in (2**12, 2**14, 2**16, 2**18):
     assert window_us < 2 * rows[context]["dense_us"], "32 queries cost less than two"
 
 # %% [markdown]
-# Not quite 1: 224 operations per byte are near the balance of the machine, and what Triton makes of the kernel reaches
-# about half of the matrix units' peak ([kernels](../kernels.md)). So the pass is limited by arithmetic,
-# and takes about 1.5 times as long as the dense step. Spread over 32 tokens that is still little. A larger f would cost
-# more arithmetic per pass and no more bytes, so beyond about 32 the cost per token falls more slowly than 1/f.
+# The ratio is not quite 1. 224 operations per byte are near the balance of the machine, and Triton's kernel reaches
+# about half of the matrix units' peak ([kernels](../kernels.md)). So arithmetic limits the pass, and it takes about 1.5
+# times as long as the dense step. Spread over 32 tokens that is still little. A larger f would cost more arithmetic per
+# pass and no more bytes. So beyond about 32 the cost per token falls more slowly than 1/f.
 #
-# ## Steps that nobody waits for
+# ## Steps without waiting
 #
-# PyTorch launches kernels one by one from Python, each costing some microseconds of host time. A decoding step of a
-# 28-layer model has hundreds. Two things make that vanish.
+# PyTorch launches kernels one by one from Python, and each launch costs some microseconds of host time. A decoding step
+# of a 28-layer model has hundreds of launches. Two measures remove this cost.
 #
-# *A CUDA graph* records all launches of a step once, with their arguments, and replays them with a single call. The
-# price is that nothing about the step may change between replays: same kernels, same addresses, same grid. What does
-# change (lengths, windows, which sequence is finished) must be data that kernels read from memory.
+# *A CUDA graph* records all launches of a step once, with their arguments, and replays them with a single call. In
+# return, nothing about the step may change between replays: it has the same kernels, the same addresses and the same
+# grid. Everything that does change (lengths, windows, which sequence is finished) must be data that kernels read from
+# memory.
 #
 # *No synchronisation.* Wherever Python asks for a number (`int(tensor)`, `if tensor.any()`), it waits until the GPU has
-# caught up, and the GPU then waits for the next launch. The reference does that for every token. Here is who reads
-# numbers while five tokens are chosen, counted by module, for a small random model on either path:
+# caught up. Then the GPU waits for the next launch. The reference does that for every token. The next cell counts, by
+# module, the reads while five tokens are chosen, for a small random model on either path:
 
 
 # %%
 class HostReads(TorchDispatchMode):
-    """Counts by module of this project how often the host asks for a number of a tensor."""
+    """Count, by module of this project, how often the host asks for a number of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -321,48 +321,54 @@ for name, package in {"reference": reference, "fast path": fast}.items():
     reads = {}
     for n in (5, 10):
         with HostReads() as counter:
-            tokens[name] = package.generate(model, prompts, n, decoding).tokens
+            tokens[name] = [generation.tokens for generation in package.generate(model, prompts, n, decoding)]
         reads[n] = counter.by
-    extra[name] = reads[10] - reads[5]  # what five more tokens need
+    extra[name] = reads[10] - reads[5]  # the reads for five more tokens
     print(f"{name}: {extra[name].total()} reads, {dict(extra[name].most_common())}")
 assert tokens["reference"] == tokens["fast path"]
 assert set(extra["fast path"]) == {"fast.blocks"}
 print("and the same tokens:", tokens["fast path"][0])
 
 # %% [markdown]
-# The reads in `fast.blocks` are of a tensor that lies on the CPU on purpose: how wide the lists are, which
-# depends on the cache's capacity alone. Nothing waits for it, and in a graph, where the width is fixed, it does not
-# occur at all.
+# The reads in `fast.blocks` are of a tensor that lies on the CPU on purpose. It says how wide the lists are, which
+# depends on the cache's capacity alone. Nothing waits for it. In a graph the width is fixed, so the read does not occur
+# at all.
 
 # %% [markdown]
-# ### Who decides what a step is
+# ### The kind of the next step
 #
-# With different lengths in a batch, sequences come to their rectifications at different times. The device knows whose
-# turn it is: one small kernel makes masks from lengths and windows before the step (`enqueue_plan`), and a sequence
-# whose mask is 0 does nothing in the kernels that follow. But the host must know which *kernels* to launch. It need not
-# ask: it can count along. [`Forecast`](../../fast/generate.py) follows every sequence as if none ever stopped, and says
-# which kinds of work the next step may hold. Each combination that occurs becomes one graph.
+# The host must know which kernels to launch, so it must know whether the next step is sparse or a dense pass. It need
+# not ask the GPU. All sequences of a batch begin with an exact cache and keep the same rhythm, so the host counts
+# along. Each kind of step becomes one graph. A sequence that has met a stop token stays in the batch, but a mask keeps
+# it out of every kernel.
+
 
 # %%
-forecast = Forecast([50, 33, 9], ReSAConfig(interval=4, dense_below=12))
-graphs = Counter()
-for step in range(12):
-    kinds = forecast.advance()
-    graphs[kinds] += 1
-    print(f"step {step:2}: {', '.join(name for name in ('sparse', 'dense', 'fused') if getattr(kinds, name))}")
-print(f"{len(graphs)} graphs serve all {sum(graphs.values())} steps")
-assert len(graphs) == 3
+def kinds_of(config: ReSAConfig, n_steps: int) -> list[str]:
+    """The kinds of the first steps, counted on the host."""
+    kinds, n_drifted = [], 0
+    for _ in range(n_steps):
+        if config.schedule == "fused" and config.is_pass_due(n_drifted):
+            kinds.append("fused")
+            n_drifted = 0
+            continue
+        n_drifted += 1
+        is_full = config.is_pass_due(n_drifted)  # schedule "paper": the pass comes after this step
+        kinds.append("sparse, rectify" if is_full and config.schedule == "paper" else "sparse")
+        n_drifted = 0 if is_full and config.schedule == "paper" else n_drifted
+    return kinds
+
+
+print(kinds_of(decoding, 9))
 
 # %% [markdown]
-# The third sequence starts below `dense_below` and decodes densely for three tokens, which puts it out of step with the
-# others for good. A kind too many does no harm, its mask is empty; a kind too few would be wrong, and can't occur.
+# The chosen tokens stay on the device as well, in a tensor `[B, N]`. The host reads them back once at the end. If
+# there is a callback or a stop token, it reads them once per interval.
 #
-# Tokens chosen stay on the device as well, in a tensor `[B, N]`. They are read back once at the end, or once per
-# interval (every 32 tokens at least) if somebody is watching.
+# ### The launches of one step
 #
-# ### What one step launches
-#
-# In the interpreter every launch can be seen. One sparse step of the two-layer model:
+# The interpreter sees every launch. Here are the launches of each step of the two-layer model, and the kinds that they
+# show. A sparse step attends with the kernel `sparse`, and a dense pass with the kernel `dense`.
 
 # %%
 launched, plain_call = [], GridExecutor.__call__
@@ -375,31 +381,30 @@ def watched_call(self, *arguments, **options):
 
 GridExecutor.__call__ = watched_call
 try:
-    counts = {}
-    for n in (2, 3):
-        launched.clear()
-        fast.generate(model, prompts, n, ReSAConfig(active_ratio=0.5, min_blocks=2, interval=None))
-        counts[n] = list(launched)
+    fast.generate(model, prompts, 10, decoding)
 finally:
     GridExecutor.__call__ = plain_call
-step = counts[3][len(counts[2]) :]
-print(f"{len(step)} launches of Triton kernels:", ", ".join(step))
-per_layer = Counter(step)["sparse"]
-assert per_layer == tiny.n_layer
-assert step[0] == "plan"
-assert step[-1] == "append"
+ends = [0, *(place + 1 for place, name in enumerate(launched) if name == "note")]  # the last kernel of every step
+passes = [launched[start:end] for start, end in pairwise(ends)]
+steps = passes[1:]  # the first one is the prefill
+seen = ["sparse" if "sparse" in step else "fused" for step in steps]
+print("launches:", [len(step) for step in steps])
+print("a sparse step:", ", ".join(steps[0]))
+assert seen == kinds_of(decoding, len(steps))
+assert Counter(steps[0])["sparse"] == tiny.n_layer
+assert steps[0][0] == "plan"
 
 # %% [markdown]
-# Between them lie a layer's four matrix products. `plan` and `append` at both ends keep the books: who takes part,
-# where the token goes, what was chosen, who has ended. Written with torch these were some sixty operations, about 200
-# µs per step ([the log](../log.md)); as two kernels they hardly show. For few KV heads the append shares a kernel with
-# the scoring (`append_and_score`): the newest block is attended whatever it scores, so scoring may stop before it, and
-# the two don't depend on each other.
+# Between these launches lie the four matrix products of each layer. `plan` and `note` at both ends keep the books. They
+# find which sequences take part, where the token goes, which token was chosen, and which sequences have ended. In torch
+# these were some sixty operations, about 200 µs per step ([the log](../log.md)). As two kernels they hardly show. For
+# few KV heads the append shares a kernel with the scoring (`append_and_score`). Every step attends to the newest block
+# for any score. So scoring may stop before that block, and the two do not depend on each other.
 #
-# On an H100 one thing more is done about the gaps *between* kernels of a graph: a kernel may be placed while the last
-# programs of its predecessor still run, and waits for them before it reads what they wrote
-# ([launch.py](../../fast/launch.py)). What all this gives is recorded: whole cycles, as the decode loop runs them,
-# beside the sum of their parts, each timed alone.
+# On an H100 the gaps *between* kernels of a graph can shrink further. A kernel may be placed while the last programs of
+# its predecessor still run. It waits for them before it reads their results ([launch.py](../../fast/gpu/launch.py)).
+# The recorded results show the gain: whole cycles, in the order of the decode loop, beside the sum of their parts, each
+# timed alone.
 
 # %%
 print("context   sum of parts   whole cycles   dense")
@@ -407,31 +412,32 @@ for context in (2**11, 2**12, 2**14, 2**16, 2**18):
     row = rows[context]
     print(f"{context // 1024:6}K {row['sum_us']:11.1f} µs {row['resa_us']:11.1f} µs {row['dense_us']:7.1f} µs")
 assert rows[2**12]["resa_us"] < rows[2**12]["sum_us"]
-print(
-    "ReSA's attention is not slower from so many tokens on:", {batch: dense_below(batch) for batch in (1, 2, 4, 8, 16)}
-)
+slower = [row for row in recorded["rows"] if row["resa_us"] > row["dense_us"]]
+faster = {  # by batch: the context from which on ReSA's attention is not slower; 1K is the shortest one measured
+    batch: 2 * max((row["context"] for row in slower if row["batch"] == batch), default=512)
+    for batch in (1, 2, 4, 8, 16)
+}
+print("ReSA's attention is not slower from so many tokens on:", faster)
 
 # %% [markdown]
-# At short contexts a cycle takes less than its parts, since they overlap. At the longest it takes a little more: alone,
-# a part finds some of its input warm. How all this adds up for whole models is
-# [the next tutorial's](08_roofline.md) subject.
+# At short contexts a cycle takes less than its parts, because they overlap. At the longest it takes a little more,
+# because a part that is timed alone finds some of its input warm. [The next tutorial](08_roofline.md) adds all this up
+# for whole models.
 #
 # ## Exercises
 #
-# **1.** `Forecast` says "sparse" or "fused" for schedule `"fused"`. How many graphs does schedule `"paper"` need with
-# one sequence, and what does each hold?
+# **1.** How many graphs does schedule `"paper"` need, and what does each hold?
 
 # %% tags=["hide-cell"]
-forecast = Forecast([50], ReSAConfig(interval=4, schedule="paper"))
-kinds = [forecast.advance() for _ in range(8)]
-print([[name for name, is_on in vars(each).items() if is_on] for each in kinds])
+kinds = kinds_of(ReSAConfig(interval=4, schedule="paper"), 8)
+print(kinds)
 assert len(set(kinds)) == 2
-# Two: a sparse step, and a sparse step followed by a rectification whose logits are thrown away. Under
-# `"fused"` the second is a dense pass that also feeds the pending token, so a cycle has one sparse step fewer.
+# It needs two: a sparse step, and a sparse step followed by a rectification whose logits are thrown away. Under "fused"
+# the second is a dense pass that also feeds the pending token, so a cycle has one sparse step fewer.
 
 # %% [markdown]
-# **2.** Bounds in 8 bits are rounded outward: `lo` down, `hi` up. Check on random keys that the scores from them are
-# never below the exact ones (law 1 survives), and count how many of the selected blocks are others.
+# **2.** Bounds in 8 bits are rounded outward: `lo` down, `hi` up. Check on random keys that their scores are never
+# below the exact ones, so that law 1 holds. How many of the selected blocks change?
 
 # %% tags=["hide-cell"]
 keys, query = torch.randn(1, 1, 128 * 16, 64), torch.randn(1, 4, 64)
@@ -444,12 +450,11 @@ scores = {
 chosen = {name: set(fast.select_blocks(row, end, ReSAConfig())[0, 0].tolist()) for name, row in scores.items()}
 print(f"{len(chosen['exact'] - chosen['8-bit'])} of {len(chosen['exact'])} selected blocks are others")
 assert (scores["8-bit"] >= scores["exact"] - 1e-4).all()
-# Random keys are the hard case: their blocks are so much alike that small
-# changes of the scores reorder them.
+# Random keys are the hard case. Their blocks are so much alike that small changes of the scores reorder them.
 
 # %% [markdown]
-# **3.** A window of f queries has $fG$ operations per byte. From which f on is a rectification limited by arithmetic
-# for $G = 7$, if matrix units reach 55 % of 989 TFLOP/s and memory 3.0 TB/s? And for $G = 1$?
+# **3.** A window of f queries has $fG$ operations per byte. Suppose matrix units reach 55 % of 989 TFLOP/s and memory
+# reaches 3.0 TB/s. From which f on does arithmetic limit a rectification for $G = 7$? And for $G = 1$?
 
 # %% tags=["hide-cell"]
 balance = 0.55 * 989e12 / 3.0e12
@@ -458,9 +463,8 @@ measured = 4 * 32 * 28 * 128 * 8 * 2**18 / rows[2**18]["parts"]["rectify"]["us"]
 print(f"the recorded pass at 256K does {measured:.0f} TFLOP/s, the padding of 224 rows to 256 not counted")
 assert 24 < balance / 7 < 32
 assert 4 * 32 * 28 * 128 * 8 * 2**18 / floors(Shape(), ReSAConfig(), 8, 2**18)["rectify"] == 32 * 7
-# For G = 7 from a little below 32 on, the default. Without groups, f could be seven times as large before
-# arithmetic mattered: sharing keys among more heads makes the dense step cheaper per head, and a window dearer beside
-# it.
+# For G = 7 it does from a little below the default of 32 on. Without groups, f could be seven times as large before
+# arithmetic mattered. If more heads share keys, the dense step costs less per head, and a window costs more beside it.
 
 # %% [markdown]
 # [Next: the roofline](08_roofline.md)

@@ -1,18 +1,18 @@
 # %% [markdown]
 # # 8. The roofline: predicting the speed-up
 #
-# How much faster should rectified sparse decoding be? The answer can be computed before a line of code is written, from
-# bytes alone. This tutorial does that, then lays the prediction beside what was measured on a GPU, finds where they
-# part, and accounts for the difference to within a few per cent.
+# How much faster should rectified sparse decoding be? We can compute the answer from bytes alone, before we write a
+# line of code. This tutorial does that. Then it compares the prediction with measurements on a GPU, finds where they
+# differ, and explains the difference to within a few per cent.
 #
 # **What you will learn:**
 #
-# - what a [roofline](../glossary.md#roofline) is, and which side of it each part of decoding lies on,
-# - the cost model of the paper (its equation 6) and what it leaves out: weights, and everything that is not bytes,
-# - how to predict whole steps from timings of parts, and how to read what is left over.
+# - what a [roofline](../glossary.md#roofline) is, and on which side of it each part of decoding lies,
+# - the cost model of the paper (its equation 6), and what it leaves out: weights, and everything that is not bytes,
+# - how to predict whole steps from timings of parts, and how to read the remainder.
 #
-# **Time:** half an hour to read, a few seconds to run. Nothing is timed here: the measurements are the recorded ones of
-# [performance](../performance.md), read from their files. How they were made is told there.
+# **Time:** half an hour to read, a few seconds to run. Nothing is timed here. The measurements are the recorded ones of
+# [performance](../performance.md), read from their files. That page says how they were made.
 
 # %%
 import json
@@ -24,13 +24,14 @@ import matplotlib.pyplot as plt
 import resa.reference
 from resa.fast.bench.layer import Shape, floors
 from resa.reference import ReSAConfig
-from resa.reference.evals.fidelity import read_ratio
+from resa.reference.lab.fidelity import read_ratio
 
-plt.style.use("resa.reference.assets.figure")
+plt.style.use("resa.reference.weights.assets.figure")
 RESULTS = Path(resa.reference.__file__).parents[1] / "docs" / "results"
 attention = json.loads((RESULTS / "attention.json").read_text())
 models = {name: json.loads((RESULTS / f"end_to_end_{name}.json").read_text()) for name in ("float16", "int4")}
-config, shape = ReSAConfig(**attention["config"]), Shape(**attention["shape"])
+settings = {name: value for name, value in attention["config"].items() if name != "dense_below"}  # no longer an option
+config, shape = ReSAConfig(**settings), Shape(**attention["shape"])
 print(f"{attention['device']}: copies at {attention['copy_tbs']} TB/s; one layer, commit {attention['commit']}")
 for name, result in models.items():
     print(f"whole steps with {name} weights, commit {result['commit']}, copies at {result['copy_tbs']} TB/s")
@@ -40,8 +41,8 @@ for name, result in models.items():
 # %% [markdown]
 # ## Two ceilings
 #
-# A kernel can't take less time than its bytes need at the memory's bandwidth (bytes per second), nor less than its
-# arithmetic operations need at the peak rate (operations per second):
+# A kernel cannot take less time than its bytes need at the memory's bandwidth (bytes per second). It also cannot take
+# less than its arithmetic operations need at the peak rate (operations per second):
 #
 # $$ \mathrm{time} \ge \max\left(\frac{\mathrm{bytes}}{\mathrm{bandwidth}},
 #    \frac{\mathrm{operations}}{\mathrm{peak}}\right)
@@ -49,10 +50,10 @@ for name, result in models.items():
 #    \frac{\mathrm{operations}}{\mathrm{time}} \le
 #    \min\left(\frac{\mathrm{operations}}{\mathrm{bytes}} \cdot \mathrm{bandwidth}, \mathrm{peak}\right) $$
 #
-# Operations per byte are the *intensity*. Plotted over it on logarithmic axes, the bound on the right is a roof: a
-# slope, where memory limits, then a ceiling, where arithmetic does. Attention of f queries and G heads per cached token
-# does $4 f G D$ operations for $4 D$ bytes of 16-bit keys and values, an intensity of $fG$. Scoring does one
-# multiplication and one addition per bound of 2 bytes, an intensity of 1.
+# Operations per byte are called the *intensity*. Plotted over it on logarithmic axes, the bound on the right has the
+# shape of a roof. It is a slope where memory limits, and a ceiling where arithmetic does. Attention of f queries and G
+# heads per cached token does $4 f G D$ operations for $4 D$ bytes of 16-bit keys and values, an intensity of $fG$.
+# Scoring does one multiplication and one addition per bound of 2 bytes, an intensity of 1.
 
 # %%
 PEAK = 989e12  # operations per second: the datasheet's for 16-bit matrix products
@@ -89,25 +90,25 @@ plt.show()
 # %% [markdown]
 # *Figure: recorded on an H100, 8 sequences. The grey line is the roof: copy bandwidth measured in the same run, and the
 # datasheet's peak. Each column of dots is one kernel at 4K, 16K, 64K and 256K tokens, from below. Long caches bring
-# every kernel near the slope; short ones leave it far below. Rectification stands under the corner, where neither
-# memory nor arithmetic is reached in full.*
+# every kernel near the slope. Short caches leave it far below. Rectification stands under the corner. It uses neither
+# memory nor arithmetic in full.*
 #
-# So for one query per sequence, decoding is a matter of bytes, and arithmetic can be forgotten. A share slightly above
-# 100 % is no mistake: a copy reads and writes, and reading alone is a little faster.
+# So for one query per sequence, decoding is a matter of bytes, and we can forget arithmetic. A share slightly above
+# 100 % is no mistake. A copy reads and writes, and reading alone is a little faster.
 #
 # ## Equation 6: the bytes of the KV cache
 #
-# Take what dense decoding reads of the [KV cache](../glossary.md#kv-cache) per token as 1. A sparse step reads the
-# bounds, a share $\beta$, and the selected blocks, the [active ratio](../glossary.md#active-ratio) $p$. A
-# [rectification](../glossary.md#rectification) reads everything once in $f$ tokens. Hence, for the
-# [schedule](../glossary.md#paper-schedule) of the paper, and for [this project's](../glossary.md#fused-schedule), which
-# has one sparse step fewer per cycle:
+# Dense decoding reads the whole [KV cache](../glossary.md#kv-cache) for each token. Call these bytes 1. A sparse step
+# reads the bounds, a share $\beta$, and the selected blocks, the [active ratio](../glossary.md#active-ratio) $p$. A
+# [rectification](../glossary.md#rectification) reads everything once in $f$ tokens. The
+# [schedule](../glossary.md#paper-schedule) of the paper therefore reads the share on the left.
+# [This project's](../glossary.md#fused-schedule) has one sparse step fewer per cycle and reads the share on the right:
 #
 # $$ \text{paper: } \beta + p + \frac{1}{f} \qquad\qquad \text{fused: } \frac{(f - 1)(\beta + p) + 1}{f} $$
 #
-# Bounds are two numbers per channel and block where keys and values are $2b$, so $\beta = 1/b$ if both are read,
-# $1/(2b)$ if [only the one needed](07_fast_path.md) is, and half of that again in 8 bits.
-# `read_ratio` is this formula; its second argument is how much is read of what both bounds are.
+# A block has two bounds per channel, and its keys and values are $2b$ numbers per channel. So $\beta = 1/b$ if a step
+# reads both bounds, $1/(2b)$ if it reads [only the one needed](07_fast_path.md), and half of that again in 8 bits.
+# `read_ratio` is this formula. Its second argument is the share of the bounds' bytes that a step reads.
 
 # %%
 b, p, f = config.block_size, config.active_ratio, config.interval
@@ -119,8 +120,8 @@ assert round(read_ratio(schedules[0]), 3) == round(1 / b + p + 1 / f, 3) == 0.19
 assert round(read_ratio(schedules[0], 1 / 4), 3) == 0.147
 
 # %% [markdown]
-# The benchmark counts bytes with a function of its own, `floors`, block by block. They agree where the formula holds,
-# which is where $p \cdot M$ is at least [`min_blocks`](../glossary.md#min-blocks); in a short cache the fewest blocks
+# The benchmark counts bytes with a function of its own, `floors`, block by block. Both agree where the formula holds,
+# that is, where $p \cdot M$ is at least [`min_blocks`](../glossary.md#min-blocks). In a short cache the fewest blocks
 # allowed are more than a tenth.
 
 # %%
@@ -136,26 +137,26 @@ for context in (2**10, 2**12, 2**14, 2**16, 2**18):
     assert measured > counted
 
 # %% [markdown]
-# Already for attention alone, measurement comes near the prediction at long contexts only. At short ones a sparse step
-# is four kernels that have to begin and end, however little they read. What eq. 6 does not count at all adds to that:
-# the append, the selection, and the arithmetic of the rectification.
+# Even for attention alone, the measurement comes near the prediction only at long contexts. At short contexts a sparse
+# step consists of four kernels that must start and end, even if they read little. Eq. 6 also leaves out the append, the
+# selection, and the arithmetic of the rectification.
 #
-# ## The weights are read as well
+# ## The weights count too
 #
-# Every step multiplies by every weight matrix, $W$ bytes, no matter how it attends. With the cache's bytes
-# $C = 4 \cdot L \cdot B \cdot H_{kv} \cdot T \cdot D$ ($L$ layers, 16 bits) and eq. 6's share $\sigma$:
+# Every step multiplies by every weight matrix, $W$ bytes, for any kind of attention. With the cache's bytes
+# $C = 4 \cdot L \cdot B \cdot H_{kv} \cdot T \cdot D$ ($L$ layers, 16 bits) and the share $\sigma$ of eq. 6:
 #
 # $$ \text{speed-up} \;\le\; \frac{W + C}{W + \sigma C} $$
 #
-# This is Amdahl's law: however small $\sigma$, the weights stay. The bandwidth has dropped out: as long as only bytes
-# count, the ratio is the same on every GPU. The measured model has the shape of Qwen2.5-7B, with weights of 16 and of 4
-# bits, and all layers share one layer's cache, so that 8 sequences of 256K tokens fit (each layer still reads all of
-# it).
+# This is Amdahl's law: the weights stay, even if $\sigma$ is small. The bandwidth has dropped out. As long as only
+# bytes count, the ratio is the same on every GPU. The measured model has the shape of Qwen2.5-7B, with weights of 16
+# and of 4 bits. All its layers share one layer's cache, so that 8 sequences of 256K tokens fit. (Each layer still reads
+# all of it.)
 
 
 # %%
 def step_bytes(weights: str, batch: int, context: int) -> dict[str, float]:
-    """Bytes per token of a dense step, and of ReSA's on average."""
+    """Bytes per token of a dense step, and of an average ReSA step."""
     layers, parts = models[weights]["shape"]["n_layer"], floors(shape, config, batch, context)
     cached = ((f - 1) * (parts["score"] + parts["attend"]) + parts["rectify"]) / f
     loaded = models[weights]["weights"][weights]["bytes"]
@@ -199,19 +200,19 @@ for weights, batch, context in (("float16", 1, 2**12), ("float16", 8, 2**18), ("
     )
 
 # %% [markdown]
-# *Figure: whole decoding steps of a 7B model on an H100, recorded. Dashed: what bytes allow. Solid: measured. The limit
-# has the right shape and is too high, the more so with 4-bit weights.*
+# *Figure: whole decoding steps of a 7B model on an H100, recorded. Dashed: the limit by bytes. Solid: measured. The
+# limit has the right shape but is too high, most of all with 4-bit weights.*
 #
-# Three things are visible. With one short sequence there is nothing to gain, as predicted: the cache is small beside
-# the weights. (There the measured ratio may even exceed the limit, because dense decoding does not reach its bytes
-# either.) Prediction and measurement rise together with batch and context. And smaller weights raise the limit more
-# than the measurement. To see why, look at what a step does besides reading.
+# The picture shows three things. With one short sequence there is nothing to gain, as predicted, because the cache is
+# small beside the weights. (There the measured ratio may even exceed the limit, because dense decoding does not reach
+# its own limit either.) Prediction and measurement rise together with batch and context. And smaller weights raise the
+# limit more than the measurement. To see why, we look at the work of a step besides reading.
 #
 # ## Predicting from parts
 #
-# The benchmark also timed what is not attention, part by part: a layer's matrix products with the elementwise work
-# between them, for the rows of a step and for the many more rows of a rectification; the output projection; the choice
-# of a token. With the attention of one layer from the other benchmark, a whole step can be added up:
+# The benchmark also timed the other parts of a step: a layer's matrix products with the elementwise work between them,
+# the output projection, and the choice of a token. It timed the products for the rows of a step and for the many more
+# rows of a rectification. The other benchmark has the attention of one layer. So we can add up a whole step:
 #
 # $$ t_\mathrm{dense} = L\,(t_\mathrm{layer} + t_\mathrm{attention}) + t_\mathrm{output} + t_\mathrm{sampling} $$
 #
@@ -242,7 +243,7 @@ def predicted_us(weights: str, batch: int, context: int) -> dict[str, dict[str, 
 
 
 def total(weights: str, batch: int, context: int, way: str) -> float:
-    """The parts added up."""
+    """Sum of the parts."""
     return sum(predicted_us(weights, batch, context)[way].values())
 
 
@@ -275,21 +276,20 @@ plt.show()
 
 # %% [markdown]
 # *Figure: every batch (1 to 8) and context (4K to 256K) that was measured, 40 points. Empty circles: predicted by
-# bytes. Full: by the sum of parts. On the line, prediction and measurement agree.*
+# bytes. Full circles: predicted by the sum of parts. On the line, prediction and measurement agree.*
 #
-# The parts account for the measurement. So what lies between the limit by bytes and the measurement can be read off
-# them.
+# The parts explain the measurement. So they also show what lies between the limit by bytes and the measurement.
 #
-# ## Where prediction and measurement part
+# ## Where prediction and measurement differ
 #
-# For each part, what bytes say and what it takes, for ReSA's step with 4-bit weights:
+# The next cell compares the bytes of each part with its time, for ReSA's step with 4-bit weights:
 
 # %%
 BYTES_OF = {"products": "weights", "attention": "cache"}
 
 
 def excess(weights: str, batch: int, context: int) -> dict[str, float]:
-    """µs of ReSA's step: bytes at the speed of a copy, then what each part takes beyond its bytes, and the rest."""
+    """µs of ReSA's step: its bytes at the speed of a copy, then the time of each part beyond that, and the rest."""
     result, point = models[weights], (weights, batch, context)
     loaded = result["weights"][weights]["bytes"]
     by_bytes = {"products": loaded, "attention": step_bytes(*point)["resa"] - loaded}
@@ -321,28 +321,26 @@ for name, bar in zip(names, bars, strict=True):
     assert bar["bytes"] > 0.35 * sum(bar.values())
 
 # %% [markdown]
-# *Figure: ReSA's step with 4-bit weights, recorded: bytes at the speed of a copy, and what comes on top. Names are
+# *Figure: ReSA's step with 4-bit weights, recorded: its bytes at the speed of a copy, and the time on top. Names are
 # batch × context.*
 #
 # Read from left to right:
 #
-# - **Products.** Weights of a quarter the size should be read in a quarter of the time, and are not: their kernels have
-#   to widen them as well. And for the many rows of a rectification, products are limited by arithmetic, which the limit
-#   by bytes ignores.
-# - **Attention.** Kernels that have to begin and end (at short contexts), and rectification's arithmetic (at long
-#   ones).
-# - **Elementwise work** and **sampling** have next to no bytes, and take time all the same: they are many small
-#   launches, and a sort of the vocabulary.
-# - **Not in any part**: among it, the steps right after a rectification, which are slower than others
+# - **Products.** Weights of a quarter the size do not take a quarter of the time, because their kernels must also widen
+#   them. And for the many rows of a rectification, arithmetic limits the products. The limit by bytes ignores that.
+# - **Attention.** At short contexts, the kernels' start and end. At long contexts, the arithmetic of the rectification.
+# - **Elementwise work** and **sampling** read next to no bytes and still take time. They are many small launches and a
+#   sort of the vocabulary.
+# - **Not in any part.** For one, the steps right after a rectification are slower than others
 #   ([performance](../performance.md), *what was found*).
 #
-# Fixed costs weigh on both ways of decoding. But dense decoding hides them behind its bytes, and ReSA has fewer bytes
-# left. The faster attention gets, the more everything else matters.
+# Both ways of decoding have fixed costs. Dense decoding hides them behind its bytes. ReSA has fewer bytes left. The
+# faster attention gets, the more everything else matters.
 #
 # ## Exercises
 #
-# **1.** How high could the speed-up get for 8 sequences of 256K tokens if attention cost nothing at all? By bytes, and
-# by the parts?
+# **1.** Suppose attention cost nothing at all. How high could the speed-up get for 8 sequences of 256K tokens, by bytes
+# and by the parts?
 
 # %% tags=["hide-cell"]
 for weights in models:
@@ -352,10 +350,10 @@ for weights in models:
     reached = measured[weights, 8, 2**18]["ratio"]
     print(f"{weights}: {size / loaded:.1f} by bytes, {ratio:.1f} by parts; measured, with attention, {reached:.2f}")
     assert ratio < size / loaded
-# By bytes (W + C) / W; by parts a good deal less, because products, elementwise work and sampling stay.
+# By bytes it is (W + C) / W. By parts it is a good deal less, because products, elementwise work and sampling stay.
 
 # %% [markdown]
-# **2.** Bounds in 8 bits halve $\beta$. What do they promise for whole steps with 8 × 256K tokens, and what was
+# **2.** Bounds in 8 bits halve $\beta$. Which speed-up do they promise for whole steps with 8 × 256K tokens? Which was
 # measured?
 
 # %% tags=["hide-cell"]
@@ -369,9 +367,9 @@ for weights in models:
         f" measured {row['resa']['us'] / row['resa, 8-bit bounds']['us']:.3f} times as fast"
     )
     assert 1 < row["resa"]["us"] / row["resa, 8-bit bounds"]["us"] < 1.1
-# A few per cent. With 16-bit weights about three quarters of it were measured, with 4-bit ones about half: part
-# of what scoring takes is not bytes. What it may cost is that other blocks are selected
-# (the last tutorial's exercise 2).
+# They promise a few per cent. With 16-bit weights about three quarters of that were measured, with 4-bit weights about
+# half, because a part of the scoring time is not bytes. In return, a step may select other blocks (exercise 2 of the
+# last tutorial).
 
 # %% [markdown]
 # **3.** With `interval` 64 instead of 32, by how much does the limit by bytes rise at 8 × 256K tokens and 4-bit
@@ -385,14 +383,12 @@ for n in (8, 16, 32, 64, 128):
     limits[n] = size / (loaded + read_ratio(replace(schedules[1], interval=n), 1 / 2) * cached)
 print({n: round(value, 2) for n, value in limits.items()})
 assert limits[64] / limits[32] < limits[16] / limits[8]
-# The printed limits rise ever more slowly: from 1/f there is less to save the smaller it is, beside
-# β + p. Whether the longer window is worth it is a question of quality (the page on evidence), not of
-# bytes.
+# The printed limits rise ever more slowly. The smaller 1/f is beside β + p, the less there is to save. Whether the
+# longer window is worth it is a question of quality (the page on evidence), not of bytes.
 
 # %% [markdown]
-# **4.** By datasheet an A100 has 2.0 TB/s where an H100 has 3.35. What does that change in the limit by bytes? And
-# where would you expect the measured ratio to lie, beside an H100's, if all parts that are not bytes took as long as
-# here?
+# **4.** By datasheet an A100 has 2.0 TB/s and an H100 has 3.35. How does that change the limit by bytes? Suppose all
+# parts that are not bytes took as long as here. Would the measured ratio be higher or lower than on an H100?
 
 # %% tags=["hide-cell"]
 for bandwidth in (3.35, 2.0):
@@ -402,8 +398,8 @@ for bandwidth in (3.35, 2.0):
         by_bytes = step_bytes("int4", 8, 2**16)[way] / models["int4"]["copy_tbs"] / 1e6
         times[way] = slower * by_bytes + total("int4", 8, 2**16, way) - by_bytes
     print(f"{bandwidth} TB/s: limit {limit('int4', 8, 2**16):.2f}, expected {times['dense'] / times['resa']:.2f}")
-# Nothing: the limit is a ratio of bytes. With slower memory the fixed costs weigh less, so the ratio moves
-# towards the limit. (A real A100 is slower at everything else too.)
+# The limit does not change, because it is a ratio of bytes. With slower memory the fixed costs weigh less, so the ratio
+# moves towards the limit. (A real A100 is slower at everything else too.)
 
 # %% [markdown]
 # [Next: port it](09_port_it.md)

@@ -1,20 +1,20 @@
 # %% [markdown]
 # # 9. Port it
 #
-# This project comes with a test for code that it has never seen: the [conformance kit](../glossary.md#conformance-kit),
-# 78 cases with inputs and expected results, and a command that says of a failing port not only *that* it is wrong but
-# which rule of the specification it breaks. In this tutorial you start with an empty file and end with a whole port of
-# rectified sparse decoding to NumPy: the five operations, the model, the decode loop. After every step the kit says
-# what is still missing.
+# This project has a test for code that it has never seen: the [conformance kit](../glossary.md#conformance-kit). It
+# holds 78 cases with inputs and expected results. Its command says *that* a port is wrong, and also which rule of the
+# specification the port breaks. In this tutorial you start with an empty file and end with a whole port of rectified
+# sparse decoding to NumPy: the five operations, the model, the decode loop. After every step the kit says what is still
+# missing.
 #
 # **What you will learn:**
 #
-# - what a port has to offer, and how the cases lead from one requirement to the next,
+# - what a port must offer, and how the cases lead from one requirement to the next,
 # - where the traps are: partial blocks, ties, 0 · ∞, exact products, the window of a rectification,
 # - how to read a report, by making mistakes on purpose.
 #
-# **Time:** an hour to work through, less than half a minute to run. [Porting](../porting.md) is the specification in
-# full; section numbers in reports are that page's. Nothing here imports a finished implementation, only the kit.
+# **Time:** an hour to work through, less than half a minute to run. [Porting](../porting.md) is the full specification.
+# Section numbers in reports refer to that page. This tutorial imports only the kit, and no finished implementation.
 
 # %%
 import math
@@ -30,15 +30,15 @@ from types import ModuleType
 import matplotlib.pyplot as plt
 import numpy as np
 
-from resa.reference.conformance import check_port, first_failures, is_passed, load_vectors
+from resa.reference.conformance.kit import check_port, first_failures, is_passed, load_vectors
 
-plt.style.use("resa.reference.assets.figure")
+plt.style.use("resa.reference.weights.assets.figure")
 OPERATIONS = ("block_bounds", "score_blocks", "select_blocks", "sparse_attention", "dense_attention", "decode_trace")
 
 # %% [markdown]
 # ## An empty file
 #
-# A port is a module. Here is one without anything, and what the command says about it:
+# A port is a module. The next cell makes an empty one and runs the command on it:
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -53,10 +53,10 @@ assert done.returncode == 1
 assert "the port has no block_bounds" in done.stdout
 
 # %% [markdown]
-# A module has the names that its file defines. In this tutorial functions come one by one, so the module grows with
-# them: `add` puts a function into it, lets the kit run its cases through the same functions that the command calls, and
-# prints the first failure of every operation that the port has so far. It also takes the rule that is expected to be
-# the first one broken, none if nothing, so that what this text says is checked.
+# A module has the names that its file defines. In this tutorial functions come one by one, and the module grows with
+# them. `add` puts a function into it. Then it runs the cases of the kit, as the command does, and prints the first
+# failure of every operation that the port has so far. Its second argument is the rule that should break first, or None.
+# In this way the claims of this text are checked.
 
 # %%
 my_port, vectors, history = ModuleType("my_port"), load_vectors(), []
@@ -82,9 +82,9 @@ print(f"and {len(vectors.manifest['traces'])} whole generations")
 # %% [markdown]
 # ## 1 Block bounds
 #
-# The smallest and the largest key of every [block](../glossary.md#block), per channel: keys `[B, Hkv, T_max, D]` →
-# bounds `[B, Hkv, 2, D, M]`, 0 for `lo` and 1 for `hi`, with $M = \lceil T_\mathrm{max} / b \rceil$. A first version
-# that knows nothing of lengths:
+# The bounds are the smallest and the largest key of every [block](../glossary.md#block), per channel: keys
+# `[B, Hkv, T_max, D]` → bounds `[B, Hkv, 2, D, M]`, 0 for `lo` and 1 for `hi`, with
+# $M = \lceil T_\mathrm{max} / b \rceil$. Here is a first version that knows nothing of lengths:
 
 
 # %%
@@ -97,11 +97,11 @@ def block_bounds(keys, lengths, block_size):
 add(block_bounds, "2.1 partial block")
 
 # %% [markdown]
-# The cases are a ladder: each asks for one thing more than those before it. The easy ones pass, and the first that
-# fails says what is missing: only tokens before the length count. (A capacity that is no multiple of the block size
-# fails too, further down; one thing after the other.) Slots that do not count become the neutral elements of minimum
-# and maximum, so that a block without a token ends with `lo` = +∞, `hi` = −∞. They have to be *replaced*: they may hold
-# NaN, and no arithmetic gets rid of that.
+# The cases form a ladder: each asks for one thing more than those before it. The easy ones pass. The first failure says
+# what is missing: only tokens before the length count. (A capacity that is not a multiple of the block size fails too,
+# further down. One thing after the other.) Slots that do not count become the neutral elements of minimum and maximum,
+# so a block without a token ends with `lo` = +∞, `hi` = −∞. We must *replace* these slots, because they may hold NaN,
+# and no arithmetic removes a NaN.
 
 
 # %%
@@ -121,12 +121,12 @@ def block_bounds(keys, lengths, block_size):
 add(block_bounds)
 
 # %% [markdown]
-# NumPy's minimum hands NaN on, so a NaN in a valid key reaches the bounds of its channel, as the specification wants.
-# In other frameworks it may get lost; the case `nan_in_a_valid_key` would tell.
+# NumPy's minimum passes NaN on. So a NaN in a valid key reaches the bounds of its channel, as the specification
+# demands. In other frameworks it may get lost. The case `nan_in_a_valid_key` would show it.
 #
 # ## 2 Block scores
 #
-# The pooled query of a [group](../glossary.md#group) is the mean of its G heads, consecutive ones, and
+# The pooled query of a [group](../glossary.md#group) is the mean of its G consecutive heads, and
 # $\mathrm{score}_i = \sum_d \max(\bar q_d\, \mathrm{lo}_{d,i},\ \bar q_d\, \mathrm{hi}_{d,i})$:
 
 
@@ -142,7 +142,8 @@ def score_blocks(query, bounds, lengths, block_size):
 add(score_blocks, "2.2 zero times infinity")
 
 # %% [markdown]
-# One rule more: 0 · ∞ is 0. A channel that the query does not ask for says nothing, even if it is unbounded.
+# One more rule: 0 · ∞ is 0. If the query is zero in a channel, this channel says nothing, even if its bounds are
+# infinite.
 
 
 # %%
@@ -162,9 +163,9 @@ add(score_blocks)
 # %% [markdown]
 # ## 3 Selection, and a mistake
 #
-# $n = \min(M, \max(n_\mathrm{min}, \lceil p M - 10^{-9} \rceil))$ blocks: the newest `local_blocks`, then the highest
-# scores, of equal scores the lower index, as ascending indices with −1 behind them. A sort by score, reversed, looks
-# right:
+# Selection takes $n = \min(M, \max(n_\mathrm{min}, \lceil p M - 10^{-9} \rceil))$ blocks: the newest `local_blocks`,
+# then the highest scores. Of equal scores it takes the lower index. The result is ascending indices with −1 behind
+# them. A reversed sort by score looks right:
 
 
 # %%
@@ -190,14 +191,14 @@ def select_blocks(scores, lengths, config):
 add(select_blocks, "2.3 ties")
 
 # %% [markdown]
-# Everything about counts, order and padding passes, and the report names the one rule that does not: ties. The sort is
-# stable, so equal scores stand in the order of their indices, and reversing it turns that around too: of equals the
-# *highest* index wins. Without a case for it this would go unnoticed for long, because scores of real keys are hardly
-# ever equal. Not never: a block that repeats another has the same score, and a query that pools to zero gives every
-# block the same.
+# Counts, order and padding pass, and the report names the one rule that fails: ties. The sort is stable, so equal
+# scores stand in the order of their indices. Reversing the list reverses that order too, so of equal scores the
+# *highest* index wins. Without a case for ties, nobody would notice this for long, because scores of real keys are
+# rarely equal. But it happens: a block that repeats another has the same score, and a query that pools to zero gives
+# every block the same score.
 #
-# The fix is to sort the negated scores. The same sort also has to put NaN after all numbers (NumPy's does), and must
-# not tell −0.0 from 0.0 (comparisons don't).
+# The fix is to sort the negated scores. The same sort must put NaN after all numbers (NumPy's does), and it must treat
+# −0.0 and 0.0 as equal (comparisons do).
 
 
 # %%
@@ -220,9 +221,10 @@ add(select_blocks)
 # %% [markdown]
 # ## 4 Sparse attention
 #
-# Softmax attention with scale $D^{-1/2}$ over the valid tokens of the selected blocks, all G heads of a group sharing a
-# list; on request the [log-sum-exp](../glossary.md#log-sum-exp) of the scaled logits. Both attentions need the same
-# softmax over a few tokens, so that comes first. No token at all gives zeros and −∞.
+# Sparse attention is softmax attention with scale $D^{-1/2}$ over the valid tokens of the selected blocks. All G heads
+# of a group share a list. On request it also returns the [log-sum-exp](../glossary.md#log-sum-exp) of the scaled
+# logits. Both attentions need the same softmax over a few tokens, so we write that first. Without any token it gives
+# zeros and −∞.
 
 
 # %%
@@ -257,10 +259,10 @@ def sparse_attention(query, keys, values, indices, lengths, block_size, *, retur
 add(sparse_attention)
 
 # %% [markdown]
-# It passes at once, because of one decision: a mask over *positions* instead of a list of addresses. −1 is the block of
-# no position, an index past the end matches nothing, and what is not selected is never touched, so no NaN in it can do
-# harm (law 5). A fast port can't afford to look at every position; then each of these is a trap of its own
-# ([traps](../porting.md#7-traps)).
+# It passes at once, because it uses a mask over *positions* instead of a list of addresses. No position belongs to
+# block −1, and an index past the end matches nothing. The code never touches a token that is not selected, so a NaN
+# there does no harm (law 5). A fast port cannot afford to look at every position. There each of these points is a trap
+# of its own ([traps](../porting.md#7-traps)).
 #
 # ## 5 Dense attention of a window
 #
@@ -286,7 +288,7 @@ def dense_attention(query, keys, values, lengths, *, query_lengths=None, return_
 add(dense_attention, "2.5 positions")
 
 # %% [markdown]
-# In a batch, windows have lengths of their own, and the report says so. `query_lengths` decides:
+# In a batch every sequence has a window of its own length, and the report says so. `query_lengths` holds these lengths:
 
 
 # %%
@@ -314,10 +316,10 @@ print(f"all {sum(row.status == 'pass' for row in operations_only)} cases of the 
 # ## 6 The model
 #
 # The vectors hold two small models with weights, and eleven generations by them. The model is the usual one ([section
-# 3](../porting.md#3-the-model)): RMSNorm, projections, optional norms of heads, RoPE, attention, SwiGLU. The one thing
-# that matters here is the order of three acts in a layer: its keys and values are *written* to the cache, the bounds of
-# the touched blocks are *rebuilt*, and only then it *attends*. How it attends is handed in, so that a dense pass and a
-# sparse step share everything else.
+# 3](../porting.md#3-the-model)): RMSNorm, projections, optional norms of heads, RoPE, attention, SwiGLU. In a layer the
+# order of three acts matters. First it *writes* its keys and values to the cache. Then it *rebuilds* the bounds of the
+# touched blocks. Only then it *attends*. The attention is an argument, so that a dense pass and a sparse step share
+# everything else.
 
 
 # %%
@@ -327,7 +329,7 @@ def rms_norm(x, weight, eps):
 
 
 def rope(x, positions, theta):
-    """Turn [H, n, D]; channel i of the first half goes with channel i of the second."""
+    """Rotate [H, n, D]. Channel i of the first half goes with channel i of the second."""
     first, second = np.split(x, 2, axis=-1)
     angles = positions[:, None] * theta ** (-2 * np.arange(first.shape[-1]) / x.shape[-1])  # [n, D/2]
     cos, sin = np.cos(angles), np.sin(angles)
@@ -346,12 +348,12 @@ class Sequence:
         self.bounds = np.zeros((*size[:2], 2, size[3], n_blocks))
 
     def write(self, layer, keys, values, start, end):
-        """Rows start … end − 1 of a layer, and the bounds of all its blocks; simple, and more than needed."""
+        """Store rows start … end − 1 of a layer and rebuild all bounds of the layer, which is more than needed."""
         self.keys[layer, :, start:end], self.values[layer, :, start:end] = keys, values
         self.bounds[layer] = block_bounds(self.keys[layer][None], [end], self.config["block_size"])[0]
 
     def forward(self, tokens, start, attend):
-        """Logits after the last of the tokens, fed at start, start + 1, …; attend(layer, [Hq, n, D]) → [Hq, n, D]."""
+        """Feed tokens at start, start + 1, … → logits after the last. attend(layer, [Hq, n, D]) → [Hq, n, D]."""
         shape, w, n = self.shape, self.weights, len(tokens)
         positions, eps = np.arange(start, start + n), shape["norm_eps"]
         x = w["embed.weight"][list(tokens)]  # [n, C]
@@ -377,7 +379,7 @@ class Sequence:
         return rms_norm(x[-1], w["norm.weight"], eps) @ output.T
 
     def dense_pass(self, tokens, start):
-        """Feed the tokens densely from `start` on: a prefill, or a rectification, which only starts earlier."""
+        """Feed the tokens densely from `start` on. A rectification is a prefill that starts earlier."""
         end = start + len(tokens)
 
         def attend(layer, query):
@@ -389,14 +391,15 @@ class Sequence:
 
 
 # %% [markdown]
-# The kit watches a generation through `decode_trace`: one entry after the prefill and one after every step, with copies
-# of the whole cache, its bounds, what every layer selected, the token chosen and w. First with dense passes alone. That
-# can only be right where every step is dense, which is `interval=1`; but it tells a wrong model from wrong decoding.
+# The kit watches a generation through `decode_trace`. It has one entry after the prefill and one after every step, with
+# copies of the whole cache, its bounds, every layer's selection, the token chosen and w. We start with dense passes
+# alone. That can only be right where every step is dense, with `interval=1`. But it separates a wrong model from wrong
+# decoding.
 
 
 # %%
 def entry(sequence, logits, indices):
-    """What the kit wants to see after a step."""
+    """Copy the state that the kit checks after a step."""
     cached = {name: getattr(sequence, name)[:, :, : sequence.length].copy() for name in ("keys", "values")}
     state = {"bounds": sequence.bounds.copy(), "indices": indices, "window": sequence.window}
     return cached | state | {"token": int(np.argmax(logits))}  # of equal logits the lower id, as it should be
@@ -423,13 +426,13 @@ assert passed == ["dense", "dense_from_one"]
 #
 # ## 7 Sparse steps
 #
-# One token at position T; every layer scores, selects and attends, the token's own key included, so all three get the
-# length T + 1.
+# A sparse step feeds one token at position T. Every layer scores, selects and attends. The token's own key counts, so
+# all three get the length T + 1.
 
 
 # %%
 class SparseSequence(Sequence):
-    """With sparse steps."""
+    """A sequence with sparse steps."""
 
     def sparse_step(self, token):
         """Feed one token → logits, and the indices [layer, Hkv, N] that were selected."""
@@ -466,13 +469,13 @@ add(decode_trace, "4.4 schedules")
 # %% [markdown]
 # ## 8 Rectification
 #
-# What is left is what gives the method its name. The [window](../glossary.md#window) is the newest $w$ cached tokens,
-# those that sparse steps wrote. A rectification feeds their ids once more, as one dense pass from position $T - w$ on,
-# and every layer overwrites their keys and values. `dense_pass` can do that already: its `start` only has to lie in the
-# past.
+# The last part gives the method its name. The [window](../glossary.md#window) is the newest $w$ cached tokens, those
+# that sparse steps wrote. A rectification feeds their ids once more, as one dense pass from position $T - w$ on, and
+# every layer overwrites their keys and values. `dense_pass` can do that already, with a `start` in the past.
 #
-# Two schedules. `"paper"`: after a sparse step that fills the window, rectify, and throw the logits away. `"fused"`:
-# when the pending token would fill it, feed the window and the pending token together, and take the logits.
+# There are two schedules. `"paper"` rectifies after a sparse step that fills the window, and throws the logits away.
+# `"fused"` acts when the pending token would fill the window: it feeds the window and the pending token together, and
+# takes the logits.
 
 
 # %%
@@ -501,8 +504,8 @@ largest = max(row.error for row in rows if row.operation == "decode_trace")
 print(f"all {len(rows)} cases pass; the caches of eleven generations are within {largest:.0e} of the expected ones")
 
 # %% [markdown]
-# That is a whole port. Interval 1 needed no code of its own any more: it is dense decoding because the window is full
-# before it begins. The way there, case by case:
+# That is a whole port. Interval 1 needs no code of its own any more. It is dense decoding, because the window is full
+# before it begins. The next picture shows the way there, case by case:
 
 # %%
 ends = [0, *np.cumsum([n for _, n in Counter(row.operation for row in rows).items()])]
@@ -517,18 +520,18 @@ plt.show()
 assert len(history) == 12
 
 # %% [markdown]
-# *Figure: the 78 cases from left to right, one row for each version of the port, from the top. Bright: passed. Within
-# an operation the cases ask for one thing more each.*
+# *Figure: the 78 cases from left to right, one row for each version of the port, from the top. Bright cases pass.
+# Within an operation each case asks for one thing more.*
 #
-# ## What the kit sees
+# ## Mistakes that the kit finds
 #
-# A kit is worth what it finds. Here are mistakes that a port might well contain, each made in a copy of this one, and
-# what the report says first. Mistakes in operations are patched into the module; those in decoding into its functions.
+# A kit is as good as the mistakes it finds. Here are four mistakes that a port might well contain, each made in a copy
+# of this port, with the first line of the report. Each mistake replaces one function or class of this tutorial.
 
 
 # %%
 def law_broken_by(name: str, wrong) -> str:
-    """Run the kit with one name of this tutorial replaced; prints the first failure and returns its law."""
+    """Run the kit with one name of this tutorial replaced. Prints the first failure and returns its law."""
     right = globals()[name]
     port = ModuleType("wrong_port")
     globals()[name] = wrong
@@ -543,13 +546,13 @@ def law_broken_by(name: str, wrong) -> str:
 
 
 def in_half_precision(query, keys, values):
-    """Attention in half precision."""
+    """Softmax attention in half precision."""
     narrow = [x.astype(np.float16) for x in (query, keys, values)]
     return right_attention(*narrow)
 
 
 class Extending(SparseSequence):
-    """The bounds of a block that was there are extended by what is written, which is right for an append."""
+    """Extends the old bounds of a block by the keys that are written, which is right only for an append."""
 
     def write(self, layer, keys, values, start, end):
         before, b = self.bounds[layer].copy(), self.config["block_size"]
@@ -561,7 +564,7 @@ class Extending(SparseSequence):
 
 
 class OneTokenShort(SparseSequence):
-    """A rectification that begins one token late."""
+    """Begins a rectification one token late."""
 
     def dense_pass(self, tokens, start):
         is_rectification = start > 0 and len(tokens) > 1
@@ -577,14 +580,14 @@ assert law_broken_by("SparseSequence", Extending) == "law 2 online = rebuilt"
 assert law_broken_by("SparseSequence", OneTokenShort) == "law 6 rectification is exact"
 
 # %% [markdown]
-# In order: the count without its 1e-9; attention in half precision; bounds that are extended where a rectification has
-# *replaced* keys, so that they still bound keys which are gone; and a window that begins one token late. Each is a
-# mistake that produces fluent text and no error message.
+# In order: the count without its 1e-9, attention in half precision, bounds that are extended where a rectification has
+# *replaced* keys (so they still bound keys that are gone), and a window that begins one token late. Each of these
+# mistakes gives fluent text and no error message.
 #
 # ## Exercises
 #
 # **1.** Change the group order: let query head $h$ use KV head $h \bmod H_{kv}$ in `dense_attention`. Which case
-# notices first? Why not the first one?
+# notices it first? Why not the first case of all?
 
 
 # %% tags=["hide-cell"]
@@ -599,9 +602,9 @@ def interleaved(query, keys, values, lengths, **options):
 
 right_dense = dense_attention
 assert law_broken_by("dense_attention", interleaved) == "2.5 group order"
-# The case whose law is *group order*, `dense_groups`. Cases before it have one KV head, or one query head
-# for each, where every order is the same. This is what is meant by a ladder: the first failure names the cause, not a
-# consequence.
+# The case `dense_groups` notices it. Its law is *group order*. Cases before it have one KV head, or one query head for
+# each KV head, so every order gives the same result. This is the point of a ladder: the first failure names the cause,
+# not a consequence.
 
 # %% [markdown]
 # **2.** `write` rebuilds the bounds of the whole layer at every step. How many blocks can a window of $w$ tokens touch?
@@ -610,7 +613,7 @@ assert law_broken_by("dense_attention", interleaved) == "2.5 group order"
 
 # %% tags=["hide-cell"]
 class Frugal(SparseSequence):
-    """Rebuilds the bounds of just the blocks touched: at most ceil((w − 1) / b) + 1 for w tokens."""
+    """Rebuilds only the bounds of the blocks touched: at most ceil((w − 1) / b) + 1 for w tokens."""
 
     def write(self, layer, keys, values, start, end):
         b = self.config["block_size"]
@@ -624,9 +627,9 @@ thorough, SparseSequence = SparseSequence, Frugal
 assert is_passed(check_port(my_port, vectors))
 SparseSequence = thorough
 print("all cases pass")
-# At most ⌈(w − 1) / b⌉ + 1: w tokens that begin at the last slot of a block. Law 2 (online
-# = rebuilt) is what the kit checks here: bounds in the trace must be those of the port's own keys.
+# A window touches at most ⌈(w − 1) / b⌉ + 1 blocks, when it begins at the last slot of a block. The kit checks law 2
+# here (online = rebuilt): bounds in the trace must be those of the port's own keys.
 
 # %% [markdown]
-# **3.** Take another framework that you know, and start from an empty file. [Porting](../porting.md) has the order in
-# which to go and the traps; [a port to JAX](../examples/jax_port.py) was written from that page alone.
+# **3.** Take another framework that you know, and start from an empty file. [Porting](../porting.md) lists the traps
+# and an order to follow. [A port to JAX](../examples/jax_port.py) was written from that page alone.

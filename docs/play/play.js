@@ -1,5 +1,5 @@
-// Draws what `python docs/record_play.py` recorded. Nothing is computed here that was not measured there, but for counts,
-// largest values and what follows from a step's number. No library, no network: the page also opens from a disk.
+// Draws the recording of `python docs/record_play.py`. The page itself computes only counts, largest values and numbers
+// that follow from a step's number. It needs no library and no network, so it also opens from a disk.
 (() => {
   "use strict";
 
@@ -16,7 +16,7 @@
   const element = (id) => document.getElementById(id);
   const wantsStillness = matchMedia("(prefers-reduced-motion: reduce)");
 
-  // What is shown. `frame` counts steps and rectifications alike; `wiped` is how much of a rectification has been drawn.
+  // The place shown. `frame` counts steps and rectifications. `wiped` is the drawn share of a rectification.
   const state = { interval: intervals.indexOf(32), ratio: ratios.indexOf(0.1), frame: 0, playing: false, lookedAt: null, wiped: 1 };
 
   // ---- The recording ------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@
     return { ...setting, drift, ofToken, largest, selected, parts, frames: framesOf(setting.interval) };
   }
 
-  // A rectification is a frame of its own, after the step that fills the window: the drift is seen before it goes.
+  // A rectification is a frame of its own, after the step that fills the window. So a reader sees the drift before it goes.
   function framesOf(interval) {
     const frames = [{ step: 0, rectified: false }];
     for (let step = 1; step <= steps; step++) {
@@ -71,7 +71,7 @@
     return count; // the same in every row
   }
 
-  // Everything about a frame that follows from its number.
+  // All properties of a frame follow from its number.
   function momentOf(setting, frame) {
     const { step, rectified } = setting.frames[frame];
     const f = setting.interval;
@@ -81,7 +81,7 @@
     return { ...moment, attended: attended(setting, moment), drift: driftOf(setting, moment) };
   }
 
-  // Of all tokens in the cache: those of the open window, or what rounding left of the rectified ones.
+  // The largest over the tokens of the open window and, up to rounding, the rectified ones.
   function driftOf(setting, moment) {
     const open = setting.ofToken.slice(moment.exact, moment.step);
     const closed = setting.rectified.slice(0, moment.exact / (setting.interval ?? 1));
@@ -106,7 +106,7 @@
     return interval === null ? "never" : `every ${interval} tokens`;
   }
 
-  // White space is written out, or else it could not be quoted.
+  // Write out white space, so that it can be quoted.
   function quoted(piece) {
     return piece.replaceAll("\n", "↵").replace(/^ +$/, (spaces) => "␣".repeat(spaces.length)).trimEnd();
   }
@@ -148,14 +148,14 @@
     const line = element("state");
     const { step } = moment;
     if (step === 0) {
-      write(line, `The prompt’s ${plural(data.prompt.length, "token")} are cached, encoded densely. The first token is chosen.`);
+      write(line, `The prompt’s ${plural(data.prompt.length, "token")} are cached and encoded densely. The first token is chosen.`);
     } else if (moment.rectified) {
       const before = Math.max(...setting.ofToken.slice(step - setting.interval, step));
       write(line, `Rectification: the newest ${setting.interval} tokens run through the model again, densely. `
         + `Drift ${driftText(before)} → ${driftText(moment.drift)}.`);
     } else {
-      write(line, `Step ${step}: `, { code: quoted(setting.tokens[step - 1]) }, ` is fed at position ${grouped(moment.length - 1)}; `
-        + `each KV head reads ${moment.attended} of ${moment.blocks} blocks, and `, { code: quoted(setting.tokens[step]) }, " comes next.");
+      write(line, `Step ${step}: `, { code: quoted(setting.tokens[step - 1]) }, ` is fed at position ${grouped(moment.length - 1)}. `
+        + `Each KV head reads ${moment.attended} of ${moment.blocks} blocks, and `, { code: quoted(setting.tokens[step]) }, " comes next.");
     }
   }
 
@@ -163,10 +163,10 @@
     const { parts } = setting;
     const line = element("parting");
     if (parts < 0 || moment.step < parts) {
-      write(line, "So far the same text as dense decoding’s.");
+      write(line, "The text so far agrees with dense decoding.");
     } else {
-      write(line, `The first ${plural(parts, "token")} are dense decoding’s; then that writes `, { code: quoted(data.dense[parts]) },
-        ", and this ", { code: quoted(setting.tokens[parts]) }, ".");
+      write(line, `The first ${plural(parts, "token")} agree with dense decoding. Then dense decoding writes `,
+        { code: quoted(data.dense[parts]) }, ", and this setting writes ", { code: quoted(setting.tokens[parts]) }, ".");
     }
   }
 
@@ -177,7 +177,7 @@
     canvas.setAttribute("aria-valuemax", moment.blocks - 1);
     canvas.setAttribute("aria-valuenow", block ?? moment.blocks - 1);
     if (block === null) {
-      write(line, "Point at a block, or use the arrow keys, to read it.");
+      write(line, "Point at a block or use the arrow keys to read it.");
     } else {
       const first = block * b, end = Math.min(first + b, moment.length);
       const text = [...data.prompt, ...setting.tokens].slice(first, end).map((piece) => piece.replace(/\s+/g, " ")).join("");
@@ -189,7 +189,7 @@
 
   // ---- The text -----------------------------------------------------------------------------------------------------
 
-  // One span per block; in those that were written, one per token. Made anew when another text is shown.
+  // One span per block. Generated blocks have one span per token. Another text makes them anew.
   function buildText(setting) {
     const pieces = [...data.prompt, ...setting.tokens];
     const spans = [];
@@ -229,7 +229,7 @@
     });
   }
 
-  // Inside its box alone: the page itself never jumps.
+  // Scroll inside the box only, so that the page never jumps.
   function followText(moment) {
     const box = element("text");
     const token = box.querySelectorAll(".token")[moment.step];
@@ -242,7 +242,7 @@
   const isNarrow = () => element("blocks").clientWidth < 500;
   const gutter = () => isNarrow() ? 26 : 34; // left of every picture, for its labels
 
-  // A cleared canvas of so many CSS pixels, sharp on any screen, and the frame that all pictures share.
+  // Clear a canvas of so many CSS pixels, sharp on any screen, and draw the frame that all pictures share.
   function surface(id, height) {
     const canvas = element(id);
     const scale = devicePixelRatio || 1;
@@ -309,7 +309,7 @@
     context.strokeRect(x + line / 2, y + line / 2, width - line, height - line);
   }
 
-  // Read by the dense pass: a stripe; written anew by it: the whole cell.
+  // A stripe marks a block that the dense pass reads. A full cell marks a block that it writes anew.
   function drawDense(context, palette, [x, y, width, height], isRewritten) {
     fill(context, palette.unread, [x, y, width, height]);
     fill(context, palette.rectified, isRewritten ? [x, y, width, height] : [x, y + height * 0.3, width, height * 0.4]);
@@ -372,7 +372,7 @@
     context.fill();
   }
 
-  // How many tokens at the front are drawn as rectified; in the midst of a rectification's sweep, not all that are.
+  // The number of tokens at the front that are drawn as rectified. During the sweep of a rectification it is smaller.
   function drawnExact(setting, moment) {
     return moment.rectified ? moment.exact - Math.ceil(setting.interval * (1 - state.wiped)) : moment.exact;
   }
@@ -402,10 +402,10 @@
     drawCurrent(context, columns, moment, bottom + 1);
     drawTokenAxis(context, columns, bottom + 15);
     element("drift").setAttribute("aria-label", `Drift of ${plural(moment.step, "generated token")}, by layer. In the cache now: `
-      + `${plural(moment.window, "token")} drifted, ${moment.exact} rectified; the largest drift is ${driftText(moment.drift)}.`);
+      + `${plural(moment.window, "token")} drifted, ${moment.exact} rectified. The largest drift is ${driftText(moment.drift)}.`);
   }
 
-  // Square root, so that the small drift of the first layers is seen beside the large one of the last.
+  // The square root shows the small drift of the first layers beside the large one of the last.
   const shade = (drift) => Math.sqrt(Math.min(drift / driftTop, 1));
 
   function drawGrid(context, left, width, values, y) {
@@ -442,7 +442,7 @@
     drawCurrent(context, columns, moment, height + 1);
     drawTokenAxis(context, columns, height + 15);
     const last = moment.step === 0 ? "none yet" : (setting.divergence[moment.step - 1] * data.unit).toFixed(3);
-    element("divergence").setAttribute("aria-label", `Divergence of every step’s prediction from the dense one; of this step: ${last} nats.`);
+    element("divergence").setAttribute("aria-label", `Divergence of every step’s prediction from the dense one. This step: ${last} nats.`);
   }
 
   // ---- Showing and moving -------------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@
     const play = element("play");
     play.toggleAttribute("data-playing", state.playing);
     play.setAttribute("aria-label", state.playing ? "Pause" : "Play");
-    // Who listens hears every step that they take, and not hundreds that pass by.
+    // A screen reader announces single steps, and not the hundreds that play by.
     element("state").setAttribute("aria-live", state.playing ? "off" : "polite");
     showSetting("interval", intervals.map((value) => value ?? "never"), intervalText(setting.interval));
     showSetting("ratio", ratios, String(setting.ratio));
@@ -529,7 +529,7 @@
     timer = setTimeout(advance, delay());
   }
 
-  // A rectification is held for long enough to be seen, however fast the steps go by.
+  // A rectification stays long enough to be seen, at any speed.
   function delay() {
     const pause = 1000 / Number(element("speed").value);
     return currentSetting().frames[state.frame].rectified ? Math.max(pause, 700) : pause;
@@ -540,7 +540,7 @@
     goTo(state.frame + count);
   }
 
-  // The same step under another setting: also a rectification, where that has one there.
+  // Keep the step under another setting. If that setting rectifies there, keep the rectification too.
   function choose(change) {
     const { step, rectified } = currentSetting().frames[state.frame];
     Object.assign(state, change);
@@ -577,7 +577,7 @@
     lookAt(targets[event.key]);
   }
 
-  // What has the focus keeps its own keys: arrows move a slider, space presses a button.
+  // The focused element keeps its own keys: arrows move a slider, space presses a button.
   function onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const focused = (selector) => event.target.closest?.(selector);
@@ -626,12 +626,12 @@
     });
     document.querySelector(".gradient").style.background = `linear-gradient(to right, ${stops.join(", ")})`;
     element("scale-top").textContent = driftTop.toFixed(1);
-    write(element("source"), `Every number was recorded by `, { code: data.command }, `: the shipped model (checkpoint `,
-      { code: data.checkpoint_sha256.slice(0, 12) }, `) continues the standard library’s ${data.module}.py, held out of its training; `
-      + `greedy, schedule “${data.config.schedule}”, block size ${b}, at least ${data.config.min_blocks} blocks. Bytes read are the cost model’s.`);
+    write(element("source"), `Every number was recorded by `, { code: data.command }, `. The shipped model (checkpoint `,
+      { code: data.checkpoint_sha256.slice(0, 12) }, `) continues the standard library’s ${data.module}.py, which was held out of its training. Decoding is `
+      + `greedy, schedule “${data.config.schedule}”, block size ${b}, at least ${data.config.min_blocks} blocks. Bytes read follow from the cost model.`);
   }
 
-  // Links to a place: index.html#interval=never&ratio=0.05&step=40, and &rectified for what comes right after that step.
+  // Links to a place: index.html#interval=never&ratio=0.05&step=40, and &rectified for the rectification after that step.
   function readAddress() {
     const asked = new URLSearchParams(location.hash.slice(1));
     const interval = intervals.findIndex((value) => String(value ?? "never") === asked.get("interval"));

@@ -1,14 +1,14 @@
-"""One layer's attention work while decoding: every part of ReSA, the whole cycle, and dense attention by torch.
+"""One layer's attention while decoding: every part of ReSA, whole cycles, dense attention by torch.
 
-A cycle (schedule "fused") is f − 1 sparse steps, each of append, score, select, attend, and one dense pass over f
-tokens with a refresh of the bounds it touched.
+A cycle (schedule "fused") is f − 1 sparse steps, each of append, score, select, attend, and one
+dense pass over f tokens with a refresh of the bounds it touched.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,16 @@ from resa.reference import blocks as plain_blocks
 from resa.reference.checks import require
 from resa.reference.config import ReSAConfig
 
-from ..attention import count_dense_units, enqueue_dense, enqueue_sparse
-from ..blocks import block_bounds, enqueue_scores, enqueue_selection
-from ..bookkeeping import enqueue_plan
-from ..bounds8 import compress_bounds
-from ..cache import enqueue_write
+from ..attention import count_split_counters, dense_attention, sparse_attention
+from ..blocks import block_bounds, score_blocks, select_blocks
+from ..cache import write_window
 from ..generate import SparseStep, attend_sparsely
+from ..gpu.bookkeeping import plan_step
+from ..gpu.bounds8 import compress_bounds
 from .timing import Time, time_calls
 
 L2_BYTES = 50e6
+OWN_DENSE = "dense, this project's kernel"
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -41,117 +42,124 @@ class Shape:
     head_dim: int = 128
     dtype: str = "float16"
 
+    def token_bytes(self, batch: int) -> int:
+        """Bytes of one token's keys, or values, in all sequences."""
+        return batch * self.kv_heads * self.head_dim * getattr(torch, self.dtype).itemsize
+
+
+def own_dense(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, split_counters: Tensor
+) -> Tensor:
+    """Dense attention of one token by this project's kernel."""
+    return dense_attention(
+        query[:, :, None], keys, values, lengths,
+        query_lengths=torch.ones_like(lengths), split_counters=split_counters,
+    )[:, :, 0]  # fmt: skip
+
+
+def torch_dense(backend: SDPBackend, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Dense attention of one token by torch."""
+    with sdpa_kernel(backend):
+        query = query[:, :, None]
+        return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)[:, :, 0]
+
 
 class Layer:
-    """One layer's cache of `batch` sequences of `context` tokens each, all but the last window already in it."""
+    """One layer's cache of `batch` sequences of `context` random tokens, and each part of a cycle
+    on it.
+    """
 
-    def __init__(self, shape: Shape, config: ReSAConfig, batch: int, context: int, seed: int) -> None:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        heads, size, dtype, f = shape.kv_heads, shape.head_dim, getattr(torch, shape.dtype), config.interval
+    def __init__(
+        self, shape: Shape, config: ReSAConfig, batch: int, context: int, seed: int,
+        device: str = "cuda",
+    ) -> None:  # fmt: skip
+        generator = torch.Generator(device).manual_seed(seed)
+        heads, size, f, b = shape.kv_heads, shape.head_dim, config.interval, config.block_size
 
         def normal(*sizes: int) -> Tensor:
-            return torch.randn(sizes, generator=generator, device="cuda", dtype=dtype)
+            dtype = getattr(torch, shape.dtype)
+            return torch.randn(sizes, generator=generator, device=device, dtype=dtype)
 
         def lengths(value: int) -> Tensor:
-            return torch.full((batch,), value, dtype=torch.int32, device="cuda")
+            return torch.full((batch,), value, dtype=torch.int32, device=device)
 
-        self.config = config
-        self.keys, self.values = normal(batch, heads, context, size), normal(batch, heads, context, size)
-        self.query, self.key, self.value = normal(batch, shape.query_heads, size), *normal(2, batch, heads, 1, size)
+        # The cache, the token of a step and the window of a dense pass.
+        self.config, self.end = config, lengths(context)
+        self.keys = normal(batch, heads, context, size)
+        self.values = normal(batch, heads, context, size)
+        self.query = normal(batch, shape.query_heads, size)
+        self.token = token = normal(2, batch, heads, 1, size)
         self.window_query = normal(batch, shape.query_heads, f, size)
-        self.window_key, self.window_value = normal(2, batch, heads, f, size)
-        self.end, self.window_start, self.window_lengths = lengths(context), lengths(context - f), lengths(f)
-        self.bounds = block_bounds(self.keys, self.end, config.block_size)
-        self.bounds8 = compress_bounds(self.bounds)
-        group = shape.query_heads // heads
-        units = max(batch * heads, count_dense_units(self.keys, group, f))
-        self.arrivals = torch.zeros(units, dtype=torch.int32, device="cuda")
-        stepping = torch.ones(batch, dtype=torch.bool, device="cuda")
-        plan = enqueue_plan(self.end - 1, torch.zeros_like(self.end), stepping, config)
-        self.plan = SparseStep(*plan, config, self.arrivals, torch.cuda.Stream())
-        self.scores = self.score()
-        self.indices = self.select()
+        window = normal(2, batch, heads, f, size)
+        self.bounds = block_bounds(self.keys, self.end, b)
+        bounds8 = compress_bounds(self.bounds)
 
-    def append(self) -> None:
-        """One token into the cache, and the bounds of its block."""
-        cached = self.keys, self.values, self.bounds
-        enqueue_write(*cached, self.key, self.value, self.plan.start, self.end, self.config.block_size)
+        # The step as the decode loop plans it.
+        dense = count_split_counters(self.keys, shape.query_heads // heads, f)
+        counters = torch.zeros(max(batch * heads, dense), dtype=torch.int32, device=device)
+        running = torch.ones(batch, dtype=torch.bool, device=device)
+        self.plan = plan = plan_step(self.end - 1, torch.zeros_like(self.end), running, config)
+        self.scores = score_blocks(self.query, self.bounds, plan.completed, b)
+        self.indices = select_blocks(self.scores, self.end, config, counts=plan.counts)
+        cached, table = (self.keys, self.values), (self.keys, self.values, self.bounds)
+        side_stream = torch.cuda.Stream() if device == "cuda" else None
+        step = SparseStep(plan, config, counters, side_stream)
 
-    def score(self) -> Tensor:
-        """Scores of all blocks before the newest."""
-        return enqueue_scores(self.query, self.bounds, self.plan.completed, self.config.block_size)
-
-    def score8(self) -> Tensor:
-        """The same from bounds in 8 bits."""
-        return enqueue_scores(self.query, self.bounds8, self.plan.completed, self.config.block_size)
-
-    def select(self) -> Tensor:
-        """The blocks to attend."""
-        return enqueue_selection(self.scores, self.end, self.plan.counts, self.config)
-
-    def attend(self) -> Tensor:
-        """Sparse attention over the blocks selected."""
-        selected = self.indices, self.plan.counts, self.end
-        b = self.config.block_size
-        return enqueue_sparse(self.query, self.keys, self.values, *selected, b, self.arrivals)[0]
-
-    def step(self) -> Tensor:
-        """Append, score, select, attend, as the decode loop has them."""
-        cached = self.keys, self.values, self.bounds
-        return attend_sparsely(self.plan, self.query, self.key, self.value, *cached)
-
-    def refresh(self) -> None:
-        """A window into the cache, and the bounds of the blocks it touches."""
-        cached = self.keys, self.values, self.bounds
-        window = self.window_key, self.window_value
-        enqueue_write(*cached, *window, self.window_start, self.end, self.config.block_size)
-
-    def rectify(self) -> Tensor:
-        """Dense attention of a window over the whole cache."""
-        cached = self.keys, self.values
-        return enqueue_dense(self.window_query, *cached, self.end, self.window_lengths, self.arrivals)[0]
-
-    def own_dense(self) -> Tensor:
-        """Dense attention of one token by this project's kernel, which `dense_below` decodes with."""
-        query, one = self.query[:, :, None], torch.ones_like(self.end)
-        return enqueue_dense(query, self.keys, self.values, self.end, one, self.arrivals)[0][:, :, 0]
-
-    def dense(self, backend: SDPBackend) -> Tensor:
-        """Dense attention of one token by torch."""
-        with sdpa_kernel(backend):
-            query = self.query[:, :, None]
-            return F.scaled_dot_product_attention(query, self.keys, self.values, enable_gqa=True)[:, :, 0]
+        # Every part as a call without arguments (none holds this layer, which would keep its memory
+        # until the garbage collector comes). "step" is append, score, select and attend as the
+        # decode loop has them.
+        self.parts = {
+            "append": partial(write_window, *table, *token, plan.start, self.end, b),
+            "score": partial(score_blocks, self.query, self.bounds, plan.completed, b),
+            "score, 8-bit bounds": partial(score_blocks, self.query, bounds8, plan.completed, b),
+            "select": partial(select_blocks, self.scores, self.end, config, counts=plan.counts),
+            "attend": partial(
+                sparse_attention, self.query, *cached, self.indices, self.end, b,
+                counts=plan.counts, split_counters=counters,
+            ),
+            "step": partial(attend_sparsely, step, self.query, *token, *table),
+            "refresh": partial(write_window, *table, *window, lengths(context - f), self.end, b),
+            "rectify": partial(
+                dense_attention, self.window_query, *cached, self.end,
+                query_lengths=lengths(f), split_counters=counters,
+            ),
+            OWN_DENSE: partial(own_dense, self.query, *cached, self.end, counters),
+        }  # fmt: skip
+        for name, backend in BACKENDS.items():
+            self.parts[name] = partial(torch_dense, backend, self.query, *cached)
 
     def check(self) -> dict[str, float]:
-        """How far each part is from the reference for the last sequence; `ValueError` where it is too far."""
+        """Each part's distance from the reference, for the last sequence; refused if too far."""
         b, last = self.config.block_size, slice(-1, None)
-        cached, end = (self.keys[last], self.values[last]), self.end[last]
-        self.refresh()
-        self.append()
+        self.parts["refresh"]()
+        self.parts["append"]()
+        cached, end, query = (self.keys[last], self.values[last]), self.end[last], self.query[last]
         bounds = plain_blocks.block_bounds(cached[0], end, b)
-        errors = {"bounds": float((self.bounds[last] != bounds).sum())}
-        scores = plain_blocks.score_blocks(self.query[last], bounds, self.plan.completed[last], b)
-        errors["score"] = distance(self.score()[last], scores)
-        selected = plain_blocks.select_blocks(self.scores[last], end, self.config)
-        errors["select"] = float((self.select()[last] != selected).sum())
-        expected = plain.sparse_attention(self.query[last], *cached, self.indices[last], end, b)
-        errors["attend"] = distance(self.attend()[last], expected)
-        expected = plain.dense_attention(self.window_query[last], *cached, end)
-        errors["rectify"] = distance(self.rectify()[last], expected)
-        expected = plain.dense_attention(self.query[last][:, :, None], *cached, end)[:, :, 0]
-        errors["own_dense"] = distance(self.own_dense()[last], expected)
-        for name, backend in BACKENDS.items():
-            errors[name] = distance(self.dense(backend)[last], expected)
-        limits = {"bounds": 0, "select": 0, "score": 1e-5}
+        stored = zip((self.keys, self.values), self.token, strict=True)
+        errors = {
+            "append": float(sum((cache[:, :, -1:] != new).sum() for cache, new in stored)),
+            "bounds": float((self.bounds[last] != bounds).sum()),
+        }
+        right = {
+            "score": plain_blocks.score_blocks(query, bounds, self.plan.completed[last], b),
+            "select": plain_blocks.select_blocks(self.scores[last], end, self.config),
+            "attend": plain.sparse_attention(query, *cached, self.indices[last], end, b),
+            "rectify": plain.dense_attention(self.window_query[last], *cached, end),
+        }
+        dense = plain.dense_attention(query[:, :, None], *cached, end)[:, :, 0]
+        right |= dict.fromkeys((OWN_DENSE, *BACKENDS), dense)
+        for name, expected in right.items():
+            errors[name] = distance(self.parts[name]()[last], expected)
+
+        limits = {"append": 0, "bounds": 0, "select": 0, "score": 1e-5}
         rounding = 4 * torch.finfo(self.keys.dtype).eps  # of probabilities and outputs
         for name, error in errors.items():
-            limit = limits.get(name, rounding)
-            require(error <= limit, name, f"error {error:.2g}", f"at most {limit:.2g} before it is timed")
+            require_close(name, error, limits.get(name, rounding))
         return errors
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ over finite elements, the infinite ones being equal."""
+    """‖actual − expected‖ / ‖expected‖ over finite elements; infinite ones must be equal."""
     finite = expected.isfinite()
     if not torch.equal(actual[~finite], expected[~finite]):
         return math.inf
@@ -159,33 +167,39 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     return (difference / expected[finite].double().norm().clamp(min=1e-30)).item()
 
 
+def require_close(name: str, error: float, limit: float) -> None:
+    """Refuse to time what computes something else."""
+    allowed = f"at most {limit:.2g} before it is timed"
+    require(error <= limit, name, f"error {error:.2g}", allowed)
+
+
 def measure(shape: Shape, config: ReSAConfig, batch: int, context: int) -> dict[str, object]:
-    """Every part's time, the cycle's per token, and dense attention's, over enough layers to defeat the caches."""
-    itemsize = getattr(torch, shape.dtype).itemsize
-    cache_bytes = 2 * batch * shape.kv_heads * context * shape.head_dim * itemsize
-    # As many caches, up to a deep model's layers, as it takes for the least of what is read, half the bounds, to pass
-    # through the L2 twice before one comes round again.
+    """Time of every part, of a cycle per token, and of dense attention, in µs.
+
+    As many caches are used, up to a deep model's layers, as it takes for the least of what is read,
+    half the bounds, to pass through the L2 twice before one comes round again.
+    """
+    cache_bytes = 2 * context * shape.token_bytes(batch)
     half_bounds = cache_bytes / (2 * config.block_size)
     n_layers = max(1, min(64, math.ceil(2 * L2_BYTES / half_bounds), int(30e9 / cache_bytes)))
     layers = [Layer(shape, config, batch, context, seed) for seed in range(n_layers)]
-    errors = layers[0].check()
-    f = config.interval
+    errors, f = layers[0].check(), config.interval
 
-    def each(part: str) -> Time:
-        return time_calls([getattr(layer, part) for layer in layers])
+    def each(part: str, **options: int) -> Time:
+        return time_calls([layer.parts[part] for layer in layers], **options)
 
-    parts = {part: each(part) for part in ("append", "score", "select", "attend", "refresh")}
-    parts["score, 8-bit bounds"] = each("score8")
-    parts["dense, this project's kernel"] = each("own_dense")
-    # Decoding rectifies once in f steps, so the pass is timed at about that duty.
-    passes = [layer.rectify for layer in layers]
-    sustained = time_calls(passes)
-    parts["rectify"] = time_calls(passes, pause_us=int(4 * sustained.us * len(passes)))
+    # Parts. Decoding rectifies once in f steps, so the pass is timed at about that duty.
+    names = ("append", "score", "select", "attend", "refresh", "score, 8-bit bounds")
+    parts = {part: each(part) for part in (*names, OWN_DENSE)}
+    sustained = each("rectify")
+    parts["rectify"] = each("rectify", pause_us=int(4 * sustained.us * n_layers))
     parts["rectify, without a pause"] = sustained
-    dense = {name: time_calls(_bound(layers, backend)) for name, backend in BACKENDS.items()}
+
+    # Wholes.
+    dense = {name: each(name) for name in BACKENDS}
     sparse = sum(parts[part].us for part in ("append", "score", "select", "attend"))
     cycle = time_calls([lambda: _cycle(layers, f)], divide_by=f)
-    best = min(dense.values(), key=lambda time: time.us)
+    best = min(time.us for time in dense.values())
     return {
         "batch": batch,
         "context": context,
@@ -196,36 +210,30 @@ def measure(shape: Shape, config: ReSAConfig, batch: int, context: int) -> dict[
         "sum_us": round(((f - 1) * sparse + parts["rectify"].us + parts["refresh"].us) / f, 3),
         "resa": asdict(cycle),
         "dense": {name: asdict(time) for name, time in dense.items()},
-        "dense_us": best.us,
+        "dense_us": best,
         "resa_us": cycle.us,
-        "ratio": round(best.us / cycle.us, 3),
+        "ratio": round(best / cycle.us, 3),
     }
 
 
-def _bound(layers: list[Layer], backend: SDPBackend) -> list[Callable[[], Tensor]]:
-    return [lambda layer=layer: layer.dense(backend) for layer in layers]
-
-
 def _cycle(layers: list[Layer], f: int) -> None:
-    """f tokens of one layer, each step over another cache, as it is when a model's other layers come in between."""
+    """f tokens of one layer, each step over another cache, as if other layers came in between."""
     for step in range(f - 1):
-        layers[step % len(layers)].step()
-    layers[-1].refresh()
-    layers[-1].rectify()
+        layers[step % len(layers)].parts["step"]()
+    layers[-1].parts["refresh"]()
+    layers[-1].parts["rectify"]()
 
 
 def floors(shape: Shape, config: ReSAConfig, batch: int, context: int) -> dict[str, float]:
-    """Bytes that each part can't avoid moving: half the bounds, the scores, the selected blocks, the cache."""
-    itemsize, rows = getattr(torch, shape.dtype).itemsize, batch * shape.kv_heads
-    n_blocks = math.ceil(context / config.block_size)
-    cache = 2 * rows * context * shape.head_dim * itemsize
+    """Bytes that each part must move: half the bounds, scores, selected blocks, the cache."""
+    token, itemsize = shape.token_bytes(batch), getattr(torch, shape.dtype).itemsize
+    n_blocks, cache = math.ceil(context / config.block_size), 2 * context * token
     selected = int(plain_blocks.active_blocks(torch.tensor([context]), config)) / n_blocks
-    bounds = rows * n_blocks * shape.head_dim * itemsize
     return {
-        "score": bounds,
-        "score, 8-bit bounds": bounds // itemsize,
-        "select": rows * n_blocks * 4,
+        "score": n_blocks * token,
+        "score, 8-bit bounds": n_blocks * token // itemsize,
+        "select": batch * shape.kv_heads * n_blocks * 4,
         "attend": selected * cache,
         "rectify": cache,
-        "dense, this project's kernel": cache,
+        OWN_DENSE: cache,
     }

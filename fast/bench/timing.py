@@ -1,4 +1,4 @@
-"""Timing of GPU work by replaying CUDA graphs, and the bandwidth that the times are measured against."""
+"""Timing of GPU work by replaying CUDA graphs, and the bandwidth that times are held against."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..graphs import capture
+from ..gpu.graphs import capture
 
 GRAPH_US = 5_000  # a graph holds about this much work, so that one launch of it weighs nothing
 REPLAYS = 11
@@ -25,18 +25,22 @@ class Time:
     @classmethod
     def of(cls, samples: Sequence[float]) -> Time:
         """Median and quartiles of samples in µs."""
-        low, us, high = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
-        return cls(round(us.item(), 3), round(low.item(), 3), round(high.item(), 3))
+        points = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
+        found = torch.tensor(samples, dtype=torch.float64).quantile(points)
+        return cls(*(round(each, 3) for each in found.tolist()))
 
 
-def time_calls(calls: Sequence[Callable[[], object]], *, divide_by: int = 1, pause_us: int = 0) -> Time:
-    """Time per call of one round through `calls`, which do the same work on different data, each divided by a number.
+def time_calls(
+    calls: Sequence[Callable[[], object]], *, divide_by: int = 1, pause_us: int = 0
+) -> Time:
+    """Time per call, divided by a number, of calls that do the same work on different data.
 
-    The round is repeated within one CUDA graph until that holds about 5 ms of work; each sample is one replay. With a
-    pause, the graph holds one round, and the GPU rests that long before each: matrix work that never pauses can run
-    into the power limit.
+    One CUDA graph repeats the round of calls until it holds about 5 ms of work; each sample is one
+    replay. With a pause the graph holds one round, and the GPU rests that long before each: matrix
+    work that never pauses can run into the power limit.
     """
-    once = elapsed(lambda: [call() for call in calls])  # compiles; the second run is warm
+    # The first run compiles, the second is warm.
+    elapsed(lambda: [call() for call in calls])
     once = elapsed(lambda: [call() for call in calls])
     rounds = 1 if pause_us else max(1, min(200, int(GRAPH_US / max(once, 5 * len(calls)))))
 
@@ -66,11 +70,8 @@ def elapsed(work: Callable[[], object]) -> float:
 
 
 def copy_bandwidth(size: int = 2**31) -> float:
-    """TB/s, read plus written, of the faster of a copy and an elementwise kernel over `size` bytes."""
+    """TB/s, read plus written, of the faster of a copy and an elementwise kernel."""
     source = torch.randn(size // 4, device="cuda")
     target = torch.empty_like(source)
-    best = min(
-        time_calls([lambda: target.copy_(source)]).us,
-        time_calls([lambda: torch.add(source, 1.0, out=target)]).us,
-    )
-    return round(2 * size / best / 1e6, 3)
+    copy, add = lambda: target.copy_(source), lambda: torch.add(source, 1.0, out=target)
+    return round(2 * size / min(time_calls([work]).us for work in (copy, add)) / 1e6, 3)

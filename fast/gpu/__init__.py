@@ -1,0 +1,1 @@
+"""Machinery of the Triton path: launching, CUDA graphs, bookkeeping and 8-bit bounds."""

@@ -1,0 +1,55 @@
+"""`resa conformance`: check a port against the conformance vectors."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+
+from . import main as cli
+
+
+def add_conformance(commands: cli.Commands) -> None:
+    """Add the command."""
+    parser = cli.add_command(commands, "conformance", conformance)
+    text = "a module that can be imported from here, or a .py file"
+    parser.add_argument("module", metavar="MODULE", help=text)
+    parser.option("--ops-only", False, "leave generations out; the port needs no decode_trace")
+    parser.option("--json", False, "print one JSON object instead of a table")
+
+
+def conformance(options: argparse.Namespace) -> int:
+    """Check a port against the conformance vectors. MODULE offers the five operations, NumPy arrays
+    in and out, and decode_trace for whole generations, as docs/porting.md says. Prints every case,
+    and for each failure the law that it breaks. The exit status is 0 if all cases pass, 1 if not, 2
+    if there is no such module. What the port prints goes to standard error.
+    """
+    from ..conformance.kit import check_port, is_passed, load_port, load_vectors, report, show
+
+    with _standard_output_for_errors():
+        port, vectors = load_port(options.module), load_vectors()
+        rows = check_port(port, vectors, ops_only=options.ops_only)
+    if options.json:
+        cli.report(report(options.module, vectors, rows, ops_only=options.ops_only))
+    else:
+        show(rows)
+    return 0 if is_passed(rows, ops_only=options.ops_only) else 1
+
+
+@contextlib.contextmanager
+def _standard_output_for_errors() -> Iterator[None]:
+    """Send what is printed meanwhile to standard error, by compiled code and subprocesses too."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)  # what C code has printed and not yet written
+        os.dup2(kept, 1)
+        os.close(kept)

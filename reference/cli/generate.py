@@ -1,0 +1,188 @@
+"""`resa generate`: continue a text, written token by token.
+
+A sparse step has work that a dense one does without, so on a GPU a short cache decodes faster
+densely. A backend that has measured where this ends decodes densely up to there, then sparsely.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..checks import checked_device, require, require_integer
+from ..config import ReSAConfig
+from ..model import GPT
+from ..requests import check_request
+from ..sampling import Sampling
+from ..weights.checkpoint import load_model
+from ..weights.tokenizer import END_OF_TEXT, load_tokenizer
+from . import main as cli
+
+
+def add_generate(commands: cli.Commands) -> cli.Parser:
+    """Add the command."""
+    parser = cli.add_command(commands, "generate", continue_text)
+    source = parser.add_mutually_exclusive_group()
+    text = "the text to continue (default: the head of a function)"
+    source.add_argument("prompt", nargs="?", default="def fibonacci(n):\n", help=text)
+    source.add_argument("--prompt-file", type=Path, help="continue this file instead")
+    parser.option("--tokens", 128, "how many tokens to write")
+    text = "f: a dense pass repairs the cache every f tokens; never: leave the errors in it; 1 is"
+    text += " dense decoding (with --schedule paper: sparse steps over an exact cache)"
+    parser.option("--interval", 32, text, type=_interval)
+    cli.add_sparsity(parser, schedule="fused")
+    text = "decode densely until this many tokens are cached (default: until sparse decoding was"
+    text += " measured to be faster on a GPU; 0 for the reference)"
+    parser.option("--dense-below", None, text, type=int)
+    parser.option("--temperature", 0.0, "0 takes the most likely token; more is bolder")
+    parser.option("--top-p", 1.0, "sample from the likeliest tokens of this joint probability")
+    text = "sample from this many of the likeliest tokens (default: all)"
+    parser.option("--top-k", None, text, type=int)
+    parser.option("--seed", 0, "of the random numbers", type=cli.seed)
+    parser.option("--json", False, "print one JSON object at the end instead of text")
+    text = "of weights and cache; auto: as a folder stores its weights, float32 for a file"
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.option("--dtype", "auto", text, choices=dtypes)
+    cli.add_model(parser, "a safetensors file, or the folder of a Qwen2, Qwen3 or Llama 3 model")
+    return parser
+
+
+def _interval(text: str) -> int | None:
+    if text != "never" and not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"got {text}; allowed: an integer ≥ 1, or never")
+    return None if text == "never" else int(text)
+
+
+def continue_text(options: argparse.Namespace) -> None:
+    """Continue a text. Reads a prompt and writes the model's continuation, token by token. The
+    shipped model writes Python; --model takes the folder of a Qwen2, Qwen3 or Llama 3 model.
+    """
+    # Refuse what is wrong before anything is printed.
+    text = options.prompt if options.prompt_file is None else cli.read_text(options.prompt_file)
+    name, n_tokens = cli.chosen_backend(options), options.tokens
+    config = cli.sparsity(options, interval=options.interval)
+    require_integer("--tokens", n_tokens, 0)
+    sampling = Sampling(options.temperature, options.top_p, options.top_k)
+    backend, dense_below = options.backends[name], options.dense_below
+    if dense_below is None:
+        dense_below = 0 if backend.crossover is None else backend.crossover(1)
+    require_integer("--dense-below", dense_below, 0)
+    model, language = _load_any(options)
+    prompt, stop = language.encode(text), language.stop_tokens
+    require(len(prompt) > 0, "prompt", repr(text), "at least one character")
+    check_request(model, [prompt], n_tokens, config, sampling, stop, None)
+
+    # Say how much is decoded densely, unless all of it is asked to be.
+    is_dense = config.interval == 1 and config.schedule == "fused"
+    n_dense = 0 if is_dense else min(max(dense_below - len(prompt), 0), n_tokens)
+    if n_dense > 0 and not options.json:
+        how_much = "all of it is dense, below" if n_dense == n_tokens else "dense up to"
+        measured = "where sparse decoding begins to pay on this GPU"
+        why = measured if options.dense_below is None else "as --dense-below says"
+        print(f"{how_much} {dense_below:,} tokens, {why}", file=sys.stderr)
+
+    # Decode. Tokens are written as they come, in JSON at the end.
+    reading = Console(stderr=True).status(f"Reading {len(prompt):,} tokens …")
+    writer = Writer(language.token_bytes, reading.stop)
+    request = {
+        "sampling": sampling,
+        "generators": [torch.Generator().manual_seed(options.seed)],
+        "stop_tokens": stop,
+        "on_token": None if options.json else writer,
+    }
+    if not options.json:
+        print(text, end="", flush=True)
+    started = time.perf_counter()
+    with reading:
+        tokens = decode(backend, model, prompt, n_tokens, config, n_dense, **request)
+    seconds = time.perf_counter() - started
+    if options.json:
+        result = {"prompt_tokens": len(prompt), "tokens": tokens, "text": language.decode(tokens)}
+        result |= {"backend": name, "dense_below": dense_below, "seconds": round(seconds, 3)}
+        cli.report(result)
+    else:
+        writer.close()
+        counts = f"{len(prompt)} + {len(tokens)} tokens"
+        print(f"{counts} in {seconds:.1f} s (backend {name})", file=sys.stderr)
+
+
+def decode(
+    backend: cli.Backend,
+    model: GPT,
+    prompt: Sequence[int],
+    n_tokens: int,
+    config: ReSAConfig,
+    n_dense: int,
+    **request: Any,
+) -> list[int]:
+    """Continue a prompt: the first `n_dense` tokens densely, the others as `config` says.
+
+    `request` are more arguments of `generate`. Both parts draw from the same generator, so the text
+    is one sample.
+    """
+    if n_dense == 0:
+        return backend.generate(model, [prompt], n_tokens, config, **request)[0].tokens
+
+    # The text may end here: all of it may be dense, or the last token may be a stop token.
+    dense = replace(config, interval=1, schedule="fused")
+    (start,) = backend.generate(model, [prompt], n_dense, dense, **request)
+    if n_dense == n_tokens or start.tokens[-1] in request["stop_tokens"]:
+        return start.tokens
+
+    # Go on from the cache and the pending token; there is no next prompt.
+    (rest,) = backend.generate(model, [[]], n_tokens - n_dense, config, resume=start, **request)
+    return start.tokens + rest.tokens
+
+
+class Writer:
+    """Writes tokens as they come. A character whose bytes span tokens waits until it is whole."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes], on_first: Callable[[], None]) -> None:
+        self.token_bytes, self.on_first = token_bytes, on_first
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, sequence: int, position: int, token: int) -> None:
+        self.on_first()  # does nothing from the second token on
+        print(self.decoder.decode(self.token_bytes(token)), end="", flush=True)
+
+    def close(self) -> None:
+        """Write what never became whole, and end the line."""
+        print(self.decoder.decode(b"", final=True))
+
+
+@dataclass(frozen=True)
+class _Language:
+    """A model's text <-> tokens, whichever library reads them."""
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    token_bytes: Callable[[int], bytes]
+    stop_tokens: list[int]
+
+
+def _load_any(options: argparse.Namespace) -> tuple[GPT, _Language]:
+    """Load the model of a checkpoint file or of a folder, and its language."""
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    device = checked_device("--device", options.device)
+    if options.model.is_dir():
+        from ..weights.pretrained import PretrainedTokenizer, load_pretrained, stop_tokens
+
+        own = PretrainedTokenizer(options.model)  # before the weights, which take longer
+        stop = stop_tokens(options.model)
+        language = _Language(own.encode, own.decode, own.token_bytes, stop)
+        return load_pretrained(options.model, dtype=dtype, device=device, progress=True), language
+
+    shipped = load_tokenizer()
+    stop = [shipped.encode_single_token(END_OF_TEXT)]
+    token_bytes = shipped.decode_single_token_bytes
+    language = _Language(shipped.encode_ordinary, shipped.decode, token_bytes, stop)
+    return load_model(options.model, dtype=dtype or torch.float32, device=device), language

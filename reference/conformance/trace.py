@@ -1,0 +1,324 @@
+"""Where a generation goes wrong: a port's trace beside the expected one, step by step.
+
+Everything is compared in the order in which a step computes it, so the first difference is the
+cause: rows that a step must leave alone, then layer by layer the rows that it writes and the blocks
+that it selects, then bounds, w and the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from operator import index
+from typing import NoReturn
+
+import numpy as np
+
+from .wrong import IMPRECISE, Wrong, foreign_code, wrong_clause
+
+# ‖k − k*‖ / ‖k*‖ of a cached key or value: far above float32's rounding, far below any mistake.
+DRIFT = 1e-4
+ARRAYS = ("keys", "values", "bounds", "indices")
+TRACE = "4.6 the trace"
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state of a generation after the prefill or after one step."""
+
+    keys: np.ndarray  # [layer, Hkv, T, D], the whole cache
+    values: np.ndarray
+    bounds: np.ndarray | None  # [layer, Hkv, 2, D, M]; None: the port does not show them
+    indices: np.ndarray | None  # [layer, Hkv, N]; None: the step was a dense pass
+    token: int  # chosen by the step
+    window: int  # w after the step
+    start: int = 0  # the first row that the step wrote
+
+
+def expected_steps(trace: Mapping[str, np.ndarray]) -> list[Step]:
+    """The steps of one trace of the vectors, its cache put together from the rows they wrote."""
+    rows = np.stack((trace["keys"], trace["values"])).transpose(0, 2, 3, 1, 4)
+    cache = np.zeros((*rows.shape[:3], trace["end"].max(), rows.shape[4]))  # [2, layer, Hkv, T, D]
+    numbers, steps = (trace[name].tolist() for name in ("token", "window", "start", "end")), []
+    for i, (token, window, start, end) in enumerate(zip(*numbers, strict=True)):
+        n = end - start
+        cache[..., start:end, :], rows = rows[..., :n, :], rows[..., n:, :]
+        keys, values = cache[..., :end, :].copy()
+        is_sparse = "indices" in trace and (trace["indices"][i] >= 0).any()
+        indices = trace["indices"][i] if is_sparse else None
+        steps.append(Step(keys, values, None, indices, token, window, start))
+    return steps
+
+
+def read_trace(entries: Iterable[Mapping], n_tokens: int) -> list[Step]:
+    """Copy a port's entries as they come; one more than there should be is enough to know."""
+    if isinstance(entries, Mapping) or not isinstance(entries, Iterable):
+        raise Wrong(TRACE, f"a {type(entries).__name__} instead of a list of entries")
+    steps, before, keys = [], None, (*ARRAYS, "token", "window")
+    for i, entry in enumerate(islice(entries, n_tokens + 1)):
+        if not isinstance(entry, Mapping) or not set(keys) <= set(entry):
+            raise Wrong(TRACE, f"entry {i} is not a mapping with the keys {', '.join(keys)}")
+
+        # A list must hold copies. A generator may use its memory again.
+        if before is not None and isinstance(entries, Sequence):
+            shared = [name for name in ARRAYS[:3] if _share_memory(entry[name], before[name])]
+            if shared:
+                says = f"{' and '.join(shared)} of entries {i - 1} and {i} share memory"
+                raise Wrong(TRACE, f"{says}: what a later step writes changes both, so copy")
+        with foreign_code(TRACE, f"entry {i} can't be read"):
+            steps.append(_step_of(entry))
+        before = entry
+    return steps
+
+
+def _share_memory(one: object, other: object) -> bool:
+    """Whether two arrays, or tensors that NumPy can view, have an element in common."""
+    if one is None or other is None:
+        return False
+    try:
+        return np.shares_memory(np.asarray(one), np.asarray(other), max_work=10_000)
+    except Exception:  # no view, or too intricate to tell
+        return False
+
+
+def _step_of(entry: Mapping) -> Step:
+    arrays = {name: None if entry[name] is None else np.array(entry[name]) for name in ARRAYS}
+    for name, array in arrays.items():
+        kinds = "i" if name == "indices" else "if"
+        if array is not None and array.dtype.kind not in kinds:
+            raise TypeError(f"{name} of type {array.dtype}")
+    keys, values = (arrays[name].astype(np.float64) for name in ("keys", "values"))
+    token, window = (index(entry[name]) for name in ("token", "window"))  # refuses 1.5
+    return Step(keys, values, arrays["bounds"], arrays["indices"], token, window)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One step as found and as expected."""
+
+    found: Step
+    wanted: Step
+    before: Step | None  # the step before it, as found; None: this is the prefill
+    config: Mapping
+
+    @property
+    def is_rectified(self) -> bool:
+        """Whether the step ends in a dense pass over its window, or is one."""
+        return self.before is not None and self.wanted.window == 0
+
+
+def check_steps(found: Sequence[Step], expected: Sequence[Step], config: Mapping) -> float:
+    """Compare step by step and raise `Wrong` at the first difference → the largest drift."""
+    largest = 0.0
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=False)):
+        at = Comparison(ours, theirs, found[i - 1] if i else None, config)
+        try:
+            _check_shapes(at)
+            drift = np.maximum(_drift(at, "keys"), _drift(at, "values"))  # [layer, T]
+            largest = max(largest, float(drift.max()))
+            _check_step(at, drift)
+        except Wrong as wrong:
+            wrong.says = f"step {i}: {wrong.says}" if i else f"after the prefill: {wrong.says}"
+            wrong.error, wrong.allowed = largest, DRIFT
+            raise
+    if len(found) != len(expected):
+        says = f"{len(found)} entries instead of {len(expected)}: one after the prefill, one after"
+        says = f"{says} every step, and the last token is never fed"
+        raise Wrong("4.5 end of generation", says)
+    return largest
+
+
+def _drift(at: Comparison, name: str) -> np.ndarray:
+    """‖k − k*‖ / ‖k*‖ of every token, the largest over heads: [layer, T]."""
+    found, wanted = getattr(at.found, name), getattr(at.wanted, name)  # [layer, Hkv, T, D]
+    ratio = np.linalg.norm(found - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
+    return np.where(np.isnan(ratio), np.inf, ratio).max(axis=1)
+
+
+def _check_shapes(at: Comparison) -> None:
+    layers, kv_heads, tokens, head_dim = right = at.wanted.keys.shape
+    for name in ("keys", "values"):
+        given = getattr(at.found, name).shape
+        says = f"{name} of shape {list(given)}, expected [layer, Hkv, T, D] = {list(right)}"
+        if len(given) != 4 or given[:2] + given[3:] != right[:2] + right[3:]:
+            raise Wrong(TRACE, says)
+        if given != right and at.before is None:
+            says = f"{says}: the prompt is in the cache, the pending token is not"
+            raise Wrong("4.1 prefill", says)
+        if given != right:
+            says = f"{says}: every step caches one token more, rectification or not"
+            raise Wrong("4.2 sparse step", says)
+
+    # Selections may have any width, bounds any capacity.
+    n_blocks = -(-tokens // at.config["block_size"])
+    shapes = {"indices": (layers, kv_heads, 0), "bounds": (layers, kv_heads, 2, head_dim, n_blocks)}
+    for name, least in shapes.items():
+        array = getattr(at.found, name)
+        given = least if array is None else array.shape
+        if given[:-1] != least[:-1] or given[-1] < least[-1]:
+            raise Wrong(TRACE, f"{name} of shape {list(given)}, expected {list(least)} or wider")
+
+
+def _check_step(at: Comparison, drift: np.ndarray) -> None:
+    found, wanted = at.found, at.wanted
+    _check_kind(at)
+    if at.before is not None and (drift[:, : wanted.start] > DRIFT).any():
+        _blame_untouched_rows(at, drift)
+    for layer in range(len(drift)):
+        if (drift[layer, wanted.start :] > DRIFT).any():
+            _blame_rows(at, layer, drift[layer])
+        if wanted.indices is not None:
+            ours, theirs = _sets(found.indices[layer]), _sets(wanted.indices[layer])
+            if ours != theirs:
+                says = f"layer {layer} selects {ours} instead of {theirs}, its cache being right"
+                _blame_selection(at, layer, says)
+    for layer in range(len(drift)):
+        stale = _stale_blocks(found, layer, at.config["block_size"])
+        if stale:
+            says = f"bounds of layer {layer}, blocks {stale}, are not those of its keys: {_REBUILT}"
+            raise Wrong("law 2 online = rebuilt", says, ("block_bounds",))
+    _check_choice(at)
+
+
+def _sets(indices: np.ndarray) -> list[list[int]]:
+    """The blocks that every KV head selects, in order and without −1: [Hkv, N] → lists."""
+    return [sorted({*row[row >= 0].tolist()}) for row in indices]
+
+
+def _check_kind(at: Comparison) -> None:
+    """Refuse a dense pass in place of a sparse step, and the other way round."""
+    kinds = {True: "a dense pass", False: "a sparse step"}
+    given, due = (kinds[step.indices is None] for step in (at.found, at.wanted))
+    if given != due and at.before is None:
+        raise Wrong("4.1 prefill", "blocks are selected, but the prompt is encoded densely")
+    if given != due:
+        when = f"schedule {at.config['schedule']}, interval {at.config['interval']}"
+        raise Wrong("4.4 schedules", f"{given} where {due} is due: {when}")
+
+
+def _blame_untouched_rows(at: Comparison, drift: np.ndarray) -> NoReturn:
+    """Rows changed that this step had to leave alone."""
+    start, w, f = at.wanted.start, at.found.window, at.config["interval"]
+    rows = np.flatnonzero((drift[:, :start] > DRIFT).any(axis=0)).tolist()
+    where = f"{_listed(rows)} changed"
+    if w < at.wanted.window:
+        says = f"{where}, and w is {w}: no rectification is due, interval {f}"
+        raise Wrong("4.4 schedules", says)
+    raise Wrong("law 7 bounded drift", f"{where} in a step that writes the rows from {start} on")
+
+
+_BETWEEN = (
+    "queries, attention over what this layer has written, the output projection with heads side by"
+    " side, the residual stream, norms, or the MLP"
+)
+_INTO = (
+    "what makes keys and values: the embedding, the norm with its epsilon inside the root,"
+    " projections and biases, norms of heads, RoPE"
+)
+_ATTENDED = "it appends first, so that its token sees itself, then attends to valid tokens alone"
+_KEPT = "sparse steps wrote them; the window is the newest w tokens, up to the last one cached"
+_REBUILT = "after every append and every rectification they must be rebuilt, not extended"
+
+
+def _blame_rows(at: Comparison, layer: int, drift: np.ndarray) -> NoReturn:
+    """Rows are wrong that this step had to write."""
+    start, last, f = at.wanted.start, at.wanted.keys.shape[2] - 1, at.config["interval"]
+    rows = (np.flatnonzero(drift[start:] > DRIFT) + start).tolist()
+    names = [name for name in ("keys", "values") if (_drift(at, name)[layer] > DRIFT).any()]
+    where = f"{' and '.join(names)} of layer {layer}, {_listed(rows)}"
+    where = f"{where}, off by {drift[rows].max():.1g} of their norm"
+    if drift[rows].max() < IMPRECISE:
+        where += " (so little may be arithmetic narrower than float32)"
+
+    def wrong(law: str, says: str, *needs: str) -> Wrong:
+        return Wrong(law, f"{where}: {says}", needs)
+
+    # The prefill: the model itself.
+    if at.before is None and layer and rows == [last] and last:
+        says = "the prompt's last token is part of the dense pass, like those before it"
+        raise wrong("4.1 prefill", says)
+    if at.before is None and layer:
+        raise wrong("3 model", _BETWEEN, "dense_attention")
+    if at.before is None:
+        raise wrong("3 model", _INTO)
+
+    # A sparse step.
+    if layer == 0 and rows == [last]:
+        raise wrong("4.2 pending token", "a step feeds the pending token, at position T")
+    if not at.is_rectified:
+        says = f"layer {layer - 1} selected the right blocks, so look at the step: {_ATTENDED}"
+        raise wrong("4.2 sparse step", says, "sparse_attention")
+
+    # A step that rectifies.
+    if at.found.window > 0:
+        says = f"w is {at.found.window}, but a rectification is due, every {f} tokens"
+        raise wrong("4.4 schedules", says)
+    if f == 1 and at.config["schedule"] == "fused":
+        says = "with interval 1, fused, every step is a dense pass"
+        raise wrong("law 8 corners", says, "dense_attention")
+    pairs = ((at.found.keys, at.before.keys), (at.found.values, at.before.values))
+    cached = [row for row in rows if row < last]
+    if any(
+        (now[layer, :, row] == old[layer, :, row]).all() for now, old in pairs for row in cached
+    ):
+        raise wrong("law 6 rectification is exact", _KEPT)
+    if layer == 0:
+        says = "a rectification feeds the same tokens at their original positions"
+        raise wrong("4.3 positions", says)
+    says = "encoded anew, but not as dense prefill encodes them"
+    raise wrong("law 6 rectification is exact", says, "dense_attention")
+
+
+def _listed(rows: Sequence[int]) -> str:
+    return f"rows {rows}" if len(rows) < 6 else f"{len(rows)} rows from {rows[0]} to {rows[-1]}"
+
+
+def _stale_blocks(found: Step, layer: int, block_size: int) -> list[int]:
+    """Blocks whose bounds are not the minima and maxima of the port's own keys."""
+    if found.bounds is None:
+        return []
+    keys, stale = found.keys[layer], []  # [Hkv, T, D]
+    for i in range(-(-keys.shape[1] // block_size)):
+        block = keys[:, i * block_size : (i + 1) * block_size]
+        right = np.stack((block.min(axis=1), block.max(axis=1)), axis=1)  # [Hkv, 2, D]
+        if not np.array_equal(found.bounds[layer, ..., i], right, equal_nan=True):
+            stale.append(i)
+    return stale
+
+
+def _blame_selection(at: Comparison, layer: int, says: str) -> NoReturn:
+    found, config = at.found, at.config
+    clause = wrong_clause(found.indices[layer], at.wanted.indices[layer], config["local_blocks"])
+    if clause is not None:
+        law, what = clause
+        raise Wrong(law, f"{says}: {what}", ("select_blocks",))
+    needs = ("block_bounds", "score_blocks", "select_blocks")
+    if found.bounds is None or _stale_blocks(found, layer, config["block_size"]):
+        says = f"{says}, but not its bounds: {_REBUILT}"
+        raise Wrong("law 2 online = rebuilt", says, needs)
+    rest = "scores take this layer's query after norm and RoPE, and T + 1 tokens"
+    raise Wrong("4.2 sparse step", f"{says}, and its bounds: {rest}", needs[1:])
+
+
+def _check_choice(at: Comparison) -> None:
+    """Compare w and the token."""
+    found, wanted, f = at.found, at.wanted, at.config["interval"]
+    if found.window != wanted.window:
+        raise Wrong("4.3 window", f"w is {found.window} instead of {wanted.window}")
+    if found.token == wanted.token:
+        return
+    says = f"token {found.token} instead of {wanted.token}, the cache being right"
+
+    # The schedule says which logits choose when a step rectifies. With interval 1, fused, every
+    # step is a dense pass: there only the old token once more speaks of logits not taken.
+    if at.is_rectified and at.config["schedule"] == "paper":
+        says = f"{says}: schedule paper takes the sparse step's logits, not the rectification's"
+        raise Wrong("4.4 schedules", says)
+    if at.is_rectified and (f != 1 or found.token == at.before.token):
+        says = f"{says}: schedule fused takes the dense pass's logits of the pending token,"
+        says = f"{says} every layer having attended to the window as it has just written it"
+        raise Wrong("4.4 schedules", says, ("dense_attention",))
+    needs = ("dense_attention",) if wanted.indices is None else ("sparse_attention",)
+    rest = "the last layer's attention and MLP, the final norm, the output projection"
+    raise Wrong("4.5 greedy choice", f"{says}: {rest}, then the largest logit", needs)

@@ -1,0 +1,1 @@
+"""Training, data and measurements: what the evidence page needs, and nothing else."""

@@ -1,0 +1,199 @@
+"""Decoding along tokens that are known: step by step, and all steps in one pass.
+
+`decode_along` is the plain loop. `decode_at_once` computes the same without a loop, for training
+and for the evaluations, and is tested against it. It needs two streams. The *exact* one is dense
+attention over the text. The *decoded* one holds what decoding computes: at position t it sees exact
+keys and values before its window of drifted tokens, decoded ones from there on, and of all these
+the blocks that a sparse step would select. Many ways of decoding share one exact stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..blocks import block_bounds, select_blocks
+from ..cache import KVCache
+from ..checks import accumulation_dtype, bind_shapes, check_tokens, is_integer, require
+from ..config import ReSAConfig
+from ..generate import Generation, decode_step
+from ..model import GPT, causal_attention
+
+
+def decode_along(
+    model: GPT, cache: KVCache, tokens: Iterable[int], config: ReSAConfig
+) -> Iterator[tuple[Tensor, Generation]]:
+    """Decode along given tokens; yields the logits [V] after each, and the state, which moves on.
+
+    The cache holds everything before the first of them, exactly.
+    """
+    generation = Generation([], cache)
+    for token in tokens:
+        generation.tokens.append(token)
+        yield decode_step(model, generation, config), generation
+
+
+def windows(n_tokens: int, prompt_tokens: int, config: ReSAConfig) -> tuple[Tensor, Tensor]:
+    """For every decoded position: where its window begins, and whether a dense pass feeds it; [S].
+
+    The window is what sparse steps have written since the last dense pass (laws 6 and 7).
+
+    >>> windows(8, 2, ReSAConfig(interval=3, schedule="paper"))[0].tolist()
+    [2, 2, 2, 5, 5, 5]
+    >>> windows(8, 2, ReSAConfig(interval=3, schedule="fused"))[1].tolist()
+    [False, False, True, False, False, True]
+    """
+    begins, is_dense, n_drifted = [], [], 0
+    for at in range(prompt_tokens, n_tokens):
+        begins.append(at - n_drifted)
+        is_dense.append(config.schedule == "fused" and config.is_pass_due(n_drifted))
+        n_drifted = 0 if is_dense[-1] else n_drifted + 1
+        if config.schedule == "paper" and config.is_pass_due(n_drifted):
+            n_drifted = 0
+    return torch.tensor(begins, dtype=torch.int64), torch.tensor(is_dense, dtype=torch.bool)
+
+
+# query [B, Hq, S, D], bounds [B, Hkv, 2, D, M] → scores [B, Hkv, S, M]
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
+def pooled_scores(query: Tensor, bounds: Tensor) -> Tensor:
+    """Scores of eq. 4 for many queries: [B, Hq, S, D], [B, Hkv, 2, D, M] → [B, Hkv, S, M]."""
+    return block_upper_bounds(query.unflatten(1, (bounds.shape[1], -1)).mean(dim=2), bounds)
+
+
+def block_upper_bounds(query: Tensor, bounds: Tensor) -> Tensor:
+    """Upper bounds of query · key over every block: [..., S, D], [..., 2, D, M] → [..., S, M].
+
+    max(q·lo, q·hi) is q·hi where q is positive and q·lo where it is negative: two matrix products.
+    """
+    lo, hi = bounds.to(query.dtype).unbind(dim=-3)
+    return query.clamp(min=0) @ hi + query.clamp(max=0) @ lo
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Keys and values after RoPE, one tensor per layer, and final hidden states along a text.
+
+    The decoded stream has keys and values of its S decoded tokens alone. The exact one has them of
+    all T, and its hidden states stand for the prompt's in both.
+    """
+
+    tokens: Tensor  # [B, T]
+    keys: tuple[Tensor, ...]  # [B, Hkv, T or S, D]
+    values: tuple[Tensor, ...]
+    hidden: Tensor  # [B, T, C]
+
+
+def exact_stream(model: GPT, tokens: Tensor) -> Stream:
+    """Dense attention over tokens [B, T]; differentiable."""
+    n_tokens, context = bind_shapes(tokens=(tokens, "B T"))["T"], model.config.context
+    check_tokens(tokens, model.config.vocab_size)
+    require(n_tokens <= context, "tokens", n_tokens, f"at most context = {context}")
+    keys, values = [], []
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys.append(key)
+        values.append(value)
+        return causal_attention(layer, query, key, value)
+
+    positions = torch.arange(n_tokens, device=tokens.device).expand_as(tokens)
+    hidden = model.hidden_states(tokens, positions, attend)
+    return Stream(tokens, tuple(keys), tuple(values), hidden)
+
+
+def decode_at_once(
+    model: GPT,
+    exact: Stream,
+    config: ReSAConfig,
+    prompt_tokens: int,
+    score: Score = pooled_scores,
+) -> Stream:
+    """Compute what `decode_along` does along the text, its first `prompt_tokens` being prefilled.
+
+    Differentiable in both streams. `score` takes the place of eq. 4, for comparison.
+    """
+    n_tokens = exact.tokens.shape[1]
+    is_inside = is_integer(prompt_tokens, 1) and prompt_tokens <= n_tokens
+    require(is_inside, "prompt_tokens", prompt_tokens, f"1 … {n_tokens}")
+    if prompt_tokens == n_tokens:
+        return Stream(exact.tokens, (), (), exact.hidden)
+
+    # Which keys of either stream a step may see. A dense pass finds its own token exact as well.
+    at = torch.arange(prompt_tokens, n_tokens, device=exact.tokens.device)  # [S]
+    plan = windows(n_tokens, prompt_tokens, config)
+    begins, is_dense = (each.to(at.device) for each in plan)
+    until = torch.where(is_dense, at + 1, begins)
+    n_exact = int(until.max())  # no step sees an exact key past these
+    place = torch.cat((torch.arange(n_exact, device=at.device), at))  # of both streams' keys
+    is_decoded = torch.arange(len(place), device=at.device) >= n_exact
+    may_see = (place <= at[:, None]) & ((place >= until[:, None]) == is_decoded)  # [S, keys]
+    keys, values = [], []
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask, group = may_see, query.shape[1] // key.shape[1]
+        if layer >= config.dense_layers:
+            chosen = selected_tokens(query, exact.keys[layer], key, begins, config, score)
+            chosen = torch.cat((chosen[..., :n_exact], chosen[..., prompt_tokens:]), dim=-1)
+            mask = ((chosen | is_dense[:, None]) & may_see).repeat_interleave(group, dim=1)
+        keys.append(key)
+        values.append(value)
+        both = (
+            torch.cat((old[:, :, :n_exact], new), dim=2).repeat_interleave(group, dim=1)
+            for old, new in ((exact.keys[layer], key), (exact.values[layer], value))
+        )
+        return F.scaled_dot_product_attention(query, *both, attn_mask=mask)
+
+    tokens = exact.tokens[:, prompt_tokens:]
+    decoded = model.hidden_states(tokens, at.expand_as(tokens), attend)
+    hidden = torch.cat((exact.hidden[:, :prompt_tokens], decoded), dim=1)
+    return Stream(exact.tokens, tuple(keys), tuple(values), hidden)
+
+
+@torch.no_grad()
+def selected_tokens(
+    query: Tensor, exact_key: Tensor, key: Tensor, begins: Tensor, config: ReSAConfig, score: Score
+) -> Tensor:
+    """Tokens in the blocks that the last S steps select (eq. 3–5): [B, Hkv, S, T] bool.
+
+    query [B, Hq, S, D], keys of the exact stream [B, Hkv, T, D] and of the decoded one
+    [B, Hkv, S, D], begins [S] of the windows. A step selects its own block whatever that scores,
+    so bounds of whole blocks do, future tokens included.
+    """
+    # Score the blocks of both streams, in float32: half precision would tie what differs.
+    (batch, _, n_tokens, _), n_steps, b = exact_key.shape, len(begins), config.block_size
+    decoded_key = torch.cat((exact_key[:, :, : n_tokens - n_steps], key), dim=2)
+    wide = query.to(accumulation_dtype(query.dtype))
+    lengths = torch.full((batch,), n_tokens, dtype=torch.int32, device=key.device)
+    with torch.autocast(key.device.type, enabled=False):
+        exact_scores, decoded_scores = (
+            score(wide, block_bounds(each, lengths, b)) for each in (exact_key, decoded_key)
+        )
+        ends = (torch.arange(exact_scores.shape[-1], device=key.device) + 1) * b
+        scores = torch.where(ends <= begins[:, None], exact_scores, decoded_scores)
+
+        # A window that begins inside an older block finds keys of both streams in it.
+        at = torch.arange(n_tokens - n_steps, n_tokens, device=key.device)
+        first = begins // b
+        (cut,) = ((begins % b > 0) & (first < at // b)).nonzero(as_tuple=True)
+        if len(cut):
+            own, window = begins[cut].unique(return_inverse=True)  # [W], [cut]
+            slots = (own // b * b)[:, None] + torch.arange(b, device=key.device)  # [W, b]
+            is_exact = (slots < own[:, None])[..., None]
+            mixed = torch.where(is_exact, exact_key[:, :, slots], decoded_key[:, :, slots])
+            bounds = torch.stack((mixed.amin(dim=3), mixed.amax(dim=3)), dim=2).mT
+            own_scores = score(wide[:, :, cut], bounds)  # [B, Hkv, cut, W]
+            scores[:, :, cut, first[cut]] = own_scores[:, :, torch.arange(len(cut)), window]
+
+    # Every step is a sequence of its own, as long as its cache is then.
+    flat = scores.transpose(1, 2).flatten(0, 1)  # [B·S, Hkv, M]
+    indices = select_blocks(flat, (at + 1).to(torch.int32).repeat(batch), config).long()
+    spare = flat.shape[-1]
+    chosen = torch.zeros(*flat.shape[:2], spare + 1, dtype=torch.bool, device=key.device)
+    chosen.scatter_(2, indices.masked_fill(indices < 0, spare), True)
+    by_block = chosen[..., :spare].unflatten(0, (batch, n_steps)).transpose(1, 2)
+    return by_block.repeat_interleave(b, dim=-1)[..., :n_tokens]

@@ -1,0 +1,120 @@
+"""The contract: the five operations that decoding is made of, for every rendering of them.
+
+`blocks.py` and `attention.py` state the mathematics and check nothing, so a pass can run them in
+every layer of every step. `checked` makes operations public: they refuse by name what does not fit.
+The Triton path and ports keep the same contract and add their own limits.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import attention, blocks
+from .checks import (
+    FLOATS,
+    INTEGERS,
+    bind_shapes,
+    check_dtypes,
+    check_heads,
+    check_lengths,
+    require_integer,
+)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """One rendering of the five operations. `GPT(config, ops=…)` decodes with the one it is given.
+
+    Each docstring in `blocks.py` and `attention.py` says what its operation computes.
+    """
+
+    block_bounds: Callable[..., Tensor]  # keys → bounds [B, Hkv, 2, D, M] (eq. 3)
+    score_blocks: Callable[..., Tensor]  # query, bounds → scores [B, Hkv, M] (eq. 4)
+    select_blocks: Callable[..., Tensor]  # scores → indices [B, Hkv, N] int32 (eq. 5)
+    sparse_attention: Callable[..., Any]  # query [B, Hq, D], the cache, indices → out (eq. 2)
+    dense_attention: Callable[..., Any]  # query [B, Hq, Q, D], the cache → out
+
+
+REFERENCE_OPS = Operations(
+    blocks.block_bounds,
+    blocks.score_blocks,
+    blocks.select_blocks,
+    attention.sparse_attention,
+    attention.dense_attention,
+)
+
+# Shapes in the letters of the specification: B sequences, Hq query and Hkv KV heads of D channels,
+# Q queries, T_max slots in the cache, M blocks, N selected blocks. A letter has one size per call.
+_CACHE = {"keys": "B Hkv T_max D", "values": "B Hkv T_max D"}
+SHAPES = {
+    "block_bounds": {"keys": "B Hkv T_max D", "lengths": "B"},
+    "score_blocks": {"query": "B Hq D", "bounds": "B Hkv 2 D M", "lengths": "B"},
+    "select_blocks": {"scores": "B Hkv M", "lengths": "B"},
+    "sparse_attention": {"query": "B Hq D", **_CACHE, "indices": "B Hkv N", "lengths": "B"},
+    "dense_attention": {"query": "B Hq Q D", **_CACHE, "lengths": "B", "query_lengths": "B"},
+}
+# Tensors that share one dtype, and what that may be. Scores are sums, so they have 32 or 64 bits.
+DTYPES = {
+    ("query", "keys", "values", "bounds"): FLOATS,
+    ("scores",): (torch.float32, torch.float64),
+    ("indices",): INTEGERS,
+}
+
+Limits = Callable[[str, Mapping[str, Any], Mapping[str, int]], None]
+
+
+def checked(ops: Operations, *, limits: Limits | None = None) -> Operations:
+    """Make operations public: check their arguments first, raising `ValueError` by name.
+
+    `limits(operation, arguments by name, sizes by letter)` refuses what one rendering cannot do.
+    """
+
+    def check_first(name: str) -> Callable[..., Any]:
+        operation = getattr(ops, name)
+        parameters = signature(operation)
+
+        # Positional and keyword arguments are checked alike, by their names.
+        @wraps(operation)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            arguments = parameters.bind(*args, **kwargs).arguments
+            sizes = check_arguments(name, arguments)
+            if limits is not None:
+                limits(name, arguments, sizes)
+            return operation(*args, **kwargs)
+
+        return call
+
+    return Operations(*(check_first(field.name) for field in fields(Operations)))
+
+
+def check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, int]:
+    """Check one operation's arguments against the contract; returns the size of every letter."""
+    # Shapes first: every later check may rely on them.
+    given = {key: arguments[key] for key in SHAPES[name] if arguments.get(key) is not None}
+    sizes = bind_shapes(**{key: (tensor, SHAPES[name][key]) for key, tensor in given.items()})
+    if "query" in given:
+        check_heads(sizes["Hq"], sizes["Hkv"])
+
+    # Then dtypes: what is multiplied together shares one.
+    for names, allowed in DTYPES.items():
+        check_dtypes(allowed, **{key: given[key] for key in names if key in given})
+
+    # Lengths lie within the cache, or within the blocks that there are bounds or scores for.
+    block_size = arguments.get("block_size", 1)  # dense attention knows no blocks
+    if "config" in arguments:
+        block_size = arguments["config"].block_size
+    require_integer("block_size", block_size, 1)
+    capacity = sizes["T_max"] if "T_max" in sizes else sizes["M"] * block_size
+    check_lengths("lengths", given["lengths"], capacity)
+    if "query_lengths" in given:
+        check_lengths("query_lengths", given["query_lengths"], sizes["Q"])
+    return sizes
+
+
+# What `resa.reference` exports under the operations' names.
+CHECKED_OPS = checked(REFERENCE_OPS)

@@ -1,0 +1,132 @@
+"""Before decoding starts: requests are checked, caches opened, random generators handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .cache import KVCache
+from .checks import is_integer, require
+from .config import ReSAConfig
+from .model import GPT
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .generate import Generation
+
+
+def check_request(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    config: ReSAConfig,
+    sampling: Sampling,
+    stop_tokens: Collection[int],
+    resume: Generation | None,
+) -> None:
+    """Refuse by name what decoding cannot work with, before any work starts."""
+    require(isinstance(config, ReSAConfig), "config", type(config).__name__, "a ReSAConfig")
+    require(isinstance(sampling, Sampling), "sampling", type(sampling).__name__, "a Sampling")
+    require(is_integer(max_new_tokens, 0), "max_new_tokens", max_new_tokens, "an integer ≥ 0")
+    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
+    require(is_list, "prompts", repr(prompts)[:60], "a non-empty list of token lists")
+    held = 0
+    if resume is not None:
+        parts = ("tokens", "cache", "n_drifted")  # the type itself stands to the right of this file
+        is_generation = all(hasattr(resume, part) for part in parts)
+        require(is_generation, "resume", type(resume).__name__, "a Generation, or None")
+        check_resume(model, config, resume)
+        require(len(prompts) == 1, "prompts", f"{len(prompts)} lists", "1, the next turn")
+        held = resume.cache.length + (len(resume.tokens) > 0)  # the pending token is fed first
+
+    vocabulary, context = model.config.vocab_size, model.config.context
+    known = f"token ids 0 … {vocabulary - 1}"
+    for index, prompt in enumerate(prompts):
+        name, given = f"prompts[{index}]", repr(prompt)[:60]
+        may_be_empty = resume is not None and len(resume.tokens) > 0
+        is_tokens = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+        is_fed = is_tokens and (len(prompt) > 0 or may_be_empty)
+        require(is_fed, name, given, "a non-empty list of token ids")
+        is_known = all(is_integer(token, 0) and token < vocabulary for token in prompt)
+        require(is_known, name, given, known)
+        length = held + len(prompt)
+        given = f"{length} tokens and max_new_tokens = {max_new_tokens}"
+        allowed = f"prompt + max_new_tokens − 1 ≤ context = {context}"
+        require(length + max(max_new_tokens - 1, 0) <= context, name, given, allowed)
+    is_list = isinstance(stop_tokens, Collection)
+    require(is_list, "stop_tokens", stop_tokens, "a list or set of token ids")
+    for token in stop_tokens:
+        require(is_integer(token, 0) and token < vocabulary, "stop_tokens", token, known)
+
+
+def check_resume(model: GPT, config: ReSAConfig, resume: Generation) -> None:
+    """Refuse a generation that this model and configuration cannot continue."""
+    keys, weight, shape = resume.cache.keys, model.embed.weight, model.config
+    given = (keys.shape[0], keys.shape[2], keys.shape[4], keys.dtype, keys.device)
+    wanted = (shape.n_layer, shape.n_kv_head, shape.head_dim, weight.dtype, weight.device)
+    allowed = f"this model's layers, KV heads, head_dim … {wanted}"
+    require(given == wanted, "resume", f"a cache of {given}", allowed)
+    b = resume.cache.block_size
+    require(config.block_size == b, "config.block_size", config.block_size, f"{b}, the cache's")
+    w, n = resume.n_drifted, len(resume.tokens)
+    require(w == 0 or w < n, "resume.n_drifted", w, f"less than its {n} tokens")
+
+
+def open_cache(
+    model: GPT,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    config: ReSAConfig,
+    resume: Generation | None,
+) -> tuple[KVCache, list[int]]:
+    """A cache with room for all that is to come, and the tokens to prefill before the first new
+    one.
+
+    A generation that is resumed stays as it is: the exact part of its cache is copied. Its open
+    window is encoded again, with the pending token and the prompt.
+    """
+    only = "False: only the Triton path rounds bounds"
+    require(not config.eight_bit_bounds, "config.eight_bit_bounds", True, only)
+    room = max(max_new_tokens - 1, 0)  # the last token is never fed
+    if resume is None:
+        return model.new_cache(len(prompt) + room, config.block_size), list(prompt)
+
+    kept = resume.cache.length - resume.n_drifted
+    feed = [*resume.tokens[-resume.n_drifted - 1 :], *prompt]
+    cache = model.new_cache(kept + len(feed) + room, config.block_size)
+    old = zip(resume.cache.keys, resume.cache.values, strict=True)
+    for layer, (keys, values) in enumerate(old):
+        cache.write(layer, 0, keys[:, :, :kept], values[:, :, :kept])
+    cache.length = kept
+    return cache, feed
+
+
+def sequence_generators(
+    batch: int,
+    sampling: Sampling,
+    generators: torch.Generator | Sequence[torch.Generator] | None,
+) -> list[torch.Generator | None]:
+    """One generator per sequence, so that none draws from another's (law 9).
+
+    generators: one per prompt, or one that seeds them all in prompt order; None is torch's default.
+    """
+    is_known = generators is None or isinstance(generators, (torch.Generator, Sequence))
+    require(is_known, "generators", generators, "a torch.Generator, one per prompt, or None")
+    if isinstance(generators, Sequence):
+        are_generators = all(isinstance(each, torch.Generator) for each in generators)
+        require(are_generators, "generators", repr(generators)[:60], "torch.Generators")
+        count = len(generators)
+        require(count == batch, "generators", f"{count} generators", f"one, or {batch}")
+        is_own = len({id(each) for each in generators}) == batch
+        given, allowed = "the same generator for two prompts", "one for each prompt, or one in all"
+        require(is_own, "generators", given, allowed)
+        return list(generators)
+    if sampling.temperature == 0:
+        return [None] * batch
+
+    # Draw seeds one by one: the seed of prompt i must not depend on how many prompts follow.
+    base = torch.default_generator if generators is None else generators
+    draw = [torch.randint(2**63 - 1, (), generator=base, device=base.device) for _ in range(batch)]
+    return [torch.Generator().manual_seed(int(seed)) for seed in draw]

@@ -1,0 +1,1 @@
+"""Weights and text: checkpoints, tokenizers, and the models of other projects."""

@@ -1,0 +1,46 @@
+"""Files that no reader ever sees half written, and a fingerprint of the source that wrote them."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Replace `path` by `content` in one step: a reader, or a crash, finds the old or the new file.
+
+    On any failure, such as a full disk, the temporary file is removed and the old file stays. A
+    killed process may leave its temporary file behind. The name begins with a dot and ends with
+    `.tmp`, and nothing reads it.
+    """
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(
+        prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
+    )
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+    # A rename lasts only once its folder is on disk. Windows has no such call.
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def source_digest() -> str:
+    """SHA-256 of the source of `resa.reference`: results that share it come from the same code."""
+    digest, package = hashlib.sha256(), Path(__file__).parent.parent
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,347 @@
+"""Checkpoint folders as Hugging Face lays them out: config.json, safetensors, tokenizer.json.
+
+The dense models of the Qwen2, Qwen3 and Llama 3 families are one `GPT` with other settings. Every
+field of such a folder is either understood or refused by name: one that this model ignored would
+only show in the text it writes. Weights are mapped into memory and go to the device tensor by
+tensor, so the folder's size is never held twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from ..checks import FLOATS, checked_device, free_memory, is_integer, refuse, require
+from ..config import GPTConfig
+from ..model import GPT
+from ..rope import RopeScaling
+from .checkpoint import STORED_DTYPES, check_stored, filled, hollow_model, open_checked
+from .tokenizer import byte_spelling
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+INDEX = "model.safetensors.index.json"
+# Fields that must have one value: any other would change what the model computes.
+FIXED = {
+    "add_cross_attention": False, "attention_bias": False, "cross_attention_hidden_size": None,
+    "hidden_act": "silu", "is_encoder_decoder": False, "mlp_bias": False,
+    "partial_rotary_factor": 1.0, "pretraining_tp": 1, "quantization_config": None,
+    "sliding_window": None, "use_mrope": False, "use_sliding_window": False,
+}  # fmt: skip
+# Fields that are read, and fields that change nothing in what a pass computes.
+READ = {
+    "head_dim", "hidden_size", "intermediate_size", "layer_types", "max_position_embeddings",
+    "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
+    "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
+}  # fmt: skip
+IGNORED = {
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path",
+    "architectures", "attention_dropout", "attn_implementation", "bos_token_id",
+    "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task",
+    "id2label", "initializer_range", "is_decoder", "label2id", "max_window_layers",
+    "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "problem_type",
+    "return_dict", "sep_token_id", "task_specific_params", "tie_encoder_decoder", "tokenizer_class",
+    "torch_dtype", "torchscript", "transformers_version", "use_bfloat16", "use_cache",
+}  # fmt: skip
+SIZES = (
+    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
+    "num_hidden_layers", "vocab_size",
+)  # fmt: skip
+
+
+def read_config(folder: str | os.PathLike) -> GPTConfig:
+    """Read the folder's config.json.
+
+    Errors: FileNotFoundError without one; ValueError naming the file and the field that is missing
+    or not supported.
+    """
+    path = Path(folder) / "config.json"
+    return config_from_values(str(path), read_json(path))
+
+
+def config_from_values(path: str, values: Mapping[str, object]) -> GPTConfig:
+    """Understand the fields of a config.json; messages call it `path`."""
+    # Refuse what this model cannot honour.
+    values = dict(values)
+    family = values.get("model_type")
+    require(family in FAMILIES, f"{path}: model_type", repr(family), ", ".join(FAMILIES))
+    if family != "llama":
+        values.pop("sliding_window", None)  # a width, used only if use_sliding_window says so
+    for name, value in values.items():
+        if name in FIXED:
+            require(value in (FIXED[name], None), f"{path}: {name}", repr(value), repr(FIXED[name]))
+        elif name not in READ | IGNORED:
+            known = f"fields of dense {', '.join(FAMILIES)} models"
+            refuse(f"{path}: {name}", "a field unknown here", known)
+    for name in (*SIZES, "rms_norm_eps"):
+        require(name in values, f"{path}: {name}", "missing", "a complete config.json")
+    for name in SIZES:
+        is_size = is_integer(values[name], 1)
+        require(is_size, f"{path}: {name}", repr(values[name]), "an integer ≥ 1")
+    n_layer, kinds = values["num_hidden_layers"], values.get("layer_types")
+    is_full = kinds is None or kinds == ["full_attention"] * n_layer
+    require(is_full, f"{path}: layer_types", repr(kinds), f"{n_layer} times 'full_attention'")
+
+    # Folders may state the context before yarn stretches it.
+    theta, scaling = _rope(path, values)
+    context = values["max_position_embeddings"]
+    if scaling is not None and scaling.kind == "yarn":
+        context = max(context, int(scaling.factor * scaling.original_context))
+
+    # A field that is null, like one left out, takes its default.
+    stated = {name: value for name, value in values.items() if value is not None}
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    try:
+        return GPTConfig(
+            vocab_size=values["vocab_size"],
+            n_layer=n_layer,
+            n_head=heads,
+            n_kv_head=stated.get("num_key_value_heads", heads),
+            head_dim=stated.get("head_dim", hidden // heads),
+            hidden_size=hidden,
+            intermediate_size=values["intermediate_size"],
+            context=context,
+            rope_theta=theta,
+            norm_eps=values["rms_norm_eps"],
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            tied_embeddings=stated.get("tie_word_embeddings", False),
+            rope_scaling=scaling,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _rope(path: str, values: Mapping[str, object]) -> tuple[float, RopeScaling | None]:
+    """Read base and scaling of RoPE: one dictionary since 2025, two fields before."""
+    new, old = values.get("rope_parameters"), values.get("rope_scaling")
+    for name, each in (("rope_parameters", new), ("rope_scaling", old)):
+        is_object = each is None or isinstance(each, dict)
+        require(is_object, f"{path}: {name}", repr(each), "a JSON object or null")
+    is_one, given = not new or not old or new == old, f"{old} beside rope_parameters = {new}"
+    require(is_one, f"{path}: rope_scaling", given, "one of the two")
+    rope = {name: value for name, value in (new or old or {}).items() if value is not None}
+    theta = rope.pop("rope_theta", values.get("rope_theta") or 10_000.0)
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    share = rope.pop("partial_rotary_factor", 1.0)
+    require(share == 1.0, f"{path}: partial_rotary_factor", share, "1.0")
+    if kind == "default":
+        given = f"{sorted(rope)} without a rope_type"
+        require(not rope, f"{path}: rope", given, "no scaling, or one with its type")
+        return theta, None
+
+    # Each kind has fields of its own; what is left over is refused.
+    found = {"kind": kind, "factor": rope.pop("factor", None)}
+    original = rope.pop("original_max_position_embeddings", values["max_position_embeddings"])
+    if kind in ("llama3", "yarn"):
+        found["original_context"] = original
+    if kind == "llama3":
+        found["slow"] = rope.pop("low_freq_factor", None)
+        found["fast"] = rope.pop("high_freq_factor", None)
+    elif kind == "yarn":
+        found["slow"], found["fast"] = rope.pop("beta_slow", 1.0), rope.pop("beta_fast", 32.0)
+        found["whole_pairs"] = rope.pop("truncate", True)
+        amplitude = rope.pop("attention_factor", None)
+        if amplitude is None and isinstance(found["factor"], (int, float)):
+            amplitude = 0.1 * math.log(max(found["factor"], 1.0)) + 1.0
+        found["amplitude"] = amplitude
+    for name in rope:
+        refuse(f"{path}: rope field {name}", repr(rope[name]), f"the fields of {kind!r} scaling")
+    try:
+        return theta, RopeScaling(**found)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: rope {error}") from None
+
+
+def load_pretrained(
+    folder: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> GPT:
+    """Read the folder's model, in eval mode; `dtype=None` keeps the one its embedding is stored in.
+
+    Names, shapes, types and room are checked before a weight is read. Errors: FileNotFoundError for
+    a missing file; ValueError naming the file and the field or tensor that is missing, extra,
+    misshapen, of another type or not finite; torch.OutOfMemoryError if the device lacks the room.
+    """
+    folder, device = Path(folder), checked_device("device", device)
+    config = read_config(folder)
+    model = hollow_model(config)
+    names = {name: foreign_name(name) for name, _ in model.named_parameters()}
+    with ExitStack() as opened:
+        # Every tensor must be there once, and no other.
+        files = {path: opened.enter_context(open_checked(path)) for path in weight_files(folder)}
+        home = _homes(folder, files)
+        unused = {name for name in home if name.endswith("rotary_emb.inv_freq")}  # computed here
+        if config.tied_embeddings:
+            unused.add(foreign_name("output.weight"))
+        for name in sorted((set(home) - unused) ^ set(names.values())):
+            given = "extra" if name in home else "missing"
+            refuse(f"{folder}: tensor {name}", given, f"{len(names)} known tensors")
+
+        # Shapes, types and room come before any weight.
+        for name, parameter in model.named_parameters():
+            path = home[names[name]]
+            check_stored(path, files[path], names[name], tuple(parameter.shape))
+        if dtype is None:
+            first = names["embed.weight"]
+            dtype = STORED_DTYPES[files[home[first]].get_slice(first).get_dtype()]
+        require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))
+        count = sum(parameter.numel() for parameter in model.parameters())
+        _check_memory(folder, count, dtype, device)
+
+        placed, console = {}, Console(stderr=True)
+        for name in track(names, "Reading weights", console=console, disable=not progress):
+            path, other = home[names[name]], names[name]
+            tensor = files[path].get_tensor(other).to(device, dtype)
+            placed[name] = _finite(tensor, f"{path}: tensor {other}")
+    return filled(model, placed)
+
+
+def _homes(folder: Path, files: Mapping[Path, object]) -> dict[str, Path]:
+    """Map each tensor to its file: the only one that holds it, and the one that the index names."""
+    home: dict[str, Path] = {}
+    for path, file in files.items():
+        for name in file.keys():  # noqa: SIM118
+            second = f"a second one beside {home.get(name)}"
+            require(name not in home, f"{path}: tensor {name}", second, "one of each")
+            home[name] = path
+    index = folder / INDEX
+    for name, shard in _weight_map(index).items() if len(files) > 1 else ():
+        found = home[name].name if name in home else "missing"
+        require(found == shard, f"{index}: tensor {name}", found, f"in {shard}, as the index says")
+    return home
+
+
+def _check_memory(folder: Path, count: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse more weights than the device has room for: `torch.OutOfMemoryError`."""
+    needed, free = count * dtype.itemsize, free_memory(device)
+    if needed > free:
+        name, bits = str(dtype).removeprefix("torch."), 8 * free / count
+        given = f"{count / 1e9:.2f} billion weights, {needed / 1e9:.1f} GB in {name}"
+        room = f"the {free / 1e9:.1f} GB that {device} has free"
+        allowed = f"{room}, so at most {bits:.1f} bits per weight"
+        raise torch.OutOfMemoryError(f"{folder}: got {given}; allowed: {allowed}")
+
+
+def _finite(tensor: Tensor, where: str) -> Tensor:
+    """Return the tensor unless it holds NaN or infinity, perhaps for want of range in its dtype."""
+    is_finite, allowed = bool(tensor.isfinite().all()), f"what is finite in {tensor.dtype}"
+    require(is_finite, where, "NaN or infinity", allowed)
+    return tensor
+
+
+def foreign_name(name: str) -> str:
+    """Translate a parameter of `GPT` to the name that these folders give it.
+
+    >>> foreign_name("layers.3.attn.q_proj.bias"), foreign_name("output.weight")
+    ('model.layers.3.self_attn.q_proj.bias', 'lm_head.weight')
+    """
+    if name.startswith("output."):
+        return name.replace("output.", "lm_head.")
+    for ours, theirs in (
+        ("embed.", "embed_tokens."),
+        ("attn_norm.", "input_layernorm."),
+        ("mlp_norm.", "post_attention_layernorm."),
+        (".attn.", ".self_attn."),
+    ):
+        name = name.replace(ours, theirs)
+    return f"model.{name}"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the folder's safetensors: model.safetensors, or those that the index file names."""
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file() or not index.is_file():
+        return [single]
+    return [folder / shard for shard in sorted(set(_weight_map(index).values()))]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Read the index: the file name of each tensor."""
+    shards = read_json(index).get("weight_map")
+    is_map = isinstance(shards, dict) and all(isinstance(shard, str) for shard in shards.values())
+    require(is_map, f"{index}: weight_map", type(shards).__name__, "file names by tensor")
+    for shard in set(shards.values()):
+        is_name = Path(shard).name == shard
+        require(is_name, f"{index}: weight_map", repr(shard), "files of the same folder")
+    return shards
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read an object from a JSON file; FileNotFoundError or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: got no JSON ({error}); allowed: a JSON object") from None
+    require(isinstance(values, dict), str(path), type(values).__name__, "a JSON object")
+    return values
+
+
+def stop_tokens(folder: str | os.PathLike) -> list[int]:
+    """Tokens that end a text, from generation_config.json if there is one, else config.json."""
+    path = Path(folder) / "generation_config.json"
+    path = path if path.is_file() else Path(folder) / "config.json"
+    given = read_json(path).get("eos_token_id")
+    found = [] if given is None else given if isinstance(given, list) else [given]
+    are_tokens = all(is_integer(token, 0) for token in found)
+    require(are_tokens, f"{path}: eos_token_id", given, "token ids")
+    return found
+
+
+class PretrainedTokenizer:
+    """The folder's tokenizer.json, with the methods of `tiktoken.Encoding` that `resa` uses.
+
+    Special tokens in a text are recognised, and the file may add some before it.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        path = Path(folder) / "tokenizer.json"
+        decoder = read_json(path).get("decoder")
+        kind = decoder.get("type") if isinstance(decoder, dict) else decoder
+        allowed = "'ByteLevel', as these families have it"
+        require(kind == "ByteLevel", f"{path}: decoder", repr(kind), allowed)
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            hint = "tokenizer.json needs the package `tokenizers`: pip install tokenizers"
+            raise ImportError(hint) from None
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            given = f"got a damaged file ({error})"
+            raise ValueError(f"{path}: {given}; allowed: a tokenizer.json") from None
+
+        # Fine-tuning may leave both in the file; they would cut or stretch a prompt unasked.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.spelling = byte_spelling()
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.added = {token: special.content for token, special in added.items()}
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text."""
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special ones included."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for; empty for an id without a token."""
+        if token in self.added:
+            return self.added[token].encode()
+        return bytes(self.spelling[letter] for letter in self.tokenizer.id_to_token(token) or "")

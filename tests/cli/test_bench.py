@@ -1,0 +1,453 @@
+"""The benchmark's own logic, where no clock is needed: what it decodes, checks, counts and writes.
+
+Times are made up here and never kept; on a GPU nothing in this file is timed either.
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from resa import reference
+from resa.fast import cli
+from resa.fast.bench import cli as bench_cli
+from resa.reference import Generation, ReSAConfig, Sampling, checks
+from resa.reference import blocks as plain
+from small_models import Shape
+from strategies import DEVICE
+
+pytestmark = pytest.mark.fast
+e2e = pytest.importorskip("resa.fast.bench.e2e", reason="triton comes for Linux only")
+layer = pytest.importorskip("resa.fast.bench.layer", reason="triton comes for Linux only")
+fast = pytest.importorskip("resa.fast.generate", reason="triton comes for Linux only")
+four_bit = pytest.importorskip("resa.fast.bench.four_bit", reason="triton comes for Linux only")
+model_file = pytest.importorskip("resa.fast.model", reason="triton comes for Linux only")
+Bounds8 = pytest.importorskip("resa.fast.gpu.bounds8", reason="triton comes for Linux only").Bounds8
+
+SMALL = Shape(seed=3, head_dim=16, hidden=32, context=512, tied=False)
+CONFIG = ReSAConfig(block_size=8, min_blocks=2, interval=4)
+CONTEXT = 80
+PLAIN = {"math": SDPBackend.MATH}  # the one that every device has
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_file.FusedGPT(SMALL.model(torch.float32).to(DEVICE))
+
+
+def own_copy(cache, sequence, length):
+    """One sequence of a batch as the reference's cache, cut to `length` tokens, with memory of its own."""
+    view = cache.sequence(sequence, length)
+    return replace(view, keys=view.keys.clone(), values=view.values.clone(), bounds=view.bounds.clone())
+
+
+# ---- What is decoded -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_caches_are_full_and_shared_where_asked(model, is_shared):
+    cache = e2e.new_cache(model, CONFIG, 3, CONTEXT, is_shared=is_shared)
+    assert cache.keys.shape == cache.values.shape == (SMALL.layers, 3, SMALL.kv_heads, CONTEXT, SMALL.head_dim)
+    assert cache.lengths.tolist() == [CONTEXT] * 3
+    for name in ("keys", "values", "bounds"):
+        first, second = getattr(cache, name)
+        assert (first.data_ptr() == second.data_ptr()) == is_shared
+        assert first.std() > 0.5
+    for keys, bounds in zip(cache.keys, cache.bounds, strict=True):
+        assert torch.equal(plain.block_bounds(keys, cache.lengths, CONFIG.block_size), bounds)
+
+
+@pytest.mark.parametrize("interval", [4, None])
+def test_a_cycle_is_the_decode_loop_up_to_the_end_of_the_cache(model, interval):
+    """The same tokens as sparse steps and rectifications of the reference; again and again the same length."""
+    config, f = replace(CONFIG, interval=interval), 4
+    cache = e2e.new_cache(model, config, 2, CONTEXT, is_shared=False)
+    plainly = SMALL.model(torch.float32).to(DEVICE)
+    expected = [own_copy(cache, s, CONTEXT - f) for s in range(2)]
+    cycle = e2e.Cycle(model, cache, config, e2e.GREEDY, f=f)
+    fed = cycle.loop.pending.tolist()
+    cycle()
+    assert cycle.cache.lengths.tolist() == [CONTEXT] * 2
+    assert cycle.loop.n_chosen.tolist() == [1 + f] * 2
+    assert sum(kinds.fused for kinds in cycle.kinds) == (0 if interval is None else 1)
+    for s, own in enumerate(expected):
+        generation = Generation([fed[s]], own)
+        for _ in range(f):
+            logits = reference.decode_step(plainly, generation, config)
+            generation.tokens.append(int(logits.argmax()))
+        assert cycle.loop.tokens[s, : 1 + f].tolist() == generation.tokens
+        assert (cycle.cache.keys[:, s] - own.keys[:, 0]).abs().max() < 1e-4
+    cycle()
+    assert cycle.cache.lengths.tolist() == [CONTEXT] * 2
+    assert cycle.loop.n_chosen.tolist() == [1 + 2 * f] * 2
+    assert bool(cycle.loop.running.all())
+
+
+def test_a_dense_step_overwrites_the_last_position(model):
+    """It sees the whole cache, its own token at the end, and what it chooses is the reference's choice."""
+    cache = e2e.new_cache(model, CONFIG, 2, CONTEXT, is_shared=False)
+    plainly = SMALL.model(torch.float32).to(DEVICE)
+    before, expected = cache.keys.clone(), [own_copy(cache, s, CONTEXT - 1) for s in range(2)]
+    step = e2e.DenseStep(model, cache, e2e.GREEDY, SDPBackend.MATH)
+    fed = step.pending.tolist()
+    step()
+    assert torch.equal(cache.keys[..., :-1, :], before[..., :-1, :])
+    assert not torch.equal(cache.keys[..., -1, :], before[..., -1, :])
+    for s, own in enumerate(expected):
+        with torch.no_grad():
+            hidden = reference.dense_pass(plainly, fed[s : s + 1], own, CONTEXT - 1)
+            assert int(plainly.output(hidden[0]).argmax()) == int(step.pending[s])
+        assert (own.keys[:, 0] - cache.keys[:, s]).abs().max() < 1e-4
+
+
+# ---- What is checked -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_layer(monkeypatch):
+    """Makes one layer's cache; its dense peers are the one backend that every device has."""
+    monkeypatch.setattr(layer, "BACKENDS", PLAIN)
+    shape = layer.Shape(query_heads=6, kv_heads=2, head_dim=16, dtype="float32")
+    return lambda: layer.Layer(shape, CONFIG, 2, CONTEXT, 0, DEVICE)
+
+
+def test_every_part_of_a_layer_is_the_references(one_layer):
+    made = one_layer()
+    errors = made.check()
+    assert set(errors) == {"append", "bounds", "score", "select", "attend", "rectify", layer.OWN_DENSE, "math"}
+    assert max(errors.values()) < 1e-6
+    # The step that a cycle is made of: append, score, select and attend with the indices of now.
+    end, b = made.end, CONFIG.block_size
+    scores = plain.score_blocks(made.query, made.bounds, made.plan.completed, b)
+    indices = plain.select_blocks(scores, end, CONFIG)
+    expected = reference.sparse_attention(made.query, made.keys, made.values, indices, end, b)
+    assert layer.distance(made.parts["step"](), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("write_window", lambda right: lambda *arguments: None, "append"),
+        (
+            "write_window",
+            lambda right: lambda keys, values, bounds, *rest: right(keys, values, bounds + 0, *rest),
+            "bounds",
+        ),
+        ("score_blocks", lambda right: lambda *arguments: 1.01 * right(*arguments), "score"),
+        ("select_blocks", lambda right: lambda *arguments, **more: right(*arguments, **more).clamp(max=5), "select"),
+        ("sparse_attention", lambda right: lambda *arguments, **more: 1.01 * right(*arguments, **more), "attend"),
+        ("dense_attention", lambda right: lambda *arguments, **more: 1.01 * right(*arguments, **more), "rectify"),
+        ("torch_dense", lambda right: lambda *arguments: 1.01 * right(*arguments), "math"),
+    ],
+)
+def test_a_wrong_part_is_not_timed(one_layer, monkeypatch, name, wrong, message):
+    monkeypatch.setattr(layer, name, wrong(getattr(layer, name)))
+    with pytest.raises(ValueError, match=rf"{message}: got error .* before it is timed"):
+        one_layer().check()
+
+
+def test_a_layers_row_has_every_part_and_the_faster_dense_attention(one_layer, monkeypatch):
+    """Each part is timed by itself; a cycle's time is per token; a sum counts rectification once in f tokens."""
+    times = iter(range(100, 120))
+
+    def time_calls(calls, *, divide_by=1, pause_us=0):
+        for call in calls:
+            call()
+        assert divide_by in (1, CONFIG.interval)
+        return layer.Time.of([float(next(times))])
+
+    monkeypatch.setattr(layer, "L2_BYTES", 1)  # one cache is enough
+    monkeypatch.setattr(layer, "time_calls", time_calls)
+    made = one_layer()
+    monkeypatch.setattr(layer, "Layer", lambda *arguments: made)
+    shape = layer.Shape(query_heads=6, kv_heads=2, head_dim=16, dtype="float32")
+    row = layer.measure(shape, CONFIG, 2, CONTEXT)
+    timed = {name: time["us"] for name, time in row["parts"].items()}
+    assert list(timed) == [
+        "append", "score", "select", "attend", "refresh", "score, 8-bit bounds", "dense, this project's kernel",
+        "rectify", "rectify, without a pause",
+    ]  # fmt: skip
+    assert sorted(timed.values()) == list(range(100, 109))
+    steps = sum(timed[part] for part in ("append", "score", "select", "attend"))
+    assert row["sum_us"] == (3 * steps + timed["rectify"] + timed["refresh"]) / 4
+    assert (row["dense_us"], row["resa_us"], row["ratio"]) == (109.0, 110.0, 0.991)
+    assert row["cache_bytes"] == 2 * 2 * 2 * CONTEXT * 16 * 4
+
+
+def test_right_steps_pass_the_check(model):
+    errors = e2e.check(model, CONFIG, 2, CONTEXT, PLAIN)
+    assert set(errors) == {
+        "tokens, math", "sparse steps, keys, math", "sparse steps, values, math", "rectified keys, math",
+        "rectified values, math", "selection",
+    }  # fmt: skip
+    assert max(errors.values()) < 1e-6
+
+
+def fewer_blocks(right, *arguments, counts, **more):
+    return right(*arguments, counts=counts - 1, **more)
+
+
+def wrong_window(right, query, keys, values, visible, **more):
+    return right(query, keys, values, (visible - 1).clamp(min=0), **more)
+
+
+def last_token_alone(right, keys, values, bounds, key, value, start, end, block_size):
+    last = key[:, :, -1:].contiguous(), value[:, :, -1:].contiguous()
+    return right(keys, values, bounds, *last, end - 1, end, block_size)
+
+
+def random_scores(right, *arguments):
+    return torch.randn_like(right(*arguments))
+
+
+def stale_bounds(right, query, key, value, keys, values, bounds, *rest):
+    return right(query, key, value, keys, values, bounds.clone(), *rest)
+
+
+def stale_cache(right, query, key, value, keys, values, *rest):
+    return right(query, key, value, keys.clone(), values.clone(), *rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("sparse_attention", fewer_blocks, "sparse steps"),
+        ("dense_attention", wrong_window, "rectified"),
+        ("write_window", last_token_alone, "rectified"),
+        ("append_and_score", random_scores, "selection"),
+        ("append_and_score", stale_bounds, "bounds"),
+        ("append_and_score", stale_cache, "sparse steps"),
+    ],
+)
+def test_wrong_steps_do_not(model, monkeypatch, name, wrong, message):
+    """One kernel of the decode loop at a time does what it should not."""
+    right = getattr(fast, name)
+    monkeypatch.setattr(fast, name, lambda *arguments, **more: wrong(right, *arguments, **more))
+    with pytest.raises(ValueError, match=message) as refusal:
+        e2e.check(model, CONFIG, 2, CONTEXT, PLAIN)
+    assert "got" in str(refusal.value)
+
+
+def test_an_output_projection_of_another_token_is_seen(model, monkeypatch):
+    """What is chosen must be what dense decoding would choose."""
+    right = fast.note_tokens
+    monkeypatch.setattr(fast, "note_tokens", lambda chosen, *rest, **more: right((chosen + 1) % 23, *rest, **more))
+    with pytest.raises(ValueError, match="tokens, math: got error"):
+        e2e.check(model, CONFIG, 2, CONTEXT, PLAIN)
+
+
+def test_a_model_in_four_bits_checks_its_matrix_products():
+    """Against the rounded weights as they are: a product of other weights is refused."""
+    wide = replace(SMALL, hidden=128, kv_heads=2, group=4).config(intermediate_size=128)
+    dtype = torch.float32 if DEVICE == "cpu" else torch.float16
+    models = [e2e.GPT(wide).requires_grad_(False).to(DEVICE, dtype) for _ in range(2)]
+    plain, other = (model_file.FusedGPT(each).fused[0].matmuls() for each in models)
+    if DEVICE == "cuda":
+        pytest.importorskip("humming", reason="the extra `four-bit` has it")
+    rounded = {name: four_bit.FourBitLinear(matmul) for name, matmul in plain.items()}
+    e2e.check_four_bits(plain, rounded)
+    rounded["down"] = four_bit.FourBitLinear(other["down"])
+    with pytest.raises(ValueError, match=r"int4 down: got error .* before it is timed"):
+        e2e.check_four_bits(plain, rounded)
+
+
+# ---- What is counted -------------------------------------------------------------------------------------------------
+
+
+def test_floors_by_hand(model):
+    """2 layers, 3 sequences, 2 KV heads of 16 float32 channels: 768 bytes per token and side, 80 tokens, 10 blocks."""
+    dense, sparse = 2 * 768 * 80, 768 * 10 + 2 * 768 * 40
+    heads, hidden, inner = SMALL.kv_heads * SMALL.group * 16, SMALL.hidden, SMALL.hidden + 4
+    matrices = hidden * (2 * heads + 2 * SMALL.kv_heads * 16) + 3 * hidden * inner
+    weights = 4 * (SMALL.layers * matrices + SMALL.vocab * hidden)
+    assert e2e.weight_bytes(model) == weights
+    found = e2e.floors_us(model, replace(CONFIG, active_ratio=0.5), 3, CONTEXT, 1e-4)  # 0.1 byte per µs
+    resa = (3 * sparse + dense) / 4
+    read = {"dense": dense, "sparse": sparse, "resa": resa}
+    assert found == {name: pytest.approx((weights + n) / 100, abs=0.06) for name, n in read.items()}
+
+
+def test_inputs_and_work_between_have_the_sizes_of_the_model(model):
+    """Each product takes its input, and the work between two takes and gives what they do."""
+    inputs = e2e.matmul_inputs(model, 5)
+    assert {name: x.shape for name, x in inputs.items()} == {
+        name: (5, matmul.weight.shape[1]) for name, matmul in model.fused[0].matmuls().items()
+    }
+    for between in e2e.between_matmuls(model, 2, 3):
+        between()
+
+
+def test_the_largest_batch_leaves_the_reserve(model, monkeypatch):
+    """One sequence of 80 tokens: 2·80·16 + 2·16·10 numbers per KV head, 2 heads, 2 layers, 4 bytes: 46,080."""
+    each = 2 * 2 * 4 * (2 * 80 * 16 + 2 * 16 * 10)
+    assert each == 46_080
+    for free, expected in ((each * 3, 3), (each * 3 - 1, 2), (0, 0)):
+        monkeypatch.setattr(e2e, "free_memory", lambda device, free=free: free)
+        assert e2e.largest_batch(model, CONFIG, CONTEXT) == expected
+
+
+def test_free_memory_of_a_gpu_leaves_a_reserve(monkeypatch):
+    """What the allocator keeps for later is given back first: in pieces it is of no use."""
+    free = [0]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(12 * 10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 8 * 10**10))
+    assert checks.free_memory(torch.device("cuda")) == 12 * 10**9 - checks.RESERVE
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 8 * 10**10))
+    assert checks.free_memory(torch.device("cuda")) == 0
+
+
+# ---- What is written -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untimed(monkeypatch):
+    """Everything runs once, and takes as long as the test says: dense steps 9 µs by one backend, 7 by the other; the
+    first cycle 40 µs, the second 41, …; gives the cycles in that order."""
+    from resa.fast.bench.timing import Time
+
+    def time_calls(calls, *, divide_by=1, pause_us=0):
+        backend = getattr(calls[0], "backend", None)
+        for call in calls:
+            if backend != SDPBackend.FLASH_ATTENTION or DEVICE == "cpu":  # on a GPU it takes no float32
+                call()
+        return Time.of([7.0 if backend == SDPBackend.MATH else 9.0])
+
+    cycles = []
+
+    def elapsed(work):
+        work()
+        if work not in cycles:
+            cycles.append(work)
+        return 40.0 + cycles.index(work)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            """At the time of as many milliseconds as steps have been taken."""
+            self.at = float(sum(int(work.loop.n_chosen[0]) for work in cycles[-1:]))
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(e2e, "elapsed", elapsed)
+    monkeypatch.setattr(e2e, "time_calls", time_calls)
+    monkeypatch.setattr(e2e, "BACKENDS", {"flash": SDPBackend.FLASH_ATTENTION, **PLAIN})
+    monkeypatch.setattr(e2e, "check", lambda *_: {"all": 0.0})
+    monkeypatch.setattr(e2e, "SAMPLES", 1)
+    monkeypatch.setattr(e2e, "MIN_SAMPLES", 1)
+    return cycles
+
+
+def test_a_row_compares_with_the_faster_dense_attention(model, untimed):
+    """And each way of decoding is the one it says: by its schedule and its bounds."""
+    config = replace(CONFIG, interval=2)
+    row = e2e.measure(model, config, 2, CONTEXT, Sampling(0.7, 0.9), is_shared=True)
+    assert [time["us"] for time in row["dense"].values()] == [9.0, 7.0]
+    assert row["dense_us"] == 7.0
+    assert [row[name]["us"] for name in ("sparse", "resa", "resa, 8-bit bounds")] == [20.0, 20.5, 21.0]
+    assert (row["ratio"], row["sparse_ratio"]) == (round(7 / 20.5, 3), 0.35)
+    assert row["resa_steps_us"] == [1000.0, 1000.0]
+    assert (row["protocol"], row["batch"], row["context"]) == ("shared", 2, CONTEXT)
+    sparse, resa, eight_bit = untimed
+    assert [[kinds.fused for kinds in cycle.kinds] for cycle in untimed] == [[False] * 2, [False, True], [False, True]]
+    assert sparse.loop.config.interval is None
+    assert resa.loop.config == config
+    assert torch.is_tensor(resa.loop.cache.bounds[0])
+    assert all(isinstance(bounds, Bounds8) for bounds in eight_bit.loop.cache.bounds)
+    own = e2e.measure(model, config, 1, CONTEXT, e2e.GREEDY, is_shared=False)
+    assert own["protocol"] == "true"
+    assert "resa, 8-bit bounds" not in own
+
+
+@pytest.fixture
+def machine(monkeypatch, model, untimed):
+    """A machine of so little memory that one sequence fits, and the small model for the large one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("", (), {"total_memory": 8e10}))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(e2e, "free_memory", lambda device: 46_080)
+    monkeypatch.setattr(bench_cli, "find_spec", lambda name: name)
+    monkeypatch.setattr("resa.fast.bench.timing.copy_bandwidth", lambda: 2.5)
+    monkeypatch.setattr(e2e, "build", lambda weights: model)
+
+    def measured(model, config, batch, context, sampling, *, is_shared):
+        times = {"us": 40.0 * batch, "low": 39.0, "high": 41.0}
+        row = {"protocol": "shared" if is_shared else "true", "batch": batch, "context": context, "ratio": 2.5}
+        return row | {"sparse": times, "resa": times, "dense_us": 100.0 * batch}
+
+    monkeypatch.setattr(e2e, "measure", measured)
+
+
+def test_the_command_writes_what_it_measured(machine, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "new" / "e2e.json"
+    words = "bench e2e --contexts 160 80 --batches 2 1 --true-contexts 80 --interval 2 --block-size 8 --weights float16"
+    monkeypatch.setattr("sys.argv", ["resa", *words.split(), "--out", str(out), "--commit", "abc"])
+    assert cli.main() == 0
+    result = json.loads(out.read_text())
+    points = [(row["weights"], row["protocol"], row["batch"], row["context"]) for row in result["rows"]]
+    shared = [("float16", "shared", batch, context) for context in (80, 160) for batch in (1, 2)]
+    assert points == [*shared, ("float16", "true", 1, 80)]
+    assert result["command"] == f"resa {words}"
+    assert result["commit"] == "abc"
+    assert result["config"]["interval"] == 2
+    assert result["sampling"] == {"temperature": 0.7, "top_p": 0.95, "top_k": None}
+    assert set(result["weights"]["float16"]) == {"bytes", "errors", "parts"}
+    assert set(result["weights"]["float16"]["parts"]) == {"1", "2"}
+    first = result["rows"][0]
+    assert first["floor_us"].keys() == {"dense", "sparse", "resa"}
+    shown = capsys.readouterr().out
+    assert "float16, 2 × 160 tokens, shared: dense 200.0 µs, ReSA 80.0 µs, ratio 2.50" in shown
+    assert str(out) in shown.replace("\n", "")
+
+
+BAD = {
+    "--interval 1": "--interval: got 1; allowed: 2 or more",
+    "--contexts --true-contexts": "--contexts: got none",
+    "--contexts 32": "--contexts: got 32; allowed: > --interval",
+    "--batches 0": "--batches: got 0; allowed: 1 or more",
+    "--active-ratio 2": "active_ratio: got 2.0",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_arguments_are_named_before_anything_is_built(machine, monkeypatch, capsys, tmp_path, words):
+    monkeypatch.setattr(e2e, "build", lambda weights: pytest.fail("something was built"))
+    out = tmp_path / "e2e.json"
+    assert cli.main(["bench", "e2e", *words.split(), "--out", str(out)]) == 2
+    shown = capsys.readouterr().err
+    assert f"resa bench: {BAD[words]}" in shown
+    assert shown.count("\n") == 1
+    assert not out.exists()
+
+
+def test_without_the_library_for_four_bits_it_says_so_at_once(machine, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench_cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(e2e, "build", lambda weights: pytest.fail("something was built"))
+    assert cli.main(["bench", "e2e", "--out", str(tmp_path / "e2e.json")]) == 2
+    assert (
+        "--weights: got int4, without humming-kernels; allowed: pip install humming-kernels" in capsys.readouterr().err
+    )
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for what in ("layer", "e2e"):
+        assert cli.main(["bench", what]) == 2
+        assert capsys.readouterr().err == "resa bench: device: got no NVIDIA GPU; allowed: a machine with one\n"
+
+
+def test_help_teaches(capsys):
+    for words in (["bench"], ["bench", "layer"], ["bench", "e2e"]):
+        with pytest.raises(SystemExit) as leaving:
+            cli.main([*words, "--help"])
+        assert leaving.value.code == 0
+        assert len(capsys.readouterr().out) > 200

@@ -1,0 +1,714 @@
+"""The command line: what it prints where, and that a bad argument is one line, status 2 and never a traceback."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from resa.reference import ReSAConfig, Sampling, generate, load_model, load_tokenizer, save_model
+from resa.reference.cli import generate as generate_command
+from resa.reference.cli import lab
+from resa.reference.cli.main import BACKENDS, REFERENCE, build_parser, main, sparsity
+from resa.reference.lab import evidence, sweep, train
+from resa.reference.lab.corpus import STANDARD_LIBRARY, Corpus, Document
+from resa.reference.weights.checkpoint import shipped_checkpoint
+from resa.reference.weights.files import source_digest
+from small_models import Shape
+
+COMMANDS = ["demo", "generate", "train", "tokenizer", "eval", "evidence", "conformance"]
+SPARSE = ["--block-size", "4", "--min-blocks", "2"]
+CodeShape = type("CodeShape", (Shape,), {"vocab": 4096})  # over the shipped tokenizer's vocabulary
+FUNCTIONS = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(4))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A small random model on disk."""
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_model(path, CodeShape(seed=2, context=128, tied=False).model(torch.float32), dtype=torch.float32)
+    return path
+
+
+@pytest.fixture(scope="module")
+def long_path(tmp_path_factory):
+    """A model with a long context, and as little else as possible."""
+    path = tmp_path_factory.mktemp("model") / "long.safetensors"
+    save_model(path, CodeShape(layers=1, kv_heads=1, group=1, head_dim=2, hidden=4, context=8192).model(torch.float32))
+    return path
+
+
+@pytest.fixture
+def resa(called):
+    return lambda *arguments, backends=BACKENDS: called(main, *arguments, backends=backends)
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A standard library of a few hundred tokens, for commands that would read the real one for seconds."""
+    code = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(40))
+    train_side = [Document("a", code, STANDARD_LIBRARY), Document("b", code.replace("f", "g"), STANDARD_LIBRARY)]
+    held_out = [Document(f"h{i}", code.replace("x", f"y{i}")[i:], STANDARD_LIBRARY) for i in range(3)]
+    asked = []
+
+    def local_corpus(*, packages=False, progress=True):
+        asked.append(packages)
+        return Corpus(train_side, held_out, {"train_files": 2})
+
+    monkeypatch.setattr(train, "local_corpus", local_corpus)
+    monkeypatch.setattr(lab, "held_out_library", lambda: held_out)
+    return asked
+
+
+def assert_refused(result, command, *named):
+    """Status 2 and exactly one line on standard error, which names what is wrong."""
+    status, _, err = result
+    assert status == 2, err
+    assert re.fullmatch(rf"resa {command}: [^\n]+\n", err), err
+    assert all(re.search(name, err) for name in named), err
+
+
+def assert_refused_by_argparse(result, name=""):
+    """One line that names what is wrong and where help is to be had."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"resa[ a-z]*: [^\n]+ --help\)\n", err), err
+    assert name in err
+
+
+# ---- Help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_explains_and_shows_defaults(resa, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # or argparse breaks the lines that are looked at
+    status, out, err = resa(command, "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith(f"usage: resa {command}")
+    some = {
+        "demo": {"--tokens": 512, "--schedule": "paper", "--temperature": 0.5, "--intervals": "[8, 32, 128]"},
+        "generate": {"--interval": 32, "--schedule": "fused", "--min-blocks": 16, "--dense-layers": 0},
+        "train": {"--seed": 0, "--context": 8192},
+        "eval": {"--documents": 16, "--schedule": "paper", "--active-ratio": 0.1, "--device": "cpu"},
+        "evidence": {"--size": "small", "--jobs": 1},
+    }.get(command, {})
+    text = re.sub(r"\s+", " ", out)
+    for flag, default in some.items():
+        assert re.search(rf"{flag} .*?\(default: {re.escape(str(default))}\)", text), flag
+    for nothing in ("==SUPPRESS==", "(default: None)", "(default: [])", "(default: False)"):
+        assert nothing not in out
+    assert not re.search(r"\(default: [^)]*\) \(default:", text), "a default stands there twice"
+
+
+def test_the_defaults_are_those_of_the_configuration():
+    options = build_parser().parse_args(["generate"])
+    assert sparsity(options, interval=options.interval) == ReSAConfig()
+    assert REFERENCE.crossover is None
+
+
+def test_options_of_training_are_fields_with_their_defaults():
+    options = build_parser().parse_args(["train", "--out", "x"])
+    assert train.TrainConfig(**{name: getattr(options, name) for name in lab.TRAINING}) == train.TrainConfig()
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["generate", "--nonsense"], ["eval"], ["eval", "taste"], ["train"]])
+def test_unknown_commands_and_options_are_refused(resa, arguments):
+    assert_refused_by_argparse(resa(*arguments))
+
+
+def test_the_package_is_a_command_whose_help_lists_the_commands():
+    found = subprocess.run([sys.executable, "-m", "resa.reference", "--help"], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert all(re.search(rf"^ +{command}\b", found.stdout, re.MULTILINE) for command in COMMANDS)
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def by_hand(path, tokenizer, text, n_tokens, config, sampling=None):
+    generators, prompt = [torch.Generator().manual_seed(0)], tokenizer.encode_ordinary(text)
+    return generate(load_model(path), [prompt], n_tokens, config, sampling, generators=generators)[0].tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "sampling"),
+    [
+        ([], ReSAConfig(), Sampling()),
+        (["--temperature", "1.5", "--top-p", "0.9"], ReSAConfig(), Sampling(1.5, 0.9)),
+        (["--temperature", "0.7", "--top-k", "20"], ReSAConfig(), Sampling(0.7, top_k=20)),
+        ([*SPARSE, "--interval", "never"], ReSAConfig(block_size=4, min_blocks=2, interval=None), Sampling()),
+        (
+            [*SPARSE, "--interval", "3", "--schedule", "paper", "--active-ratio", "0.3", "--local-blocks", "2"],
+            ReSAConfig(4, 0.3, 2, 2, 3, "paper"),
+            Sampling(),
+        ),
+        ([*SPARSE, "--interval", "1"], ReSAConfig(block_size=4, min_blocks=2, interval=1), Sampling()),
+        ([*SPARSE, "--dense-layers", "1"], ReSAConfig(block_size=4, min_blocks=2, dense_layers=1), Sampling()),
+    ],
+)
+def test_generate_is_generate(resa, path, tokenizer, arguments, config, sampling):
+    wanted = by_hand(path, tokenizer, FUNCTIONS, 12, config, sampling)
+    status, out, err = resa("generate", FUNCTIONS, "--tokens", 12, "--model", path, "--json", *arguments)
+    result = json.loads(out)
+    assert (status, err) == (0, "")
+    assert result["tokens"] == wanted
+    assert result["text"] == tokenizer.decode(wanted)
+    assert result["prompt_tokens"] == len(tokenizer.encode_ordinary(FUNCTIONS))
+    assert (result["backend"], result["dense_below"]) == ("reference", 0)
+    assert result["seconds"] >= 0
+
+
+def test_generate_writes_the_prompt_and_its_continuation(resa, path, tokenizer):
+    text = "naïve = 1\n"
+    wanted = tokenizer.decode(by_hand(path, tokenizer, text, 9, ReSAConfig()))
+    status, out, err = resa("generate", text, "--tokens", 9, "--model", path)
+    assert (status, out) == (0, text + wanted + "\n")
+    n_prompt = len(tokenizer.encode_ordinary(text))
+    assert re.fullmatch(rf"{n_prompt} \+ 9 tokens in [0-9.]+ s \(backend reference\)\n", err)
+
+
+def test_generate_without_a_prompt_or_without_tokens(resa, path):
+    assert resa("generate", "--tokens", 0, "--model", path)[:2] == (0, "def fibonacci(n):\n\n")
+    out = resa("generate", "--tokens", 0, "--model", path, "--json")[1]
+    assert json.loads(out)["tokens"] == []
+
+
+def test_a_seed_decides_the_sample(resa, path):
+    def tokens(seed):
+        out = resa("generate", "x = ", "--tokens", 8, "--temperature", 1, "--seed", seed, "--model", path, "--json")[1]
+        return json.loads(out)["tokens"]
+
+    assert tokens(1) == tokens(1)
+    assert tokens(1) != tokens(2)
+
+
+def test_a_prompt_file_is_the_prompt(resa, path, tmp_path):
+    """Its bytes are: line ends stay as they are."""
+    file = tmp_path / "größe.py"
+    file.write_bytes("y = 'ü'\r\n".encode())
+    assert resa("generate", "--prompt-file", file, "--tokens", 5, "--model", path)[1].startswith("y = 'ü'\r\n")
+    by_file = json.loads(resa("generate", "--prompt-file", file, "--tokens", 5, "--model", path, "--json")[1])
+    by_text = json.loads(resa("generate", "y = 'ü'\r\n", "--tokens", 5, "--model", path, "--json")[1])
+    assert by_file["tokens"] == by_text["tokens"]
+
+
+def test_the_end_of_text_is_the_stop_token(path, tokenizer):
+    _, language = generate_command._load_any(build_parser().parse_args(["generate", "--model", str(path)]))
+    assert language.stop_tokens == [tokenizer.encode_single_token("<|endoftext|>")] == [4095]
+
+
+TEXT_BYTES = st.binary(max_size=4) | st.text(max_size=2).map(str.encode)
+
+
+@given(st.lists(TEXT_BYTES, max_size=4), st.integers(0, 3))
+@example(["é".encode(), "€".encode()], 1)
+@example([b"a\xe2", b"\x82", b"\xacb"], 0)
+@example([b"\xff", b"\xe2"], 0)
+@example([b"\xff\xe2", b"\x82", b"\xac"], 4)
+def test_characters_are_written_whole(pieces, cut):
+    """Bytes arrive in tokens that may cut a character; what is written is the text of them all."""
+    whole = b"".join(pieces)
+    tokens = [whole[:cut], *(whole[i : i + 1] for i in range(cut, len(whole)))]
+    writer = generate_command.Writer(lambda index: tokens[index], lambda: None)
+    written = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda text, end="\n", flush=False: written.append(text + end))
+        for index in range(len(tokens)):
+            writer(0, index, index)
+        writer.close()
+    try:
+        expected = whole.decode()
+    except UnicodeDecodeError:  # how many marks stand for what is no text is nobody's business
+        assert "\ufffd" in "".join(written)
+        assert "".join(written).replace("\ufffd", "") == whole.decode(errors="ignore") + "\n"
+    else:
+        assert "".join(written) == expected + "\n"
+
+
+def test_an_interruption_is_one_line(resa, path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    backends = {"reference": replace(REFERENCE, generate=interrupted)}
+    status, _, err = resa("generate", "--tokens", 3, "--model", path, backends=backends)
+    assert (status, err) == (130, "resa generate: interrupted\n")
+
+
+def test_a_closed_pipe_is_no_error_to_read_about(path):
+    """`resa generate … | head -1`: whoever reads has gone, which is neither a traceback nor a page of excuses."""
+    command = [sys.executable, "-m", "resa.reference", "generate", "a\nb\n", "--tokens", "20", "--model", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # before the first word is written
+    err = process.stderr.read()
+    process.stderr.close()
+    process.wait()
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+    assert len(err.splitlines()) <= 1
+
+
+# ---- generate: densely up to the crossover, then sparsely ------------------------------------------------------------
+
+N_PROMPT, N_TOKENS = 52, 24  # of FUNCTIONS, and what is written below
+FUSED, PAPER = ["--interval", "4"], ["--interval", "never", "--schedule", "paper"]
+
+
+class Watched:
+    """The reference as a backend with a crossover, which keeps what its `generate` was called with."""
+
+    def __init__(self, crossover):
+        self.calls, self.told = [], []
+        own = replace(REFERENCE, generate=self.generate, crossover={1: crossover}.get)
+        self.backends = {"watched": own, **BACKENDS}
+
+    def generate(self, model, prompts, n_tokens, config, *, on_token, resume=None, generators, **request):
+        self.calls.append((len(prompts[0]), n_tokens, config.interval, config.schedule))
+        self.generator = generators[0]
+
+        def told(sequence, position, token):
+            self.told.append((sequence, position, token))
+            if on_token is not None:
+                on_token(sequence, position, token)
+
+        return generate(
+            model, prompts, n_tokens, config, on_token=told, resume=resume, generators=generators, **request
+        )
+
+
+@pytest.fixture
+def decoded(resa, path):
+    """Continues FUNCTIONS with a crossover → (the backend, standard output, standard error)."""
+
+    def run(crossover, *arguments):
+        watched = Watched(crossover)
+        command = ["generate", FUNCTIONS, "--tokens", N_TOKENS, "--model", path, "--backend", "watched", *SPARSE]
+        status, out, err = resa(*command, *arguments, backends=watched.backends)
+        assert status == 0, err
+        return watched, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "1"]])
+@pytest.mark.parametrize("way", [FUSED, PAPER])
+@pytest.mark.parametrize(
+    "crossover", [0, N_PROMPT, N_PROMPT + 1, N_PROMPT + 9, N_PROMPT + N_TOKENS - 1, N_PROMPT + N_TOKENS]
+)
+def test_a_request_is_dense_up_to_the_crossover_and_one_stream(decoded, path, tokenizer, way, sampling, crossover):
+    n_dense = max(crossover - N_PROMPT, 0)
+    watched, out, _ = decoded(crossover, *way, *sampling)
+    dense, sparse = ("1", "fused"), (way[1], "paper" if way == PAPER else "fused")
+    calls = [(N_PROMPT, n_dense, *dense)] if n_dense else []
+    calls += [(0 if n_dense else N_PROMPT, N_TOKENS - n_dense, *sparse)] if n_dense < N_TOKENS else []
+    assert [(*sizes, str(f or "never"), s) for *sizes, f, s in watched.calls] == calls
+
+    # Every token was told once, at its own position, and written.
+    tokens = [token for _, _, token in watched.told]
+    assert [(s, p) for s, p, _ in watched.told] == [(0, N_PROMPT + i) for i in range(N_TOKENS)]
+    assert out == FUNCTIONS + tokenizer.decode(tokens) + "\n"
+
+    # The parts are what dense and sparse decoding write, one uniform number each from one generator.
+    model, prompt = load_model(path), tokenizer.encode_ordinary(FUNCTIONS)
+    own, choice = [torch.Generator().manual_seed(0)], Sampling(float(bool(sampling)))
+    start = generate(model, [prompt], n_dense, ReSAConfig(4, 0.1, 2, interval=1), choice, generators=own)[0].tokens
+    config = ReSAConfig(4, 0.1, 2, 1, 4 if way == FUSED else None, sparse[1])
+    rest = generate(model, [prompt + start], N_TOKENS - n_dense, config, choice, generators=own)[0].tokens
+    assert tokens == start + rest
+    drawn = torch.Generator().manual_seed(0)
+    if sampling:
+        torch.rand(N_TOKENS, dtype=torch.float64, generator=drawn)
+    assert torch.equal(watched.generator.get_state(), drawn.get_state())
+
+
+def test_where_sparse_decoding_begins_makes_a_difference(decoded):
+    told = {c: [token for _, _, token in decoded(c, *PAPER)[0].told] for c in (0, N_PROMPT + 9, 1000)}
+    assert len({tuple(tokens) for tokens in told.values()}) == 3
+    assert told[N_PROMPT + 9][:9] == told[1000][:9]
+
+
+@pytest.mark.parametrize(("n_dense", "place"), [(0, 2), (9, 2), (9, 8), (9, 9), (9, 15)])  # 8: the last dense token
+def test_a_stop_token_ends_the_text_on_either_side_of_the_seam(decoded, monkeypatch, n_dense, place):
+    arguments = [N_PROMPT + n_dense, *FUSED, "--temperature", "1"]
+    tokens = [token for _, _, token in decoded(*arguments)[0].told]
+    assert tokens.index(tokens[place]) == place, "another seed: a token must not come earlier"
+    load_any = generate_command._load_any
+
+    def with_stop(options):
+        model, language = load_any(options)
+        return model, replace(language, stop_tokens=[tokens[place]])
+
+    monkeypatch.setattr(generate_command, "_load_any", with_stop)
+    watched, _, err = decoded(*arguments)
+    assert [token for _, _, token in watched.told] == tokens[: place + 1]
+    assert len(watched.calls) == (2 if place >= n_dense > 0 else 1)
+    assert f"{N_PROMPT} + {place + 1} tokens in " in err
+
+
+@pytest.mark.parametrize(
+    ("crossover", "arguments", "says"),
+    [
+        (N_PROMPT + 5, [], "dense up to 57 tokens, where sparse decoding begins to pay on this GPU"),
+        (2048, [], "all of it is dense, below 2,048 tokens, where sparse decoding begins to pay on this GPU"),
+        (2048, ["--dense-below", "60"], "dense up to 60 tokens, as --dense-below says"),
+        (2048, ["--dense-below", "0"], None),
+        (N_PROMPT, [], None),  # long enough from the start
+        (2048, ["--interval", "1"], None),  # dense anyway
+    ],
+)
+def test_dense_decoding_is_said(decoded, crossover, arguments, says):
+    _, _, err = decoded(crossover, *arguments)
+    assert err.splitlines()[:-1] == ([] if says is None else [says])
+    watched, out, err = decoded(crossover, *arguments, "--json")
+    wanted = int(arguments[1]) if "--dense-below" in arguments else crossover
+    assert (err, json.loads(out)["dense_below"]) == ("", wanted)
+    assert json.loads(out)["tokens"] == [token for _, _, token in watched.told]
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "generate": {
+        "--active-ratio 0": r"active_ratio: got 0\.0; allowed: 0 < active_ratio ≤ 1",
+        "--active-ratio nan": "active_ratio: got nan",
+        "--interval 0": "interval: got 0; allowed: .*never",
+        "--interval often": "--interval",
+        "--interval 1.5": "--interval",
+        "--block-size 0": "block_size: got 0",
+        "--block-size 100000000000": "--block-size: got 100000000000; allowed: 1 … 65536",
+        "--local-blocks 17": "min_blocks: got 16",
+        "--dense-below -1": "--dense-below: got -1; allowed: an integer ≥ 0",
+        "--dense-below later": "--dense-below",
+        "--tokens -1": "--tokens: got -1; allowed: an integer ≥ 0",
+        "--tokens 1000": "tokens.*1000.*context = 128",
+        "--tokens many": "--tokens",
+        "--temperature -1": r"temperature: got -1\.0",
+        "--temperature inf": "temperature: got inf",
+        "--top-p 0": r"top_p: got 0\.0",
+        "--device gpu": "--device: got gpu; allowed: cpu",
+        "--device meta": "--device: got meta; allowed: cpu",
+        "--seed -1": "--seed: got -1; allowed: 0",
+        "--schedule weekly": "--schedule",
+        "--backend triton": "--backend",  # the reference does not know it
+        "--prompt-file b": "--prompt-file",  # beside a prompt
+    },
+    "demo": {
+        "--tokens 1": "tokens: got 1; allowed: an integer ≥ 2",
+        "--tokens 100": r"--prompt-tokens \+ --tokens: got 140; allowed: ≤ 128",
+        "--intervals 0": r"intervals: got \(0,\); allowed: integers ≥ 1, at least one",
+        "--figure figure.bmp": r"--figure: got figure.bmp; allowed: .*\.png",
+        "--figure figure": "--figure: got figure",
+        "--figure folder.png": "--figure: got folder.png; allowed: a file in a folder one may write",
+        "--active-ratio 2": "active_ratio: got 2",
+        "--temperature -1": "temperature: got -1",
+        "--prompt-tokens 1": "--prompt-tokens: got 1; allowed: an integer ≥ 2",
+    },
+    "eval": {
+        "--prompt-tokens 200": r"--prompt-tokens \+ --tokens: got 206; allowed: ≤ 128",
+        "--prompt-tokens 0": "--prompt-tokens: got 0",
+        "--intervals 0": "interval: got 0",
+        "--active-ratio 0": "active_ratio: got 0",
+        "--documents 0": "--documents: got 0; allowed: an integer ≥ 1",
+        "--tokens 0": "--tokens: got 0",
+        "--tokens -6": "--tokens: got -6",
+    },
+    "train": {
+        "--steps 0": "steps: got 0",
+        "--batch-tokens 100": "batch_tokens: got 100; allowed: a multiple of context = 96",
+        "--device tpu": "device: got tpu; allowed: cpu",
+        "--learning-rate nan": "learning_rate: got nan",
+    },
+    "tokenizer": {"": "TEXT: got nothing", "--train folder.png": "--train: got folder.png; allowed: a file"},
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "named"), [(name, *each) for name, table in REFUSED.items() for each in table.items()]
+)
+def test_bad_arguments_are_refused_by_name_before_any_work(
+    resa, path, library, tmp_path, monkeypatch, command, words, named
+):
+    """In one line on standard error; nothing else is printed, and nothing written."""
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "prompt.py").write_text("x = 1\n" * 30)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    valid = {
+        "generate": ["generate", "a = 1\n", "--model", path, "--tokens", 9],
+        "demo": ["demo", "--prompt-file", "prompt.py", *DEMO, "--model", path],
+        "eval": ["eval", "fidelity", "--model", path, "--prompt-tokens", 30, "--tokens", 6],
+        "train": training("out"),
+        "tokenizer": ["tokenizer"],
+    }[command]
+    status, out, err = resa(*valid, *words.split())
+    assert (status, out) == (2, "")
+    assert re.fullmatch(rf"resa {command}: [^\n]+\n", err), err
+    assert re.search(named, err), err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+LOADING = [["generate"], ["demo"], ["eval", "fidelity"], ["eval", "carried"], ["evidence"]]
+
+
+@pytest.mark.parametrize("command", LOADING)
+def test_every_command_refuses_a_gpu_that_is_not_there(resa, path, command, library, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    for device in ("cuda", "cuda:3"):
+        assert_refused(resa(*command, "--model", path, "--device", device), command[0], f"--device: got {device}")
+
+
+@pytest.mark.parametrize("command", LOADING)
+def test_every_command_refuses_a_model_that_is_missing_or_damaged(resa, path, command, tmp_path, library, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    damaged = tmp_path / "damaged.safetensors"
+    for kept in (0, 7, 300, path.stat().st_size - 1):
+        damaged.write_bytes(path.read_bytes()[:kept])
+        assert_refused(resa(*command, "--model", damaged), command[0], "damaged.safetensors", "damaged file")
+    damaged.write_text("no model at all\n" * 100)
+    assert_refused(resa(*command, "--model", damaged), command[0], "damaged.safetensors", "damaged file")
+    missing = tmp_path / "missing.safetensors"
+    assert_refused(resa(*command, "--model", missing), command[0], "missing.safetensors", "no such file")
+    assert_refused(resa(*command, "--model", tmp_path), command[0], "no such file")
+
+
+@pytest.mark.parametrize("command", ["generate", "demo", "tokenizer"])
+def test_prompt_files_are_refused_by_name(resa, path, tmp_path, command):
+    (tmp_path / "latin.py").write_bytes("größe = 1\n".encode("latin-1"))
+    (tmp_path / "empty.py").touch()
+    said = {"missing.py": "missing.py: no such file", "": "got the folder .*; allowed: a file", "latin.py": "not UTF-8"}
+    said |= {} if command == "tokenizer" else {"empty.py": "at least"}
+    for name, named in said.items():
+        model = [] if command == "tokenizer" else ["--model", path]
+        assert_refused(resa(command, "--prompt-file", tmp_path / name, *model), command, "prompt", named)
+    if command == "generate":
+        assert_refused(resa(command, "", "--model", path), command, "prompt: got ''; allowed: at least one character")
+
+
+def test_a_prompt_comes_through_a_pipe(path):
+    command = [sys.executable, "-m", "resa.reference", "generate", "--prompt-file", "/dev/stdin", "--tokens", "0"]
+    found = subprocess.run([*command, "--model", str(path)], input="y = 1\n", capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, "y = 1\n\n")
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+DEMO = ["--prompt-tokens", 40, "--tokens", 8, "--intervals", 4, 3, *SPARSE]
+
+
+def test_the_demo_prints_draws_and_continues_a_given_file(resa, path, tmp_path):
+    file, figure = tmp_path / "prompt.py", tmp_path / "out" / "figure.png"
+    file.write_text("".join(f"v{i} = {i}\n" for i in range(30)))
+    command = ["demo", "--prompt-file", file, *DEMO, "--model", path, "--schedule", "fused", "--seed", 9]
+    status, out, err = resa(*command, "--figure", figure)
+    assert status == 0
+    assert "decode-only  KL from dense" in err  # as it goes
+    assert "Continuing prompt.py: 40 tokens read, 8 to write, on cpu (backend reference)." in out
+    names = ["dense", "sparse", "ReSA f=4", "ReSA f=3", "decode-only"]
+    assert all(name in out for name in names)
+    assert str(figure) in out.replace("\n", "")
+    assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+    figure = tmp_path / "figure.svg"
+    status, out, _ = resa(*command, "--figure", figure, "--active-ratio", 0.5, "--json")
+    result = json.loads(out)  # nothing but one object
+    assert (status, list(result["rows"])) == (0, names)
+    assert (result["subject"], result["figure"], result["prompt_tokens"]) == ("prompt.py", str(figure), 40)
+    assert (result["backend"], result["torch"]) == ("reference", torch.__version__)
+    wanted = {"block_size": 4, "active_ratio": 0.5, "min_blocks": 2, "schedule": "fused"}
+    assert wanted.items() <= result["options"].pop("config").items()
+    assert result["options"] == {"n_tokens": 8, "intervals": [4, 3], "temperature": 0.5, "seed": 9}
+    assert result["rows"]["sparse"]["cost_model"] == 1 / 4 + 0.5  # half of ten blocks is more than min_blocks
+    assert figure.read_text().lstrip().startswith("<?xml")
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_shows_the_tokens_of_a_text(resa, tokenizer, tmp_path):
+    text = "def größe(x):\n    return x"
+    ids = tokenizer.encode_ordinary(text)
+    pieces = [tokenizer.decode_single_token_bytes(token) for token in ids]
+    wanted = " ".join(repr(piece.decode(errors="replace")) for piece in pieces) + "\n"
+    assert resa("tokenizer", text) == (0, wanted, f"{len(text.encode())} bytes, {len(ids)} tokens\n")
+    file = tmp_path / "file.py"
+    file.write_text(text, encoding="utf-8")
+    assert resa("tokenizer", "--prompt-file", file)[:2] == (0, wanted)
+
+
+def test_the_tokenizer_is_trained(resa, library, monkeypatch, tmp_path):
+    pytest.importorskip("tokenizers")
+    out = tmp_path / "new" / "ranks"
+    run = train.run_tokenizer
+    monkeypatch.setattr(train, "run_tokenizer", lambda out: run(out, vocab_size=270))
+    status, text, _ = resa("tokenizer", "--train", out)
+    assert status == 0
+    assert json.loads(text)["vocab_size"] == 270 == load_tokenizer(out).n_vocab
+    assert json.loads(text)["held_out_bytes_per_token"] > 1
+    assert library == [True]
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "--steps": 4, "--batch-tokens": 192, "--context": 96, "--short-context": 48, "--warmup-steps": 1,
+    "--program-rows": 2, "--log-every": 2, "--device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch):
+    """A shape that trains in no time."""
+    shape = CodeShape(layers=1, kv_heads=1, group=2, head_dim=4, hidden=8).config(context=64)
+    monkeypatch.setattr(train, "SMALL_MODEL", shape)
+
+
+def training(out, **changes):
+    options = {**SMALL, "--out": out, **{"--" + name.replace("_", "-"): value for name, value in changes.items()}}
+    return ["train", *(part for pair in options.items() for part in pair)]
+
+
+def test_training_writes_a_model_and_prints_its_record(resa, library, tmp_path):
+    status, out, err = resa(*training(tmp_path, seed=3, context=80, short_context=40, batch_tokens=160), "--packages")
+    assert (status, "Traceback" in err) == (0, False)
+    record = json.loads(out)
+    assert record == json.loads((tmp_path / "record.json").read_text())
+    assert (record["tokens_seen"], record["train"]["seed"]) == (4 * 160, 3)
+    shape = load_model(tmp_path / "model.safetensors").config
+    assert (shape.n_layer, shape.n_head, shape.n_kv_head, shape.head_dim, shape.context) == (1, 2, 1, 4, 80)
+    assert library == [True]
+    # What was trained can be used at once, and be trained further.
+    assert resa("generate", "x", "--tokens", 3, "--model", tmp_path / "model.safetensors")[0] == 0
+    assert resa(*training(tmp_path / "more", steps=2, init=tmp_path / "model.safetensors"))[0] == 0
+    assert library == [True, False]
+
+
+def test_training_that_was_stopped_goes_on_by_the_same_command(resa, library, tmp_path, monkeypatch):
+    steps, take_step = [], train.Trainer.take_step
+
+    def stopped_once(trainer, rows):
+        steps.append(trainer.step)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return take_step(trainer, rows)
+
+    monkeypatch.setattr(train.Trainer, "take_step", stopped_once)
+    status, out, err = resa(*training(tmp_path, checkpoint_seconds=1e-9))
+    assert (status, out) == (130, "")
+    assert err.endswith("resa train: interrupted\n")
+    assert resa(*training(tmp_path))[0] == 0
+    assert steps == [0, 1, 2, 2, 3]
+    # Another run in the same folder is refused by the option that differs, or starts afresh when told to.
+    status, _, err = resa(*training(tmp_path, learning_rate=0.01))
+    assert status == 2
+    assert re.match(r"resa train: .*learning_rate: got 0\.01; allowed: .* a fresh start", err.splitlines()[-1])
+    assert resa(*training(tmp_path, learning_rate=0.01), "--fresh")[0] == 0
+    assert steps[5:] == [0, 1, 2, 3]
+
+
+def test_a_diverging_run_is_one_line(resa, library, tmp_path):
+    status, _, err = resa(*training(tmp_path, learning_rate=1e30))
+    assert status != 0
+    assert "Traceback" not in err
+    assert re.search("^resa train: the loss is (nan|inf) after step .*learning_rate", err, re.MULTILINE)
+
+
+# ---- eval, evidence --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(resa, library):
+    """Answers a question → its result, read from standard output."""
+
+    def run(question, model, *arguments):
+        status, out, err = resa("eval", question, "--model", model, "--documents", 2, *arguments)
+        assert (status, "Traceback" in err) == (0, False), err
+        assert library == [], "the held-out side alone is read"
+        return json.loads(out)
+
+    return run
+
+
+def test_eval_keeps_the_result_with_what_it_was_measured_on(evaluated, path, tmp_path):
+    out = tmp_path / "new" / "fidelity.json"
+    options = ["--prompt-tokens", 30, "--tokens", 6, "--intervals", 3, 2, *SPARSE, "--schedule", "fused"]
+    result = evaluated("fidelity", path, *options, "--out", out)
+    assert json.loads(out.read_text()) == result
+    assert (result["question"], result["documents"], result["tokens_each"]) == ("fidelity", 2, 6)
+    assert list(result["variants"]) == ["sparse", "ReSA f=3", "ReSA f=2", "decode-only"]
+    assert {"block_size": 4, "min_blocks": 2, "schedule": "fused"}.items() <= result["config"].items()
+    assert result["torch"] == torch.__version__
+    assert result["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_eval_asks_every_question(evaluated, path, monkeypatch):
+    for name, values in {"LENGTHS": (1, 8), "RATIOS": (1.0,), "BLOCK_SIZES": (4,), "DENSE_LAYERS": (0,)}.items():
+        monkeypatch.setattr(sweep, name, values)
+    short = ["--prompt-tokens", 32, "--tokens", 34, "--intervals", 4, *SPARSE]
+    result = evaluated("sweep", path, *short, "--no-grid")
+    assert (result["question"], result["documents"], result["document_tokens"]) == ("sweep", 2, 66)
+    assert result["base"]["suffix"] == 33  # the last token is predicted only
+    assert "grid" not in result["factors"]
+    assert result["factors"]["active_ratio"][0]["accuracy_lost"] == 0.0
+    result = evaluated("selection", path, *short)
+    assert (result["question"], result["documents"], result["tokens_each"]) == ("selection", 2, 34)
+    result = evaluated("free", path, *short)
+    assert (result["question"], result["documents"], result["tokens_each"]) == ("free", 2, 33)
+    assert set(result["ways"]) == {"dense", "sparse", "ReSA f=4", "decode-only"}
+
+
+def test_eval_carried(resa, evaluated, long_path, monkeypatch, tmp_path):
+    words = ["--prompt-tokens", "64", "--tokens", "200", "--intervals", "16", "--ratios", "0.1", "1.0"]
+    command = ["eval", "carried", *words, "--min-blocks", "2"]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/resa", *command, "--out", "carried.json"])
+    result = evaluated("carried", long_path, *words, "--min-blocks", "2")
+    assert (result["programs"], result["length"], result["prompt_tokens"]) == (2, 264, 64)
+    assert {(row["ratio"], row["interval"]) for row in result["rows"]} == {
+        (ratio, interval) for ratio in (0.1, 1.0) for interval in ("decode-only", "never", 16)
+    }
+    assert result["command"] == shlex.join(["resa", *command])  # not where it was written
+    assert_refused(resa(*command, "--ratios", 2, "--model", long_path), "eval", "active_ratio: got 2")
+    too_long = ["eval", "fidelity", "--model", long_path, "--prompt-tokens", 8000, "--tokens", 6]
+    assert_refused(
+        resa(*too_long), "eval", "--prompt-tokens: got 8000; allowed: less than the longest held-out document"
+    )
+
+
+def test_results_keep_six_digits(evaluated, path, monkeypatch):
+    nested = {"share": 1 / 3, "ends": [(2e-20 / 3, 1234567.0)], "of": 1234567, "name": "1.23456789", "none": None}
+    monkeypatch.setattr(lab, "measure", lambda options, model, config: nested)
+    shown = evaluated("free", path)
+    rounded = {"share": 0.333333, "ends": [[6.66667e-21, 1234570.0]]}
+    assert {name: shown[name] for name in nested} == nested | rounded
+
+
+def test_evidence_measures_every_part_on_its_model(resa, monkeypatch, tmp_path):
+    """The parts about programs on the model of programs, whatever model is given for the others.
+
+    What is decoded token by token by a small model runs on the CPU, whatever device is given for the others.
+    """
+    ran = []
+    monkeypatch.setattr(lab, "run_parts", lambda *arguments, **more: ran.append((*arguments, more)))
+    monkeypatch.setattr("resa.reference.cli.main.load", lambda options: None)
+    assert resa("evidence", "--size", "full", "--out", tmp_path, "--jobs", 3, "--device", "cuda")[0] == 0
+    ((parts, out, options),) = ran
+    assert (out, options) == (tmp_path, {"jobs": 3})
+    assert set(parts) == set(evidence.SIZES["full"])
+    for part, (name, words) in evidence.SIZES["full"].items():
+        path = shipped_checkpoint(name)
+        assert parts[part].words == words
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert parts[part].digests == {"checkpoint_sha256": digest, "source_sha256": source_digest()}
+        named = [] if name == "model" else ["--model", os.path.relpath(path)]
+        where = "cpu" if words.split()[0] == "free" else "cuda"
+        assert parts[part].more == ["--device", where, *named]
+    assert set(evidence.SIZES["small"]) < set(evidence.SIZES["full"])

@@ -1,0 +1,199 @@
+"""Who may import whom: each file of the reading path only from its left,
+`config → blocks → attention → operations → cache → model → sampling → generate`.
+
+Rooms import from the path, never the reverse, and `fast/` imports from the reference, never the reverse. Read from the
+syntax trees, function bodies and type-checking blocks included, and once at run time.
+"""
+
+import ast
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from resa import reference
+
+ROOTS = {package: Path(find_spec(package).origin).parent for package in ("resa.reference", "resa.fast")}
+PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+ARROW = [
+    "checks", "rope", "config", "blocks", "attention", "operations", "cache", "model", "sampling", "requests",
+    "generate", "speculate",
+]  # fmt: skip
+# A kernel that appends a token and scores blocks needs what the cache does, so here the cache comes first.
+FAST_ARROW = [
+    "gpu",
+    "cache",
+    "blocks",
+    "attention",
+    "operations",
+    "model",
+    "sampling",
+    "generate",
+    "port",
+    "bench",
+    "cli",
+]
+# Rooms beside the path, and the rooms that each may import besides itself.
+ROOMS = {
+    "weights": set(),
+    "conformance": {"weights"},
+    "lab": {"weights"},
+    "cli": {"weights", "conformance", "lab"},
+    "__main__": {"cli"},
+}
+EXTRA = {"cli.py": {"rich"}, "four_bit.py": {"humming"}}  # third-party packages of the fast path's edges
+
+
+def imports(tree, package):
+    """Every (line, module by its full name) that a syntax tree imports; `from a import b` gives a and a.b."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found += [(node.lineno, module), *((node.lineno, f"{module}.{alias.name}") for alias in node.names)]
+    return found
+
+
+def test_relative_imports_are_understood():
+    """The helper itself, or else the tests below would pass on nothing."""
+    tree = ast.parse("from .a import b\nfrom . import c\nimport d.e\nfrom ..f import g\ndef h():\n  from i import j")
+    assert imports(tree, "resa.reference.sub") == [
+        (1, "resa.reference.sub.a"), (1, "resa.reference.sub.a.b"),
+        (2, "resa.reference.sub"), (2, "resa.reference.sub.c"),
+        (3, "d.e"),
+        (4, "resa.reference.f"), (4, "resa.reference.f.g"),
+        (6, "i"), (6, "i.j"),
+    ]  # fmt: skip
+
+
+FILES = [(package, path) for package, root in ROOTS.items() for path in sorted(root.rglob("*.py"))]
+
+
+def place_of(package, path):
+    """The room, or the file of the arrow, that a file belongs to."""
+    return "__main__" if path.name == "__main__.py" else path.relative_to(ROOTS[package]).parts[0].removesuffix(".py")
+
+
+def read(package, path):
+    """A file's syntax tree, and (line, module) of its imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return tree, imports(tree, ".".join([package, *path.relative_to(ROOTS[package]).parent.parts]))
+
+
+def allowed_in(package, place):
+    """Places of its own package that a file may import from."""
+    arrow = ARROW if package == "resa.reference" else FAST_ARROW
+    if place == "__init__":
+        return set(arrow)
+    if place in arrow:
+        own = {place} if (ROOTS[package] / place).is_dir() else set()
+        return set(arrow[: arrow.index(place)]) | own
+    assert package == "resa.fast" or place in ROOMS, f"{place} has no place in the order of imports"
+    return set(arrow) | {place} | ROOMS.get(place, set())
+
+
+@pytest.mark.parametrize(("package", "path"), FILES, ids=lambda value: getattr(value, "name", value))
+def test_a_file_imports_only_from_its_left(package, path):
+    place = place_of(package, path)
+    modules = {file.stem for _, file in FILES} | set(ROOMS) | {"gpu", "bench"}
+    for line, module in read(package, path)[1]:
+        where, parts = f"{path.name}:{line} imports {module}", module.split(".")
+        assert parts[0] not in PICKLERS, where
+        assert module != "torch.load", where
+        if parts[0] == "resa":
+            other = ".".join(parts[:2])
+            assert other in ROOTS, where
+            assert (package, other) != ("resa.reference", "resa.fast"), where
+            if other == package and len(parts) > 2 and parts[2] in modules:
+                is_type = (path.name, parts[2]) == ("requests.py", "generate")  # for type checkers alone
+                assert is_type or parts[2] in allowed_in(package, place), f"{where}, which is not to its left"
+            if other != package:
+                assert not any(part.startswith("_") for part in parts[2:]), where
+            continue
+        known = {"torch", "__future__", *sys.stdlib_module_names}
+        if package == "resa.fast":
+            known |= {"triton"} | EXTRA.get(path.name, set())
+        is_on_path = package == "resa.fast" or place in ARROW or place == "__init__"
+        assert parts[0] in known or not is_on_path, where
+        assert parts[0] != "triton" or package == "resa.fast", where
+
+
+@pytest.mark.parametrize(("package", "arrow"), [("resa.reference", ARROW), ("resa.fast", FAST_ARROW)])
+def test_the_arrow_is_connected(package, arrow):
+    """All of it is there, and each file but the leftmost imports from its package or the reference."""
+    places = {place_of(package, path) for owner, path in FILES if owner == package}
+    assert set(arrow) <= places
+    for name in arrow[2:]:
+        paths = [path for owner, path in FILES if owner == package and place_of(package, path) == name]
+        found = [module for path in paths for _, module in read(package, path)[1]]
+        assert any(module.startswith("resa.") for module in found), name
+
+
+@pytest.mark.parametrize(
+    "path", [path for package, path in FILES if package == "resa.reference"], ids=lambda path: path.name
+)
+def test_the_reference_stands_alone(path):
+    """No absolute import of itself, no import of the kernels by a name, no file format that runs code on loading."""
+    for node in ast.walk(read("resa.reference", path)[0]):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert "resa" not in {name.split(".")[0] for name in names}, f"{where}: imports inside are relative"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            used = f"{node.value.id}.{node.attr}"
+            assert used not in {"torch.load", "torch.save", "torch.hub"}, f"{where} uses {used}"
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in {"import_module", "__import__", "find_spec"}:
+                names = [str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)]
+                assert not {"triton", "fast"} & set(".".join(names).split(".")), where
+            allows = [keyword.value for keyword in node.keywords if keyword.arg == "allow_pickle"]
+            assert all(getattr(value, "value", True) is False for value in allows), where
+
+
+FRESH = """
+import sys
+import torch
+
+before = set(sys.modules)
+asked = []
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        asked.append(name)
+
+sys.meta_path.insert(0, Watch())
+import resa.reference
+loaded = {name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+assert loaded == {"resa"}, loaded
+asked_for = {name.split(".")[0] for name in asked}
+assert not asked_for & {"safetensors", "tiktoken", "tokenizers", "rich", "matplotlib", "triton", "numpy"}, asked_for
+rooms = {"weights", "conformance", "lab", "cli"}
+assert not rooms & {name.split(".")[2] for name in sys.modules if name.startswith("resa.reference.")}
+
+from resa.reference import GPT, GPTConfig, ReSAConfig, generate
+model = GPT(GPTConfig(11, 2, 4, 2, 4, 8, 8))
+generate(model, [[1, 2, 3, 4, 5, 6]], 6, ReSAConfig(block_size=1, min_blocks=1, interval=2))
+assert "resa.fast" not in asked
+import resa.fast
+assert "resa.fast" in asked, "the watch must see what it watches for"
+print("alone")
+"""
+
+
+def test_the_reference_needs_torch_alone():
+    """In a fresh process, importing it and decoding with it: nothing but torch is loaded or even looked for."""
+    run = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "alone", run.stderr
+
+
+def test_loaders_are_imported_when_they_are_used():
+    for name in ("load_model", "save_model", "load_pretrained", "load_tokenizer"):
+        assert callable(getattr(reference, name))
+    with pytest.raises(AttributeError, match="load_nothing"):
+        reference.load_nothing  # noqa: B018

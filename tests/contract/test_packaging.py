@@ -1,0 +1,245 @@
+"""The wheel, its package list, its data files, its examples, the names it answers to; and what `make` sets up."""
+
+import doctest
+import importlib
+import json
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings the same module under another name
+    import tomli as tomllib
+
+import resa.fast
+import resa.reference
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {"reference": "resa.reference", "fast": "resa.fast", "tests/vectors": "resa.vectors"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def sources():
+    """Every file of the project that git does not ignore, relative to its root; all files where there is no git."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        names = listed.stdout.splitlines()
+    else:
+        names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if "__pycache__" not in path.parts]
+    return [Path(name) for name in names if (ROOT / name).is_file()]
+
+
+def shipped():
+    """Files that the wheel must hold, by the name they are imported or found under."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        inside = [path for path in sources() if path.is_relative_to(folder)]
+        found |= {"/".join([*package.split("."), *path.relative_to(folder).parts]): path for path in inside}
+    return found
+
+
+def run(*command, **options):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy so that the tree stays free of build folders."""
+    copy, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
+    for name in sources():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet"]
+    run(sys.executable, "-m", "pip", "wheel", copy, "--wheel-dir", out, *options, cwd=copy)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_two_folders_and_nothing_else(wheel):
+    """Every source, asset and py.typed, byte for byte; no tests, no caches."""
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        expected = shipped()
+        assert held == set(expected)
+        assert {"resa/reference/py.typed", "resa/fast/py.typed"} <= held
+        assert any(name.startswith("resa/reference/weights/assets/") for name in held)
+        assert "resa/vectors/manifest.json" in held
+        for name, path in expected.items():
+            assert archive.read(name) == (ROOT / path).read_bytes(), name
+
+
+DECODED = """
+import sys
+from resa.reference import GPT, GPTConfig, ReSAConfig, generate
+config = ReSAConfig(block_size=1, min_blocks=1, interval=2)
+(generation,) = generate(GPT(GPTConfig(11, 2, 4, 2, 4, 8, 8)), [[1, 2, 3]], 5, config)
+assert len(generation.tokens) == 5
+assert not {"numpy", "safetensors", "tiktoken", "rich", "matplotlib"} & set(sys.modules)
+"""
+IMPORTED = """
+import json, pathlib, sys
+import resa.reference, resa.fast
+from resa.reference.conformance.kit import load_vectors
+assert len(load_vectors().manifest["operations"]) > 40
+assert resa.reference.load_model().config.n_layer == 12
+folders = [str(pathlib.Path(module.__file__).parent) for module in (resa.reference, resa.fast)]
+print(json.dumps({"prefix": sys.prefix, "folders": folders, "path": list(resa.__path__)}))
+"""
+
+
+def link_torch(folder):
+    """Link torch and the packages that it requires into a folder, and nothing else."""
+    wanted = ["torch"]
+    while wanted:
+        try:
+            found = metadata.distribution(wanted.pop())
+        except metadata.PackageNotFoundError:  # of another platform or an extra
+            continue
+        for name in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+            if not (folder / name).exists():
+                (folder / name).symlink_to(found.locate_file(name))
+                wanted += [re.match(r"[\w.-]+", each)[0] for each in found.requires or [] if "extra ==" not in each]
+
+
+def test_the_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
+    """Installed without the editable copy in reach: PYTHONPATH lends the dependencies, but runs no .pth file there.
+
+    The reference decodes where there is nothing but torch.
+    """
+    environment, torch_alone = tmp_path / "environment", tmp_path / "torch"
+    run(sys.executable, "-m", "venv", "--without-pip", environment)
+    python = next(path for path in (environment / "bin/python", environment / "Scripts/python.exe") if path.exists())
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    options = ["--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel, env=clean, cwd=tmp_path)
+    torch_alone.mkdir()
+    link_torch(torch_alone)
+    run(python, "-c", DECODED, env={**clean, "PYTHONPATH": str(torch_alone)}, cwd=tmp_path)
+    lent = os.pathsep.join(path for path in sys.path if Path(path).name in ("site-packages", "dist-packages"))
+    told = json.loads(run(python, "-c", IMPORTED, env={**clean, "PYTHONPATH": lent}, cwd=tmp_path))
+    inside = environment.resolve()
+    assert Path(told["prefix"]).resolve() == inside
+    for place in [*told["folders"], *told["path"]]:
+        assert inside in Path(place).resolve().parents, f"{place} is not the installed copy"
+
+
+def test_the_package_list_is_the_folders_with_an_init():
+    """setuptools is told each package by name; a folder that was forgotten would be missing from the wheel alone."""
+    settings = PROJECT["tool"]["setuptools"]
+    found = {}
+    for folder, package in FOLDERS.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            below = init.parent.relative_to(ROOT / folder).parts
+            found[".".join([package, *below])] = "/".join([folder, *below])
+    assert sorted(settings["packages"]) == sorted(found)
+    for package, folder in found.items():
+        mapping = settings["package-dir"]
+        owner = max((name for name in mapping if package == name or package.startswith(f"{name}.")), key=len)
+        assert "/".join([mapping[owner], *package[len(owner) :].split(".")[1:]]) == folder, package
+
+
+@pytest.mark.parametrize("folder", ["reference", "fast"])
+def test_the_bare_folder_name_is_refused(folder):
+    """At the root of the checkout `import reference` finds the folder; two copies of one class would follow."""
+    done = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("ImportError: ")
+    assert FOLDERS[folder] in done.stderr.strip().splitlines()[-1]
+
+
+def test_the_packages_say_what_they_export():
+    """Every name in __all__ exists and stands there once."""
+    for package in (resa.reference, resa.fast) if find_spec("triton") else (resa.reference,):
+        assert all(hasattr(package, name) for name in package.__all__)
+        assert len(set(package.__all__)) == len(package.__all__)
+
+
+MODULES = [
+    name
+    for _, name, _ in pkgutil.walk_packages(resa.reference.__path__, "resa.reference.")
+    if not name.endswith(".__main__")  # that one starts the program
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_are_true(name):
+    """Each example is run where it stands; a module may have none."""
+    failed, attempted = doctest.testmod(importlib.import_module(name))
+    assert failed == 0, f"{failed} of {attempted} examples"
+
+
+def test_there_are_examples_at_all():
+    assert {"resa.reference.generate", "resa.reference.weights.checkpoint"} <= set(MODULES)
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    assert sum(len(test.examples) for name in MODULES for test in finder.find(importlib.import_module(name))) > 5
+
+
+def test_the_tree_stays_small():
+    """A clone holds no file over 6 MB, and 16 MB in all."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a clone")
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
+    assert len(sizes) > 200
+    assert max(sizes.values()) <= 6_000_000
+    assert sum(sizes.values()) <= 16_000_000
+
+
+# ---- make ------------------------------------------------------------------------------------------------------------
+
+
+def make(*arguments, **environment):
+    command = ["make", "--no-print-directory", *arguments]
+    clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=clean | environment)
+
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
+
+
+@needs_make
+def test_an_interpreter_that_holds_another_clone_is_refused(tmp_path):
+    """It would silently run that clone's code."""
+    other = tmp_path / "resa" / "reference"
+    other.mkdir(parents=True)
+    (other / "__init__.py").touch()
+    done = make("demo", f"PYTHON={sys.executable}", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert f"holds the code of {other}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert make("install", f"PYTHON={sys.executable}").returncode == 0  # this clone's own
+
+
+@needs_make
+def test_an_older_python_is_told_what_is_needed(tmp_path):
+    """In one line, before anything is installed."""
+    old = tmp_path / "python"
+    old.write_text(f"#!{sys.executable}\nimport sys\nsys.version_info = (3, 10, 13)\nexec(sys.argv[2])\n")
+    old.chmod(0o755)
+    done = make("install", f"BASE_PYTHON={old}", f"VENV={tmp_path / 'new'}")
+    assert done.returncode != 0
+    assert "Python 3.11 or newer" in done.stderr
+    assert len(done.stderr.splitlines()) == 2  # with make's own
+    assert not (tmp_path / "new").exists()
+
+
+@needs_make
+def test_the_demo_installs_less_than_the_tests(tmp_path):
+    """Read from the commands that make would run."""
+    for target, extras in (("demo", "."), ("test", ".[dev]"), ("lint", ".[dev]"), ("docs", ".[dev]")):
+        told = make("--dry-run", target, f"VENV={tmp_path / 'new'}").stdout
+        installs = re.findall(r"pip install .*--constraint constraints.txt --editable '(.*)'", told)
+        assert installs[-1] == extras, target

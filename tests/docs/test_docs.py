@@ -1,0 +1,112 @@
+"""What the pages say is so: the example runs as written, tables and figures equal their files. More in test_site.py."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+def run(*arguments):
+    """Run a Python program of the project, with one torch thread, because tests run beside each other."""
+    environment, command = {**os.environ, "OMP_NUM_THREADS": "1"}, [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_example_in_the_readme_runs_as_written():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert sum(1 for line in code.splitlines() if line.strip()) <= 10
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith('path, "rb") as f:\n        return f.read()')
+    # 38 tokens chosen, the last never fed: 37 = 32 + 5.
+    assert done.stdout.endswith("\n5 tokens since the last rectification\n")
+
+
+@pytest.mark.parametrize("script", ["make_tables.py", "make_figures.py"])
+def test_tables_and_figures_are_what_their_files_say(script):
+    done = run(f"docs/{script}", "--check")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_a_run_is_compared_with_what_is_recorded(tmp_path):
+    """By every number that has an interval: in rows, in nested parts, in lists of intervals."""
+    files = [tmp_path / f"{name}.json" for name in ("carried_small", "selection", "sweep", "drift")]
+    for path in files:
+        shutil.copy(RESULTS / "evidence" / path.name, path)
+    done = run("docs/compare_evidence.py", tmp_path)
+    assert done.returncode == 0, done.stdout
+    counts = [int(n) for n in re.findall(r"(\d+) of \d+ numbers", done.stdout)]
+    assert len(counts) == len(files)
+    assert min(counts) >= 18
+    assert f"{sum(counts)} of {sum(counts)}" in done.stdout
+
+    # Leave one file, whose first number is outside its interval and whose other rows are missing.
+    other = json.loads(files[0].read_text())
+    row, other["rows"] = other["rows"][0], other["rows"][:1]
+    row["right"] = row["right_95"][0] - 0.01
+    files[0].write_text(json.dumps(other))
+    for path in files[1:]:
+        path.unlink()
+    done = run("docs/compare_evidence.py", tmp_path)
+    assert done.returncode == 1, "more than one in twenty is outside"
+    assert f"/rows/0/right = {row['right']:.4f}, not in [" in done.stdout
+    assert "/rows/1/right = nan, not in [" in done.stdout
+    files[0].unlink()
+    assert run("docs/compare_evidence.py", tmp_path).returncode == 1, "nothing to compare"
+
+
+@pytest.mark.parametrize(
+    ("question", "python", "value", "ends", "is_given"),
+    [
+        ("sweep", "3.11.7", 0.39, [0.3, 0.5], True),
+        ("sweep", "3.11.7", 0.41, [0.3, 0.5], False),  # the same documents: the number counts
+        ("sweep", "3.12.3", 0.41, [0.39, 0.5], True),  # other documents: both intervals count
+        ("sweep", "3.12.3", 0.41, [0.401, 0.5], False),
+        ("sweep", "3.12.3", 0.1, [0.0, 0.199], False),
+        ("sweep", "3.12.3", 0.3, None, False),
+        ("carried", "3.12.3", 0.41, [0.39, 0.5], False),  # programs are the same everywhere
+    ],
+)
+def test_intervals_are_compared_where_documents_differ(tmp_path, monkeypatch, question, python, value, ends, is_given):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    compare = importlib.import_module("compare_evidence")
+    recorded = {"question": question, "device": "CPU", "python": "3.11.7", "row": {"kl": 0.3, "kl_95": [0.2, 0.4]}}
+    found = recorded | {"python": python, "row": {"kl": value, "kl_95": ends}}
+    for name, result in (("recorded", recorded), ("found", found)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part.json").write_text(json.dumps(result))
+    assert compare.main(tmp_path / "found", tmp_path / "recorded") == int(not is_given)
+
+
+def test_no_result_names_a_folder_of_one_machine():
+    files = [*RESULTS.rglob("*.json"), *(ROOT / "reference" / "weights" / "assets").glob("*.json")]
+    assert len(files) > 15
+    for path in files:
+        assert not re.search(r"(^|[\s\"=])/\w+/", path.read_text()), path
+
+
+def test_the_folders_in_the_readme_are_those_there_are():
+    (tree,) = re.findall(r"```\n(reference/.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    listed, parent = set(), ""
+    for indent, folder in re.findall(r"^( *)(\w+)/ ", tree, re.MULTILINE):
+        parent = f"{parent.split('/')[0]}/{folder}" if indent else folder
+        listed.add(parent)
+    assert all((ROOT / folder).is_dir() for folder in listed)
+    there = {path.parent for package in ("reference", "fast") for path in (ROOT / package).rglob("__init__.py")}
+    assert {str(path.relative_to(ROOT)) for path in there} <= listed
+
+
+@pytest.mark.parametrize("package", ["reference", "fast"])
+def test_the_readme_of_a_package_names_each_of_its_files(package):
+    text = (ROOT / package / "README.md").read_text()
+    for path in (ROOT / package).glob("*.py"):
+        assert path.name.startswith("__") or path.name in text, path

@@ -1,0 +1,136 @@
+"""The site in build/docs/html, with and without a browser, and the program that executes tutorials for it.
+
+`make docs` builds the site and runs these tests.
+"""
+
+import importlib
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS, SITE, SCREENSHOTS = ROOT / "docs", ROOT / "build" / "docs" / "html", ROOT / "build" / "docs" / "screenshots"
+pytestmark = pytest.mark.site
+
+GOOD = "# %%\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()\nprint(1)\n"
+GOOD += "\n# %% [markdown]\n# *Figure: two.*\n"
+NOISY = GOOD.replace("print(1)", "import sys; print(1, file=sys.stderr)")
+
+
+@pytest.mark.parametrize(
+    ("script", "complaint"),
+    [
+        (GOOD, None),
+        (GOOD + "\n# %%\nassert 1 == 2, 'so it is not'\n", r"99_try.py, code cell 2:[\s\S]*so it is not"),
+        (NOISY, "99_try.py, code cell 1 prints"),
+        (GOOD.replace("*Figure: two.*", "Two."), r"99_try.py, code cell 1: a figure without \*Figure"),
+    ],
+    ids=["good", "false", "noisy", "no caption"],
+)
+def test_a_tutorial_that_became_false_is_named(tmp_path, monkeypatch, script, complaint):
+    monkeypatch.syspath_prepend(str(DOCS))
+    run_tutorials = importlib.import_module("run_tutorials")
+    (tmp_path / "99_try.py").write_text(script)
+    if complaint is None:
+        assert len(run_tutorials.figures(run_tutorials.execute(tmp_path / "99_try.py"))) == 1
+    else:
+        with pytest.raises(RuntimeError, match=complaint):
+            run_tutorials.execute(tmp_path / "99_try.py")
+
+
+@pytest.fixture(scope="module")
+def site():
+    """Every page of the built site by its path in it, parsed."""
+    from bs4 import BeautifulSoup  # the theme's own parser
+
+    assert (SITE / "index.html").exists(), "there is no site yet: make docs"
+    paths = sorted(SITE.rglob("*.html"))
+    return {
+        str(path.relative_to(SITE)): BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in paths
+    }
+
+
+def ids(page):
+    """The places on a page that a link can name."""
+    return {tag.get("id") or tag.get("name") for tag in page.select("[id], [name]")}
+
+
+def test_links_within_the_site_resolve(site):
+    places = {name: ids(page) for name, page in site.items()}
+    for name, page in site.items():
+        loads = [tag["src"] for tag in page.select("[src]")]
+        loads += [tag["href"] for tag in page.select("link[href]") if "canonical" not in tag.get("rel", [])]
+        for link in [*(tag["href"] for tag in page.select("a[href]")), *loads]:
+            if re.match(r"\w+:", link):
+                assert link not in loads or link.startswith("data:"), f"{name} loads {link} from the network"
+                continue
+            target, _, anchor = unquote(link).partition("#")
+            target = target.partition("?")[0]
+            path = Path(os.path.normpath(SITE / Path(name).parent / target)) if target else SITE / name
+            assert path.is_file(), f"{name}: {link}"
+            if anchor and path.suffix == ".html":
+                assert anchor in places[str(path.relative_to(SITE))], f"{name}: {link}"
+
+
+def test_every_page_is_in_the_site(site):
+    assert {f"{page.stem}.html" for page in DOCS.glob("*.md")} <= site.keys()
+    assert {f"tutorials/{script.stem}.html" for script in (ROOT / "tutorials").glob("[0-9]*.py")} <= site.keys()
+    assert {"reference.html", "fast.html"} <= site.keys()
+    documented = re.findall(r"^\.\. auto(?:class|function|data):: (\w+)", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert set(documented) <= {str(place).split(".")[-1] for place in ids(site["api.html"])}
+    assert {"../play.html", "../index.html"} <= {tag["href"] for tag in site["play/index.html"].select("a[href]")}
+    titles = [page.title.text for name, page in site.items() if not name.startswith("play/")]
+    assert len(set(titles)) == len(titles)
+
+
+HIDDEN = ["pre", "code", "script", "math", "title"]
+
+
+def test_formulas_are_mathml_without_remains(site):
+    assert len(site["algorithm.html"].select("math")) > 20
+    for name, page in site.items():
+        for formula in page.select("math"):
+            assert formula.text.strip(), name
+            assert "\\" not in formula.text, f"{name}: {formula.text.strip()}"
+        if not name.startswith("repository/"):
+            strings = [text for text in page.find_all(string=True) if not text.find_parent(HIDDEN)]
+            assert not re.search(r"\$\$|\\(frac|sum|mathrm|max|bar)\b", "".join(strings)), name
+
+
+SHOWN = ("index", "algorithm", "api", "evidence", "glossary", "tutorials/index", "tutorials/01_cache", "play")
+
+
+@pytest.mark.parametrize("size", [(1280, 800), (390, 844)])
+def test_pages_in_a_browser(site, visit, size):
+    """No error, no request that fails or leaves the disk, nothing wider than the screen, formulas with a size."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page = visit((SITE / "index.html").as_uri(), size=size)
+    for name, parsed in site.items():
+        page.goto((SITE / name).as_uri())
+        assert page.title().strip() == parsed.title.text.strip()
+        assert "resa" in parsed.title.text, name
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= size[0], f"{name} is {wide} pixels wide"
+        shown = "[...document.querySelectorAll('math')].filter(m => !m.closest('details:not([open])'))"
+        widths = page.evaluate(f"{shown}.map(m => m.getBoundingClientRect().width)")
+        assert min(widths, default=1) > 0, name
+        if name.removesuffix(".html") in SHOWN:
+            file = f"{name.removesuffix('.html').replace('/', '_')}_{size[0]}.png"
+            page.screenshot(path=SCREENSHOTS / file, full_page=name != "api.html")
+
+
+def test_solutions_unfold(visit):
+    page = visit((SITE / "tutorials" / "01_cache.html").as_uri())
+    folded = page.locator("details.hide").first
+    code = folded.locator("pre").first
+    assert not code.is_visible()
+    folded.locator("summary").click()
+    assert code.is_visible()
+
+
+def test_search_finds(visit):
+    page = visit(f"{(SITE / 'search.html').as_uri()}?q=rectification")
+    page.wait_for_selector("#search-results li a", timeout=20_000)

@@ -1,0 +1,155 @@
+"""Mistakes seeded one at a time into a copy of the project: the suite must catch every one of them.
+
+    python tests/mutants.py [--jobs 2] [WORD …]    # all, or those whose file or description holds a WORD
+
+Each line changes one piece of a file and names the tests that must then fail. A copy is made in a temporary folder, so
+the working tree stays as it is. Exit status 1 if any mistake goes unnoticed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+OPERATIONS, DECODING, CONTRACT = "tests/operations", "tests/decoding", "tests/contract"
+
+
+class Mistake(NamedTuple):
+    """One seeded mistake."""
+
+    what: str
+    file: str
+    old: str  # occurs exactly once in the file
+    new: str
+    tests: str = DECODING  # folder or file that must turn red
+
+
+PATH = [
+    # config: the rhythm.
+    Mistake("fused pass one step late", "reference/config.py", "self.interval - 1 if", "self.interval if"),
+    Mistake("paper pass one step early", "reference/config.py", "else self.interval\n", "else self.interval - 1\n"),
+    Mistake("pass due only beyond the limit", "reference/config.py", "n_drifted >= self.drift_limit", "n_drifted > self.drift_limit"),
+    Mistake("never rectifying rectifies", "reference/config.py", "            return None\n", "            return 64\n", CONTRACT),
+    # blocks: bounds, scores, selection.
+    Mistake("bounds count a key past the length", "reference/blocks.py", "valid = slots < lengths", "valid = slots <= lengths", OPERATIONS),
+    Mistake("lo and hi swapped", "reference/blocks.py", "torch.stack((lo, hi)", "torch.stack((hi, lo)", OPERATIONS),
+    Mistake("bounds drop the last partial block", "reference/blocks.py", "n_blocks = -(-keys.shape[2] // block_size)\n    padding", "n_blocks = keys.shape[2] // block_size\n    padding", OPERATIONS),
+    Mistake("pooled by the sum", "reference/blocks.py", ".mean(dim=2)", ".sum(dim=2)", OPERATIONS),
+    Mistake("query heads grouped across", "reference/blocks.py", "unflatten(1, (n_kv_head, -1)).mean(dim=2)", "unflatten(1, (-1, n_kv_head)).mean(dim=1)", OPERATIONS),
+    Mistake("the smaller product", "reference/blocks.py", "torch.maximum(pooled", "torch.minimum(pooled", OPERATIONS),
+    Mistake("0 times infinity is NaN", "reference/blocks.py", "if (pooled == 0).any():", "if False:", OPERATIONS),
+    Mistake("scores past the end stay", "reference/blocks.py", "first_slot >= lengths", "first_slot > lengths", OPERATIONS),
+    Mistake("ceil without its allowance", "reference/blocks.py", " - 1e-9", "", OPERATIONS),
+    Mistake("floor instead of ceil", "reference/blocks.py", "torch.ceil(config.active_ratio", "torch.floor(config.active_ratio", OPERATIONS),
+    Mistake("fewest blocks ignored", "reference/blocks.py", "share.clamp(min=config.min_blocks)", "share.clamp(min=1)", OPERATIONS),
+    Mistake("NaN ranks with numbers", "reference/blocks.py", "torch.where(scores.isnan(), 2, 1)", "torch.where(scores.isnan(), 1, 1)", OPERATIONS),
+    Mistake("newest blocks one short", "reference/blocks.py", "index >= total - config.local_blocks", "index > total - config.local_blocks", OPERATIONS),
+    Mistake("minus zero ranks below zero", "reference/blocks.py", 'scores) + 0.0', 'scores).view(torch.int64 if scores.dtype == torch.float64 else torch.int32)', OPERATIONS),
+    Mistake("ties go to the higher index", "reference/blocks.py", "comparable.argsort(dim=2, descending=True, stable=True)", "comparable.flip(2).argsort(dim=2, descending=True, stable=True).mul(-1).add(scores.shape[2] - 1)", OPERATIONS),
+    Mistake("indices by score, not ascending", "reference/blocks.py", ".sort(dim=2).values", "", OPERATIONS),
+    # attention.
+    Mistake("selected tokens past the length count", "reference/attention.py", "(positions < lengths", "(positions <= lengths", OPERATIONS),
+    Mistake("minus one wraps to the end", "reference/attention.py", "(positions >= 0) & ", "", OPERATIONS),
+    Mistake("a large number instead of minus infinity", "reference/attention.py", 'logits.masked_fill(~visible, float("-inf"))', "logits.masked_fill(~visible, -1e30)", OPERATIONS),
+    Mistake("scale forgotten", "reference/attention.py", "* query.shape[-1] ** -0.5", "* 1.0", OPERATIONS),
+    Mistake("log-sum-exp in base two", "reference/attention.py", "lse = logits.logsumexp(dim=-1)", "lse = logits.logsumexp(dim=-1) / 0.6931471805599453", OPERATIONS),
+    Mistake("empty rows stay NaN", "reference/attention.py", 'out.masked_fill(lse[..., None] == float("-inf"), 0.0)', "out", OPERATIONS),
+    Mistake("causal mask one short", "reference/attention.py", "<= last_seen[..., None]", "< last_seen[..., None]", OPERATIONS),
+    Mistake("padded query rows attend", "reference/attention.py", "    last_seen = last_seen.masked_fill(row >= query_lengths[:, None], -1)\n", "", OPERATIONS),
+    Mistake("NaN of unseen values leaks", "reference/attention.py", "if unseen.any():", "if False:", OPERATIONS),
+    Mistake("groups laid out head by head", "reference/attention.py", "out = out.unflatten(2, (group, n_queries)).flatten(1, 2)", "out = out.unflatten(2, (n_queries, group)).transpose(2, 3).flatten(1, 2)", OPERATIONS),
+    # cache.
+    Mistake("bounds not rebuilt after a write", "reference/cache.py", "        self._rebuild_bounds(layer, start, end, end)\n", ""),
+    Mistake("values not overwritten", "reference/cache.py", "        self.values[layer, :, :, start:end] = values\n", "        self.values[layer, :, :, max(start, self.length):end] = values[:, :, max(start, self.length) - start:]\n"),
+    Mistake("bounds of the last touched block stale", "reference/cache.py", "first, last = start // b, -(-end // b)", "first, last = start // b, max(start // b + 1, end // b)"),
+    Mistake("truncated tokens stay in the bounds", "reference/cache.py", "self._rebuild_bounds(layer, length, self.length, length)", "self._rebuild_bounds(layer, length, self.length, self.length)"),
+    # model.
+    Mistake("residual of the attention lost", "reference/model.py", "x = x + layer.attn.joined(", "x = layer.attn.joined("),
+    Mistake("norm without its epsilon", "reference/model.py", "keepdim=True) + self.eps)", "keepdim=True))"),
+    Mistake("key heads not normed", "reference/model.py", "apply_rotary(self.k_norm(key), cos, sin)", "apply_rotary(key, cos, sin)"),
+    Mistake("interleaved rotation", "reference/rope.py", "first, second = x.to(cos.dtype).chunk(2, dim=-1)", "first, second = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)"),
+    Mistake("yarn's ramp ends at the last pair", "reference/rope.py", "min(last, size - 1)", "min(last, size // 2 - 1)"),
+    # sampling.
+    Mistake("top-p without its allowance", "reference/sampling.py", "self.top_p - 1e-12", "self.top_p"),
+    Mistake("top-p leaves out the token that reaches it", "reference/sampling.py", "(mass - probabilities < self.top_p", "(mass < self.top_p"),
+    # generate.
+    Mistake("rectification starts one token late", "reference/generate.py", "dense_pass(model, tokens, cache, cache.length - n_drifted)", "dense_pass(model, tokens[1:] or tokens, cache, cache.length - n_drifted + (len(tokens) > 1))"),
+    Mistake("positions restart at a window", "reference/generate.py", "positions = torch.arange(start, end, device=device)[None]", "positions = torch.arange(end - start, device=device)[None]"),
+    Mistake("a sparse step reads the old length", "reference/generate.py", "lengths = torch.tensor([position + 1], dtype", "lengths = torch.tensor([max(position, 1)], dtype"),
+    Mistake("drifted tokens are not counted", "reference/generate.py", "    generation.n_drifted += 1\n", ""),
+    Mistake("a stop token goes on", "reference/generate.py", "if token in stop_tokens or len", "if len"),
+    Mistake("dense layers are sparse", "reference/generate.py", "if layer < config.dense_layers:", "if False:"),
+    Mistake("the last token is fed", "reference/generate.py", "if token in stop_tokens or len(generation.tokens) == max_new_tokens:", "if token in stop_tokens:"),
+    Mistake("resumed without its open window", "reference/requests.py", "kept = resume.cache.length - resume.n_drifted\n", "kept = resume.cache.length\n"),
+    Mistake("one generator for all prompts", "reference/requests.py", "return [torch.Generator().manual_seed(int(seed)) for seed in draw]", "return [base for _ in draw]"),
+    # speculation.
+    Mistake("every draft is accepted", "reference/speculate.py", "< dense[draft.token]:", "<= 1.0:"),
+    Mistake("rejected drafts stay cached", "reference/speculate.py", "        cache.truncate(start + len(kept))\n", ""),
+    Mistake("the rest is not clamped", "reference/speculate.py", ".clamp(min=0)\n", ".abs()\n"),
+    # contract.
+    Mistake("an operation goes unchecked", "reference/operations.py", "            sizes = check_arguments(name, arguments)\n", "            sizes = {}\n", CONTRACT),
+    Mistake("lengths beyond the cache are taken", "reference/operations.py", '    check_lengths("lengths", given["lengths"], capacity)\n', "", CONTRACT),
+]  # fmt: skip
+
+KERNELS = []
+
+
+def check(mistake, copies):
+    """Run the tests with the mistake in a copy → (mistake, whether a test failed, seconds, the line that says so)."""
+    copy = copies.pop()
+    path = copy / mistake.file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(mistake.old) == 1, f"{mistake.what}: found {text.count(mistake.old)} times in {mistake.file}"
+    path.write_text(text.replace(mistake.old, mistake.new), encoding="utf-8")
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mistake.tests.split()]
+    environment = {**os.environ, "PYTHONPATH": str(copy / "packages"), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    path.write_text(text, encoding="utf-8")
+    copies.append(copy)
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return mistake, run.returncode == 1, time.perf_counter() - started, (failed or run.stdout.splitlines() or [""])[0]
+
+
+def copy_project(folder):
+    """The project in `folder`, importable as `resa` from its subfolder packages."""
+    for name in ("reference", "fast", "tests", "docs", "tutorials"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    packages = folder / "packages" / "resa"
+    packages.mkdir(parents=True)
+    for name, target in (("reference", "reference"), ("fast", "fast"), ("vectors", "tests/vectors")):
+        (packages / name).symlink_to(folder / target)
+    return folder
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only mistakes whose file or description holds one of these")
+    parser.add_argument("--jobs", type=int, default=2, help="how many to try at a time")
+    options = parser.parse_args()
+    chosen = [
+        each
+        for each in PATH + KERNELS
+        if not options.words or any(word in f"{each.what} {each.file}" for word in options.words)
+    ]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        copies = [copy_project(Path(folder) / str(job)) for job in range(options.jobs)]
+        missed = 0
+        for mistake, is_caught, seconds, line in pool.map(lambda each: check(each, copies), chosen):
+            missed += not is_caught
+            print(f"{'caught' if is_caught else 'MISSED'}  {seconds:5.0f} s  {mistake.what}: {line[:140]}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} mistakes caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

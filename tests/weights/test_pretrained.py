@@ -1,0 +1,579 @@
+"""Checkpoint folders of the Qwen2, Qwen3 and Llama 3 families: what `transformers` writes and computes is the judge.
+
+The models are small and random; every weight is away from its neutral value, so that one in the wrong place shows.
+"""
+
+import importlib
+import json
+import math
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from resa.reference import ReSAConfig, Sampling, generate
+from resa.reference.cli.main import main
+from resa.reference.rope import rotary_frequencies
+from resa.reference.weights.pretrained import PretrainedTokenizer, load_pretrained, read_config, stop_tokens
+from strategies import DEVICE, HEAD_DIMS
+
+transformers = pytest.importorskip("transformers", reason="the extra `dev` has it")
+extension = importlib.import_module("resa.reference.weights.extension")  # needs transformers
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "eos_token_id": None,  # every continuation has its full length
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 128}
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
+PLAIN = {"rope_type": "default", "rope_theta": 100.0}
+FAMILIES = {
+    "qwen2": ("Qwen2", {"rope_parameters": PLAIN}),
+    "qwen2-tied-yarn": ("Qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"rope_parameters": PLAIN, "head_dim": 16}),
+    "qwen3-tied-yarn": (
+        "Qwen3",
+        {"rope_parameters": {**YARN, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": False, "attention_factor": 1.25},
+         "head_dim": 16, "tie_word_embeddings": True},
+    ),
+    "llama": ("Llama", {"rope_parameters": PLAIN}),
+    "llama-3.1": ("Llama", {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
+    "llama-linear": ("Llama", {"rope_parameters": LINEAR, "head_dim": 16, "num_key_value_heads": 6}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """A random model by `transformers`, and the folder that it saves itself in: several small shards."""
+    name, options = FAMILIES[request.param]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **options})
+    torch.manual_seed(1)
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.3))
+            if parameter.dim() == 1:
+                parameter += 1.0
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder, max_shard_size="60KB")
+    return theirs, folder
+
+
+def tokens_of(generations):
+    return [generation.tokens for generation in generations]
+
+
+def texts(*sizes):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, SIZES["vocab_size"], (size,), generator=generator).tolist() for size in sizes]
+
+
+def test_logits_are_those_of_transformers(family):
+    theirs, folder = family
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    ours = load_pretrained(folder)
+    tokens = torch.tensor(texts(400, 400))
+    with torch.no_grad():
+        expected, found = theirs(tokens).logits, ours(tokens)
+    assert expected.std() > 0.1
+    assert (found - expected).abs().max() <= 1e-4
+
+
+def test_greedy_continuations_are_those_of_transformers(family):
+    """256 tokens, decoded densely through the cache."""
+    theirs, folder = family
+    (prompt,) = texts(120)
+    found = generate(load_pretrained(folder), [prompt], 256, ReSAConfig(interval=1))[0].tokens
+    # Its own guess at the mask would leave out tokens equal to a padding token.
+    fed = torch.tensor([prompt])
+    expected = theirs.generate(fed, attention_mask=torch.ones_like(fed), max_new_tokens=256, do_sample=False)
+    assert found == expected[0, 120:].tolist()
+    assert len(set(found)) > 5, "a loop of a few tokens would prove little"
+
+
+@pytest.mark.fast
+def test_the_kernels_decode_them_as_well(family):
+    """The tokens of the reference, where the head dimension is one that the kernels have."""
+    fast = pytest.importorskip("resa.fast.generate", reason="triton comes for Linux only")
+    model = load_pretrained(family[1], device=DEVICE)
+    prompts, config = texts(33, 9), ReSAConfig(block_size=8, min_blocks=2, interval=3)
+    if model.config.head_dim not in HEAD_DIMS:
+        with pytest.raises(ValueError, match="head dimension D: got 8"):
+            fast.generate(model, prompts, 5, config)
+        return
+    assert tokens_of(fast.generate(model, prompts, 5, config)) == tokens_of(generate(model, prompts, 5, config))
+
+
+# ---- Inside transformers ---------------------------------------------------------------------------------------------
+
+
+def left_padded(prompts, device="cpu"):
+    """A ragged batch for the library: rows padded on the left with a token that counts elsewhere, and the mask."""
+    longest = max(map(len, prompts))
+    rows = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return rows, {"attention_mask": mask}
+
+
+@pytest.mark.parametrize("schedule", ["fused", "paper"])
+def test_models_of_transformers_decode_with_resa_by_name(family, schedule):
+    """They give the tokens of this project's own model and loop; the loop gets the whole batch in one call."""
+    theirs, folder = family
+    prompts, sparse = texts(150, 60), {"interval": 8, "block_size": 4, "min_blocks": 3, "schedule": schedule}
+    before, ours, calls = theirs.config._attn_implementation, load_pretrained(folder), []
+
+    def decode(model, prompts, *arguments, **options):
+        calls.append(prompts)
+        return generate(model, prompts, *arguments, **options)
+
+    fed, masked = left_padded(prompts)
+    loop = extension.rectified(decode=decode, **sparse)
+    found = theirs.generate(fed, **masked, max_new_tokens=64, do_sample=False, custom_generate=loop)
+    expected = tokens_of(generate(ours, prompts, 64, ReSAConfig(**sparse)))
+    assert found[:, 150:].tolist() == expected
+    assert torch.equal(found[:, :150], fed)
+    assert calls == [prompts]
+    dense = tokens_of(generate(ours, prompts, 64, ReSAConfig(interval=1)))
+    assert dense != expected, "sparse steps must show, or the loop could be anyone's"
+    assert theirs.config._attn_implementation == before
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("family", FAMILIES if DEVICE == "cuda" else ["qwen3-tied-yarn"], indirect=True)
+@pytest.mark.parametrize("schedule", ["fused", "paper"] if DEVICE == "cuda" else ["fused"])
+def test_they_decode_on_the_kernels_too(family, schedule):
+    """The loop of `resa.fast` in the place of the reference's: through CUDA graphs where there is a GPU."""
+    fast = pytest.importorskip("resa.fast.generate", reason="triton comes for Linux only")
+    theirs, folder = family
+    ours = load_pretrained(folder)
+    if ours.config.head_dim not in HEAD_DIMS:
+        pytest.skip("a head dimension that the kernels don't have")
+    prompts, sparse = texts(18, 5), {"interval": 2, "block_size": 8, "min_blocks": 2, "schedule": schedule}
+    fed, masked = left_padded(prompts, DEVICE)
+    loop = extension.rectified(decode=fast.generate, **sparse)
+    found = theirs.to(DEVICE).generate(fed, **masked, max_new_tokens=6, do_sample=False, custom_generate=loop)
+    theirs.cpu()
+    assert found[:, 18:].tolist() == tokens_of(generate(ours, prompts, 6, ReSAConfig(**sparse)))
+
+
+ONE_FAMILY = pytest.mark.parametrize("family", ["qwen3-tied-yarn"], indirect=True)
+REQUESTS = [
+    ({"repetition_penalty": 1.5}, "logits_processor: got RepetitionPenaltyLogitsProcessor; allowed: "),
+    ({"return_dict_in_generate": True}, "return_dict_in_generate: got True"),
+    ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: got 3"),
+    ({"position_ids": torch.arange(20)[None] + 7}, "position_ids: got others"),
+    (
+        {"inputs_embeds": torch.zeros(1, 20, 48)},
+        "inputs_embeds: got Tensor; allowed: input_ids and attention_mask alone",
+    ),
+    ({"num_beams": 2}, "num_beams: got 2; allowed: 1"),
+]
+
+
+@ONE_FAMILY
+def test_what_the_decode_loop_does_not_do_is_refused(family):
+    theirs, _ = family
+    fed = torch.tensor(texts(20))
+    options = {"attention_mask": torch.ones_like(fed), "max_new_tokens": 4, "custom_generate": extension.rectified()}
+    filled = {"cache": theirs(fed[:, :8], use_cache=True).past_key_values}
+    for request, message in [*REQUESTS, (filled, "cache: got a cache with tokens in it")]:
+        with pytest.raises(ValueError, match=message):
+            theirs.generate(fed, do_sample=False, **request, **options)
+    theirs.set_attn_implementation("resa")
+    with pytest.raises(ValueError, match="attention 'resa': got none outside of generate"):
+        theirs(fed)
+    theirs.set_attn_implementation("sdpa")
+
+
+@ONE_FAMILY
+def test_sampling_and_stop_tokens_reach_the_decode_loop(family):
+    """Temperature, top_k and top_p do what they do in `generate`; a stop token ends its row, which it pads as well."""
+    theirs, folder = family
+    fed = torch.tensor(texts(30, 30))
+    options = {"attention_mask": torch.ones_like(fed), "custom_generate": extension.rectified(interval=4)}
+    warpers = {"temperature": 0.8, "top_p": 0.9, "top_k": 11}
+
+    def sampled(seed, **more):
+        torch.manual_seed(seed)
+        return theirs.generate(fed, max_new_tokens=24, do_sample=True, **options, **(warpers | more))
+
+    def expected(seed, **more):
+        torch.manual_seed(seed)
+        seeds = torch.randint(2**62, (2,)).tolist()
+        own = [torch.Generator().manual_seed(seed) for seed in seeds]
+        sampling = Sampling(**(warpers | more))
+        return tokens_of(generate(ours, fed.tolist(), 24, ReSAConfig(interval=4), sampling, generators=own))
+
+    ours, first = load_pretrained(folder), sampled(1)
+    assert first[:, 30:].tolist() == expected(1)
+    for change in ({"temperature": 1.0}, {"top_p": 1.0}, {"top_k": 97}):  # each matters
+        other = sampled(1, **change)[:, 30:].tolist()
+        assert other == expected(1, **change)
+        assert other != first[:, 30:].tolist(), change
+    assert not torch.equal(first, sampled(2))
+    end = int(first[0, 30 + 5])
+    stopped = sampled(1, eos_token_id=end, pad_token_id=end)[0, 30:].tolist()
+    place = stopped.index(end)
+    assert place <= 5
+    assert stopped[: place + 1] == first[0, 30 : 31 + place].tolist()
+    assert set(stopped[place:]) == {end}
+
+
+# ---- Text ------------------------------------------------------------------------------------------------------------
+
+END = "<|end|>"
+PROSE = "Ein Käfer läuft über das Blatt, 甲虫, and a beetle walks across the leaf; the leaf is green.\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small Qwen2 model with a tokenizer whose vocabulary it has."""
+    folder = tmp_path_factory.mktemp("qwen2-text")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=[END], show_progress=False)
+    tokenizer.train_from_iterator([PROSE] * 3, trainer=trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end, size = tokenizer.token_to_id(END), tokenizer.get_vocab_size()
+    config = transformers.Qwen2Config(**{**SIZES, "vocab_size": size + 8, "eos_token_id": end}, rope_parameters=PLAIN)
+    torch.manual_seed(3)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_tokens_one_by_one_are_the_text(folder):
+    tokenizer = PretrainedTokenizer(folder)
+    tokens = tokenizer.encode(PROSE + END)
+    assert tokens[-1:] == [tokenizer.tokenizer.token_to_id(END)]
+    assert b"".join(map(tokenizer.token_bytes, tokens)) == (PROSE + END).encode()
+    assert tokenizer.decode(tokens) == PROSE + END
+    assert any(len(tokenizer.token_bytes(token)) > 2 for token in tokens), "no merges were learnt"
+    assert tokenizer.token_bytes(tokenizer.tokenizer.get_vocab_size()) == b"", "the vocabulary is padded"
+
+
+def test_generate_reads_a_folder(folder, capsys):
+    """It writes the tokens that the library does, in the dtype asked for."""
+    options = ["generate", PROSE, "--model", str(folder), "--tokens", "9", "--interval", "4", "--min-blocks", "2"]
+    assert main([*options, "--device", "cpu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    tokenizer = PretrainedTokenizer(folder)
+    prompt = tokenizer.encode(PROSE)
+    config = ReSAConfig(interval=4, min_blocks=2)
+    expected = generate(load_pretrained(folder), [prompt], 9, config, stop_tokens=stop_tokens(folder))[0].tokens
+    assert (result["tokens"], result["text"]) == (expected, tokenizer.decode(expected))
+    assert main([*options, "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.startswith(PROSE)
+
+
+def test_weights_keep_their_dtype_unless_told(folder, tmp_path):
+    assert load_pretrained(folder).embed.weight.dtype == torch.float32
+    assert load_pretrained(folder, dtype=torch.float16).output.weight.dtype == torch.float16
+    half = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path).embed.weight.dtype == torch.bfloat16
+
+
+# ---- What config.json may say ----------------------------------------------------------------------------------------
+
+
+def changed(folder, tmp_path, **changes):
+    """A copy of the folder, fields of its config.json replaced, or left out where they are None."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    values = json.loads((copy / "config.json").read_text()) | changes
+    kept = {name: value for name, value in values.items() if value is not None}
+    (copy / "config.json").write_text(json.dumps(kept))
+    return copy
+
+
+REFUSED = [
+    ({"model_type": "mamba"}, "model_type: got 'mamba'"),
+    ({"model_type": "qwen2_moe"}, "model_type: got 'qwen2_moe'"),
+    ({"model_type": None}, "model_type: got None"),
+    ({"use_sliding_window": True}, "use_sliding_window: got True"),
+    (
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "layer_types: got .*'sliding_attention'",
+    ),
+    ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
+    ({"attention_bias": True}, "attention_bias: got True"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config: got {'bits': 4}"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5"),
+    ({"num_experts": 8}, "num_experts: got a field unknown here"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope kind: got 'dynamic'"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope factor|factor"),
+    ({"rope_parameters": {**YARN, "mscale": 2.0}}, "rope field mscale: got 2.0"),
+    ({"rope_parameters": {"factor": 2.0}}, r"rope: got \['factor'\] without a rope_type"),
+    ({"hidden_size": None}, "hidden_size: got missing"),
+    ({"num_key_value_heads": 4}, "n_head: got 6; allowed: a multiple of n_kv_head = 4"),
+    ({"vocab_size": "many"}, "vocab_size: got 'many'"),
+    ({"hidden_size": "wide"}, "hidden_size: got 'wide'"),
+    ({"num_key_value_heads": 0}, "n_kv_head: got 0"),
+    ({"layer_types": 3}, "layer_types: got 3"),
+    ({"layer_types": ["full_attention"] * 2}, "layer_types: got .* allowed: 3 times 'full_attention'"),
+    ({"rope_parameters": [1]}, r"rope_parameters: got \[1\]"),
+    ({"rope_parameters": "yarn"}, "rope_parameters: got 'yarn'"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: got 0.5"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: got .* beside rope_parameters"),
+    ({"use_mrope": True}, "use_mrope: got True"),
+    ({"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config: got a field unknown"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=str)
+def test_what_a_config_may_not_say(folder, tmp_path, changes, message):
+    copy = changed(folder, tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_pretrained(copy)
+    assert str(copy / "config.json") in str(refusal.value)
+    assert "; allowed: " in str(refusal.value)
+
+
+# Fields of config.json as the families' own repositories state them, but for those that say nothing here.
+QWEN25_7B = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+    "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1", "use_cache": True, "use_sliding_window": False, "vocab_size": 152064,
+}  # fmt: skip
+QWEN25_HALF = {
+    **QWEN25_7B, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24,
+    "num_key_value_heads": 2, "sliding_window": 32768, "tie_word_embeddings": True, "use_mrope": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+LLAMA31_8B = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3", "use_cache": True, "vocab_size": 128256,
+    "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+}  # fmt: skip
+REPOSITORIES = {
+    "Qwen2.5-7B-Instruct": (QWEN25_7B, 32_768),
+    "Qwen2.5-7B-Instruct, stretched as its page says": (
+        QWEN25_7B
+        | {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}},
+        131_072,
+    ),
+    "Qwen2.5-0.5B": (QWEN25_HALF, 32_768),
+    "Qwen3-8B": (QWEN3_8B, 40_960),
+    "Qwen3-8B, stretched as its page says": (
+        QWEN3_8B
+        | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+        131_072,
+    ),
+    "Llama-3-8B": ({**LLAMA31_8B, "rope_scaling": None, "max_position_embeddings": 8192}, 8192),
+    "Llama-3.1-8B": (LLAMA31_8B, 131_072),
+    "Llama-3.2-1B": (
+        {**LLAMA31_8B, "head_dim": 64, "hidden_size": 2048, "num_hidden_layers": 16, "tie_word_embeddings": True},
+        131_072,
+    ),
+    "saved by transformers 5": (
+        {name: value for name, value in QWEN25_HALF.items() if name != "rope_theta"}
+        | {"dtype": "bfloat16", "layer_types": ["full_attention"] * 24, "pad_token_id": None, "sliding_window": None,
+           "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}},
+        32_768,
+    ),
+    "nothing said of heads and ties": (
+        {name: value for name, value in LLAMA31_8B.items() if name != "tie_word_embeddings"}
+        | {"num_key_value_heads": None, "is_encoder_decoder": False},
+        131_072,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPOSITORIES)
+def test_what_repositories_say_is_understood(name, tmp_path):
+    """It is read as `transformers` reads it: sizes, frequencies of RoPE to the bit, angles up to position 131,071."""
+    values, context = REPOSITORIES[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = read_config(tmp_path)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (config.vocab_size, config.n_layer, config.n_head) == (
+        theirs.vocab_size, theirs.num_hidden_layers, theirs.num_attention_heads,
+    )  # fmt: skip
+    assert config.n_kv_head == theirs.num_key_value_heads
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert config.tied_embeddings == theirs.tie_word_embeddings
+    assert config.context == context
+    rotary = importlib.import_module(f"transformers.models.{theirs.model_type}.modeling_{theirs.model_type}")
+    rotary = getattr(rotary, f"{theirs.model_type.capitalize()}RotaryEmbedding")(theirs)
+    base, scaling = config.rope_theta, config.rope_scaling
+    ours = rotary_frequencies(config.head_dim, base, scaling, torch.device("cpu"), torch.float32)
+    difference = (ours - rotary.inv_freq).abs() / rotary.inv_freq
+    assert difference.max() <= (0 if scaling is None else 2e-7)
+    positions = torch.tensor([[0, 1, 4095, 131_071]])
+    angles = positions[..., None] * ours  # [1, Q, D/2]
+    amplitude = 1.0 if scaling is None else scaling.amplitude
+    for found, whole in zip(
+        (angles.cos() * amplitude, angles.sin() * amplitude), rotary(torch.zeros(1), positions), strict=True
+    ):
+        off = (found - whole[..., : config.head_dim // 2]).abs().max()
+        assert off <= (1e-6 if scaling is None else 0.02)
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------------------
+
+
+def rewritten(folder, tmp_path, change):
+    """A copy of the folder, its tensors changed by `change`."""
+    copy = changed(folder, tmp_path)
+    path = copy / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    return copy
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+DAMAGES = {
+    "missing": (lambda tensors: tensors.pop(NAME), f"tensor {NAME}: got missing"),
+    "extra": (lambda tensors: tensors.update(other=torch.zeros(1)), "tensor other: got extra"),
+    "shape": (lambda tensors: tensors.update({NAME: tensors[NAME].T.contiguous()}), f"tensor {NAME}: got shape"),
+    "dtype": (lambda tensors: tensors.update({NAME: tensors[NAME].to(torch.int8)}), f"tensor {NAME}: got I8"),
+    "nan": (lambda tensors: tensors[NAME][3].fill_(math.nan), f"tensor {NAME}: got NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_weights_are_refused(folder, tmp_path, kind):
+    change, message = DAMAGES[kind]
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(rewritten(folder, tmp_path, change))
+
+
+def test_values_that_a_dtype_cannot_hold_are_refused(folder, tmp_path):
+    copy = rewritten(folder, tmp_path, lambda tensors: tensors[NAME][3].fill_(1e5))
+    assert load_pretrained(copy).embed.weight.dtype == torch.float32
+    with pytest.raises(
+        ValueError, match=f"tensor {NAME}: got NaN or infinity; allowed: what is finite in torch.float16"
+    ):
+        load_pretrained(copy, dtype=torch.float16)
+
+
+def test_weights_that_memory_cannot_hold_are_refused_before_any_is_read(folder, monkeypatch, capsys):
+    """With what would fit: in half the bytes, they do."""
+    size = sum(parameter.numel() for parameter in load_pretrained(folder).parameters())
+    monkeypatch.setattr("resa.reference.weights.pretrained.free_memory", lambda device: 3 * size)
+    assert load_pretrained(folder, dtype=torch.float16).embed.weight.dtype == torch.float16
+    monkeypatch.setattr("resa.reference.weights.pretrained._finite", lambda *_: pytest.fail("a weight was read"))
+    allowed = r"allowed: the [\d.]+ GB that cpu has free, so at most 24\.0 bits per weight"
+    with pytest.raises(torch.OutOfMemoryError, match=rf"got [\d.]+ billion weights, [\d.]+ GB in float32; {allowed}"):
+        load_pretrained(folder)
+    assert main(["generate", "a", "--model", str(folder), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_truncated_and_absent_files_are_named(folder, tmp_path):
+    copy = changed(folder, tmp_path)
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors: got a damaged file"):
+        load_pretrained(copy)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
+        load_pretrained(copy)
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
+    with pytest.raises(ValueError, match=r"weight_map: got '\.\./b\.safetensors'"):
+        load_pretrained(copy)
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: got no JSON"):
+        load_pretrained(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+        load_pretrained(copy)
+
+
+def test_a_tensor_twice_or_in_another_shard_is_refused(folder, tmp_path):
+    """A download that was half replaced leaves such a folder."""
+    copy = tmp_path / "copy"
+    transformers.Qwen2ForCausalLM.from_pretrained(folder).save_pretrained(copy, max_shard_size="60KB")
+    first, second = sorted(copy.glob("*.safetensors"))[:2]
+    load_pretrained(copy)
+    tensors = safetensors.torch.load_file(second)
+    name = next(iter(safetensors.torch.load_file(first)))
+    tensors[name] = safetensors.torch.load_file(first)[name] + 1
+    safetensors.torch.save_file(tensors, second)
+    with pytest.raises(ValueError, match=rf"tensor {name}: got a second one beside .*{first.name}"):
+        load_pretrained(copy)
+    del tensors[name]
+    safetensors.torch.save_file(tensors, second)
+    index = copy / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"][name] = second.name
+    index.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"tensor {name}: got (missing|{first.name}); allowed: in {second.name}"):
+        load_pretrained(copy)
+
+
+def test_prompts_are_neither_cut_nor_stretched(folder, tmp_path):
+    """Whatever fine-tuning has left in the file."""
+    plain = PretrainedTokenizer(folder).encode(PROSE)
+    copy = changed(folder, tmp_path)
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=len(plain) + 20)
+    tokenizer.save(str(copy / "tokenizer.json"))
+    assert PretrainedTokenizer(copy).encode(PROSE) == plain
+
+
+def test_a_token_that_begins_a_text_is_added(folder, tmp_path):
+    """The files of Llama 3 ask for one, behind a pattern that cuts words as both families' patterns do."""
+    copy = changed(folder, tmp_path)
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    end = tokenizer.token_to_id(END)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, end)])
+    words = Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), byte_level])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    found = PretrainedTokenizer(copy)
+    library = transformers.PreTrainedTokenizerFast(tokenizer_file=str(copy / "tokenizer.json"))
+    tokens = found.encode(PROSE)
+    assert tokens == library(PROSE)["input_ids"]
+    assert tokens[0] == end
+    assert b"".join(map(found.token_bytes, tokens[1:])) == PROSE.encode()
+
+
+def test_tokenizers_of_other_kinds_are_refused(folder, tmp_path):
+    copy = changed(folder, tmp_path)
+    path = copy / "tokenizer.json"
+    for other in ("Metaspace", 3, None):
+        path.write_text(json.dumps({"decoder": other}))
+        with pytest.raises(ValueError, match=rf"tokenizer\.json: decoder: got {other!r}"):
+            PretrainedTokenizer(copy)
+    shutil.copy(folder / "tokenizer.json", path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder": {"type": "Metaspace"}}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: decoder: got 'Metaspace'"):
+        PretrainedTokenizer(copy)
+    path.write_text('{"decoder": {"type": "ByteLevel"}}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json: got a damaged file"):
+        PretrainedTokenizer(copy)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such file"):
+        PretrainedTokenizer(copy)
