@@ -48,7 +48,7 @@ def dense_pass(model: GPT, tokens: Sequence[int], cache: KVCache, start: int) ->
     positions = torch.arange(start, end, device=device)[None]
     lengths = torch.tensor([end], dtype=torch.int32, device=device)
 
-    # Write first, then attend: each token sees itself, and the newer keys of its own window.
+    # Write first, then attend: a token sees its window's new keys, not the drifted ones.
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         cache.write(layer, start, key, value)
         return model.ops.dense_attention(query, cache.keys[layer], cache.values[layer], lengths)
@@ -72,6 +72,8 @@ def prefill(
     end, room = cache.length + len(prompt), min(cache.capacity, model.config.context)
     require(len(prompt) > 0, "prompt", "no tokens", "at least one token")
     require(end <= room, "prompt: length in the cache", end, f"at most {room}")
+
+    # A chunk attends to all chunks before it, so their size changes nothing but memory.
     for first in range(0, len(prompt), chunk_size):
         hidden = dense_pass(model, prompt[first : first + chunk_size], cache, cache.length)
     return model.output(hidden[-1])

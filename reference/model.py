@@ -86,6 +86,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        # The gate decides how much of each channel passes.
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

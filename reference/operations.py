@@ -95,7 +95,9 @@ def checked(ops: Operations, *, limits: Limits | None = None) -> Operations:
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, int]:
     """Check one operation's arguments against the contract; returns the size of every letter."""
     # Shapes first: every later check may rely on them.
-    given = {key: arguments[key] for key in SHAPES[name] if arguments.get(key) is not None}
+    given = {key: arguments.get(key) for key in SHAPES[name]}
+    if given.get("query_lengths", ...) is None:  # the only argument that may be left out
+        del given["query_lengths"]
     sizes = bind_shapes(**{key: (tensor, SHAPES[name][key]) for key, tensor in given.items()})
     if "query" in given:
         check_heads(sizes["Hq"], sizes["Hkv"])

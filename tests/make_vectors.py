@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import oracle
 from safetensors.numpy import save
+
+import oracle
 
 VERSION = 2
 FOLDER = Path(__file__).parent / "vectors"

@@ -31,7 +31,7 @@ from rich.table import Table
 from ..checks import refuse, require
 from ..operations import Operations
 from .trace import DRIFT, TRACE, check_steps, expected_steps, read_trace
-from .wrong import IMPRECISE, Wrong, foreign_code, in_one_line, part_of, wrong_clause
+from .wrong import IMPRECISE, Wrong, foreign_code, in_one_line, part_of, wrong_clause, wrong_order
 
 OPERATIONS = tuple(field.name for field in fields(Operations))
 PASS, FAIL, UNCHECKED = "pass", "FAIL", "not checked"
@@ -185,15 +185,24 @@ def _compare(name: str, result: object, arrays: Mapping, entry: dict) -> tuple[f
         actual = np.asarray(result)
 
     # Type and shape. A list of indices may be longer than it must.
-    given, wanted = (f"{each.dtype} {list(each.shape)}" for each in (actual, expected))
+    given = f"{actual.dtype} {list(actual.shape)}"
+    if actual.dtype.kind not in "if":
+        numbers = "signed integers, or floats that NumPy has itself"
+        raise Wrong(SIGNATURES, f"{name}: got {given}, expected {numbers}")
     is_kind = (actual.dtype.kind, actual.ndim) == (expected.dtype.kind, expected.ndim)
     if not is_kind or actual.dtype.itemsize < expected.dtype.itemsize:
-        raise Wrong(SIGNATURES, f"{name}: got {given}, expected {wanted} or wider")
+        wanted = f"{expected.dtype} or wider, {list(expected.shape)}"
+        raise Wrong(SIGNATURES, f"{name}: got {given}, expected {wanted}")
     if kept == "indices":
         width = max(actual.shape[-1], expected.shape[-1])
         actual, expected = _padded(actual, width), _padded(expected, width)
     if actual.shape != expected.shape:
-        raise Wrong(entry["law"], f"{entry['says']} ({name}: got {given}, expected {wanted})")
+        says = f"{name}: got {given}, expected {list(expected.shape)}"
+        raise Wrong(entry["law"], f"{entry['says']} ({says})")
+    if name == "indices":
+        clause = wrong_order(actual, expected)
+        if clause is not None:
+            raise Wrong(*clause)
     if name == "set":
         actual, expected = np.sort(actual, axis=-1), np.sort(expected, axis=-1)
         clause = wrong_clause(actual, expected, entry["arguments"]["config"]["local_blocks"])

@@ -68,3 +68,12 @@ def wrong_clause(found: np.ndarray, wanted: np.ndarray, n_local: int) -> tuple[s
     if not (is_in | (newest < 0)).all():
         return "2.3 local blocks", "the newest are in, whatever they score"
     return None
+
+
+def wrong_order(found: np.ndarray, wanted: np.ndarray) -> tuple[str, str] | None:
+    """The clause that the right blocks [..., N] break where they stand in the wrong places."""
+    if (found == wanted).all() or (np.sort(found, axis=-1) != np.sort(wanted, axis=-1)).any():
+        return None
+    if ((found < 0) != (wanted < 0)).any():
+        return "2.3 padding", "the right blocks, but -1 does not come after them"
+    return "2.3 order", "the right blocks, but not in ascending order"

@@ -15,18 +15,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import make_vectors
 import numpy as np
-import oracle
 import pytest
 import torch
-from strategies import DEVICE
 
-from resa.reference import conformance, conformance_trace
+import make_vectors
+import oracle
+from resa.reference.conformance import kit
+from resa.reference.conformance import trace as trace_module
+from resa.reference.conformance import wrong as wrong_module
 from resa.reference.cli.main import main
 from resa.reference.conformance.kit import FAIL, PASS, UNCHECKED, check_port, first_failures, is_passed, load_vectors
+from strategies import DEVICE
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 NUMPY_PORT, JAX_PORT = EXAMPLES / "numpy_port.py", EXAMPLES / "jax_port.py"
 # What each version means: whoever changes a vector raises make_vectors.VERSION and adds a line here.
@@ -102,7 +104,7 @@ def test_no_step_of_a_generation_is_a_close_call(vectors):
 def test_every_operation_has_its_cases(vectors):
     cases = [(entry["operation"], entry["case"]) for entry in vectors.manifest["operations"]]
     assert len(set(cases)) == len(cases)
-    for operation in conformance.OPERATIONS:
+    for operation in kit.OPERATIONS:
         assert sum(name == operation for name, _ in cases) >= 8, operation
     said = f"{len(cases)} cases of the five operations and {len(vectors.manifest['traces'])}"
     assert said in " ".join((ROOT / "README.md").read_text().split())
@@ -113,7 +115,7 @@ def laws_told(vectors):
     entries = vectors.manifest["operations"] + vectors.manifest["traces"]
     laws = {entry["law"] for entry in entries}
     assert all(entry["says"] for entry in entries)
-    for module in (conformance, conformance_trace):
+    for module in (kit, trace_module, wrong_module):
         constants = (node.value for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if is_text(node))
         laws |= {text for text in constants if re.fullmatch(r"(\d(\.\d)?|law \d+) [\w =.+-]+", text)}
     return sorted(laws)
@@ -197,13 +199,13 @@ def assert_conforms(port, vectors):
 
 
 def test_the_reference_conforms(vectors):
-    from resa.reference import port
+    from resa.reference.conformance import port
 
     assert_conforms(port, vectors)
 
 
 def test_the_numpy_port_conforms(vectors):
-    assert_conforms(conformance.load_port(str(NUMPY_PORT)), vectors)
+    assert_conforms(kit.load_port(str(NUMPY_PORT)), vectors)
 
 
 JAX_CHECK = """
@@ -601,8 +603,8 @@ def test_a_missing_refresh_shows_in_more_than_one_generation(vectors):
 
 
 def port_with(**changes):
-    port = conformance.load_port(str(NUMPY_PORT))
-    kept = {name: getattr(port, name) for name in (*conformance.OPERATIONS, "decode_trace")}
+    port = kit.load_port(str(NUMPY_PORT))
+    kept = {name: getattr(port, name) for name in (*kit.OPERATIONS, "decode_trace")}
     return SimpleNamespace(**{name: value for name, value in (kept | changes).items() if value is not None})
 
 
@@ -701,7 +703,7 @@ def test_a_port_that_can_not_be_called_as_it_should_be(vectors):
 
     row = failing(score_blocks=leaves)
     assert row.law == "2.2 eq. 4"
-    assert "(SystemExit: 0 at test_conformance.py:" in row.says
+    assert "(SystemExit: 0 at test_kit.py:" in row.says
 
     def divides(**inputs):
         with np.errstate(all="raise"):
@@ -709,7 +711,7 @@ def test_a_port_that_can_not_be_called_as_it_should_be(vectors):
 
     row = failing(score_blocks=divides)
     assert "FloatingPointError" in row.says
-    assert "at test_conformance.py:" in row.says  # not in NumPy's own code
+    assert "at test_kit.py:" in row.says  # not in NumPy's own code
 
 
 def test_a_port_may_write_into_its_inputs(vectors):
@@ -728,7 +730,7 @@ def test_a_port_may_write_into_its_inputs(vectors):
 
         return spoilt
 
-    changes = {name: spoils(getattr(right, name)) for name in (*conformance.OPERATIONS, "decode_trace")}
+    changes = {name: spoils(getattr(right, name)) for name in (*kit.OPERATIONS, "decode_trace")}
     assert is_passed(check_port(port_with(**changes), vectors))
 
 
