@@ -131,14 +131,20 @@ def as_mask(indices: Tensor, n_blocks: int) -> Tensor:
 
 
 def packed(mask: Tensor) -> str:
-    """Pack bits [..., M] as base64. Each row fills whole bytes, with the lowest block in the lowest bit.
+    """Pack a mask [steps, layer, Hkv, M] as base64: lengths of runs, one byte each, of False and True in turn.
 
-    >>> base64.b64decode(packed(torch.tensor([[True, False, False], [False, True, True]]))).hex()
-    '0106'
+    A block stays selected or unselected for many steps, so steps come last in the order of the runs.
+
+    >>> list(base64.b64decode(packed(torch.tensor([[[[True, False]]], [[[True, True]]]]))))
+    [0, 2, 1, 1]
     """
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    weights = 2 ** torch.arange(8, dtype=torch.uint8)
-    return base64.b64encode((padded * weights).sum(dim=-1).to(torch.uint8).numpy().tobytes()).decode()
+    flat = mask.permute(1, 2, 3, 0).flatten()
+    values, lengths = torch.unique_consecutive(flat, return_counts=True)
+    runs = [0] if bool(values[0]) else []
+    for length in lengths.tolist():
+        # A byte ends at 255: a longer run goes on after an empty run of the other kind.
+        runs += [255, 0] * ((length - 1) // 255) + [(length - 1) % 255 + 1]
+    return base64.b64encode(bytes(runs)).decode()
 
 
 def whole(numbers: Tensor) -> list:

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _needs(device: torch.device) -> str | None:
-    """What the kernels are missing to run on the device; None where they run."""
+    """Name what the kernels are missing to run on the device; None where they run."""
     if find_spec("triton") is None:
         return "the package triton, which there is for Linux only"
     from .gpu.limits import INTERPRETED

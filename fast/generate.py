@@ -216,7 +216,7 @@ def dense_pass(
 
 @dataclass(frozen=True)
 class SparseStep:
-    """What all layers of a sparse step share."""
+    """State that all layers of a sparse step share."""
 
     plan: Plan
     config: ReSAConfig
@@ -285,7 +285,7 @@ def sparse_step(model: GPT, tokens: Tensor, cache: BatchedCache, step: SparseSte
 
 @dataclass(frozen=True)
 class StepKinds:
-    """What a step consists of. Each combination that occurs becomes one CUDA graph."""
+    """The parts of a step. Each combination that occurs becomes one CUDA graph."""
 
     sparse: bool  # some sequence feeds its pending token sparsely
     fused: bool  # some sequence re-encodes its window together with the pending token

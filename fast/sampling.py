@@ -1,4 +1,4 @@
-"""How tokens are chosen for a whole batch, on the device, without waiting for it.
+"""Choosing tokens for a whole batch, on the device, without waiting for it.
 
 The reference's `Sampling.token` draws one uniform number per token from a sequence's generator.
 Here all that may be needed are drawn ahead, so that a captured step finds its own on the device.

@@ -35,7 +35,7 @@ def require(condition: bool, argument: str, given: object, allowed: str) -> None
 
 
 def is_integer(value: object, minimum: int) -> bool:
-    """Whether `value` is a plain integer (`True` is not) of at least `minimum`.
+    """True if `value` is a plain integer (`True` is not) of at least `minimum`.
 
     >>> is_integer(3, 1), is_integer(True, 0), is_integer(2.0, 1)
     (True, False, False)
@@ -44,7 +44,7 @@ def is_integer(value: object, minimum: int) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a plain int or float; `True` is not."""
+    """True if `value` is a plain int or float; `True` is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

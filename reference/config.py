@@ -21,7 +21,7 @@ SCHEDULES = ("fused", "paper")
 
 @dataclass(frozen=True)
 class ReSAConfig:
-    """How to decode: which blocks a step reads (eq. 5), how often the cache is rectified (Alg. 1).
+    """Settings of decoding: the blocks that a step reads (eq. 5), and the rhythm of rectification.
 
     Dense and plain sparse decoding are corners of this one configuration:
 
@@ -60,7 +60,7 @@ class ReSAConfig:
 
     @property
     def drift_limit(self) -> int | None:
-        """How many of the newest tokens may come from sparse steps; None: any number.
+        """Most newest tokens that may come from sparse steps; None: any number.
 
         A dense pass re-encodes f tokens. Under "paper" sparse steps have written all of them. Under
         "fused" the last one is the pending token, which the pass itself feeds.
@@ -70,7 +70,7 @@ class ReSAConfig:
         return self.interval - 1 if self.schedule == "fused" else self.interval
 
     def is_pass_due(self, n_drifted: int) -> bool:
-        """Whether a dense pass comes next, the newest `n_drifted` tokens being from sparse steps.
+        """True if a dense pass comes next, the newest `n_drifted` tokens being from sparse steps.
 
         >>> [w for w in range(5) if ReSAConfig(interval=4, schedule="paper").is_pass_due(w)]
         [4]

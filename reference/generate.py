@@ -24,7 +24,7 @@ PREFILL_CHUNK = 256  # tokens per dense pass of a prompt; bounds its memory and 
 
 @dataclass
 class Generation:
-    """What decoding one sequence has produced, and everything needed to go on from it."""
+    """One decoded sequence, and everything needed to go on from it."""
 
     tokens: list[int]  # generated so far; the last one is pending: chosen, not yet cached
     cache: KVCache

@@ -15,7 +15,7 @@ ROPE_SCALINGS = ("linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the channel pairs of a model rotate on texts `factor` times as long as those it was
+    """Rotation of a model's channel pairs on texts `factor` times as long as those it was
     trained on.
 
     - "linear" (Chen et al. 2023) slows every pair down by `factor`.

@@ -1,4 +1,4 @@
-"""How a token is chosen from logits: the likeliest, or one drawn with a single uniform number."""
+"""Choosing a token from logits: the likeliest, or one drawn with a single uniform number."""
 
 from dataclasses import dataclass
 

@@ -151,11 +151,11 @@ class Speculation:
                 self.draft()
 
     def is_full(self) -> bool:
-        """Whether the drafts fill a window."""
+        """True if the drafts fill a window."""
         return self.config.is_pass_due(len(self.drafts))
 
     def is_ended(self) -> bool:
-        """Whether the last draft may not be fed: a stop token never is, nor is the last of all."""
+        """True if the last draft may not be fed: a stop token never is, nor is the last of all."""
         room = self.max_new_tokens - len(self.generation.tokens)
         is_stopped = len(self.drafts) > 0 and self.drafts[-1].token in self.stop_tokens
         return is_stopped or len(self.drafts) == room

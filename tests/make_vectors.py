@@ -591,7 +591,7 @@ def score_allowance(query, bounds):
 
 
 def attention_allowance(inputs, name):
-    """Of out: eps · (2·(D + 4)·L + n + 4) · Σ p·|v|; of lse: eps · ((D + 4)·L + n + 4 + |lse|).
+    """Allowed error. out: eps · (2·(D + 4)·L + n + 4) · Σ p·|v|; lse: eps · ((D + 4)·L + n + 4 + |lse|).
 
     L is the scale times the largest Σ_d |q_d·k_d| over the valid keys, n how many tokens there are; an exact logit has
     no error, L = 0. Where out must be zero and lse infinite, nothing is allowed; what is not compared, anything.
@@ -758,7 +758,7 @@ def setting(name):
 
 
 def gaps(logits, selected, config):
-    """Of one step, relative: the lead of the best token, and of every selection that of its last block."""
+    """Relative leads of one step: the best token's, and for every selection that of its last block."""
     second, first = np.sort(logits)[-2:]
     yield (first - second) / max(abs(first), abs(second))
     for scores, indices in selected:
@@ -810,7 +810,7 @@ def search(name, first):
 
 
 def is_clear(weights, prompt, name):
-    """Whether no step of one trace is a close call; given up at the first that is."""
+    """True if no step of one trace is a close call; stops at the first that is."""
     config, (model, length, *_) = setting(name), TRACES[name]
 
     def watch(done, logits, selected):
@@ -834,7 +834,7 @@ class CloseCall(Exception):
 
 
 def stored(value):
-    """As it is kept: numbers in float32, indices and lengths in int32."""
+    """The array as it is stored: numbers in float32, indices and lengths in int32."""
     array = np.asarray(value)
     return np.ascontiguousarray(array, np.int32 if array.dtype.kind in "iu" else np.float32)
 
@@ -934,7 +934,7 @@ def main():
 
 
 def is_same(name, data):
-    """Whether the file holds these bytes."""
+    """True if the file holds these bytes."""
     return (FOLDER / name).is_file() and (FOLDER / name).read_bytes() == data
 
 

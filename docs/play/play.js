@@ -30,9 +30,18 @@
     const ofToken = drift.map((layers) => Math.max(...layers));
     const largest = [0]; // after so many steps
     for (const value of ofToken) largest.push(Math.max(largest.at(-1), value));
-    const selected = Uint8Array.from(atob(setting.selected), (character) => character.charCodeAt(0));
+    const selected = unpacked(atob(setting.selected));
     const parts = setting.tokens.findIndex((token, index) => token !== data.dense[index]);
     return { ...setting, drift, ofToken, largest, selected, parts, frames: framesOf(setting.interval) };
+  }
+
+  // The file holds lengths of runs, of unselected and selected in turn: row by row, block by block, step after step.
+  function unpacked(runs) {
+    const lengths = Array.from(runs, (character) => character.charCodeAt(0));
+    const bits = new Uint8Array(lengths.reduce((sum, length) => sum + length, 0));
+    let end = 0;
+    lengths.forEach((length, index) => bits.fill(index & 1, end, (end += length)));
+    return bits;
   }
 
   // A rectification is a frame of its own, after the step that fills the window. So a reader sees the drift before it goes.
@@ -49,10 +58,10 @@
     return settings.get(`${intervals[state.interval]} ${ratios[state.ratio]}`);
   }
 
-  // Row = layer · KV heads + head. The file packs a row's blocks into bytes, the lowest block in the lowest bit.
+  // Row = layer · KV heads + head.
   function isSelected(setting, step, row, block) {
-    const bytes = setting.selected.length / (steps * rows);
-    return (setting.selected[((step - 1) * rows + row) * bytes + (block >> 3)] >> (block & 7)) & 1;
+    const blocks = setting.selected.length / (steps * rows);
+    return setting.selected[(row * blocks + block) * steps + step - 1];
   }
 
   function readersOf(setting, moment, block) {

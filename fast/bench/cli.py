@@ -6,7 +6,6 @@ Nothing here imports Triton before it measures, so the command line has its help
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from resa.reference.checks import require
 from resa.reference.cli.main import Commands, Parser, add_command
 from resa.reference.config import ReSAConfig
 from resa.reference.lab.evidence import without
-from resa.reference.weights.files import write_atomically
+from resa.reference.weights.files import as_json, write_atomically
 
 Result = dict[str, Any]
 
@@ -166,7 +165,7 @@ def _measure_all(
             progress.update(task, description=description)
             times = row(*point)
             result["rows"].append(times)
-            write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
+            write_atomically(out, (as_json(result) + "\n").encode())
             progress.advance(task)
             dense, resa, ratio = times["dense_us"], times["resa"]["us"], times["ratio"]
             print(f"{description}: dense {dense:,.1f} µs, ReSA {resa:,.1f} µs, ratio {ratio:.2f}")

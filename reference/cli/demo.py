@@ -72,7 +72,7 @@ Row = dict[str, Any]  # what one way of decoding loses, how far its cache drifts
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What to decode, and how."""
+    """The text to decode, and the settings."""
 
     n_tokens: int
     intervals: tuple[int, ...]
@@ -147,7 +147,7 @@ def demo(options: argparse.Namespace) -> None:
     console.print(f"The figure is {options.figure}; all this took {result['seconds']} s.")
     if options.json:
         about = {"subject": subject, "figure": str(options.figure), "backend": backend}
-        cli.report({**result, **about, **cli.provenance(options)})
+        cli.report(cli.six_digits({**result, **about, **cli.provenance(options)}))
 
 
 def run_demo(
@@ -339,5 +339,5 @@ def draw_figure(result: Mapping[str, Any], path: Path, subject: str) -> None:
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip("."), dpi=150)
+    figure.savefig(buffer, format=path.suffix.lstrip("."), dpi=110)
     write_atomically(path, buffer.getvalue())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -137,10 +136,7 @@ def run_eval(options: argparse.Namespace) -> None:
     model, started = cli.load(options), time.perf_counter()
     result = {"question": options.question, **measure(options, model, config)}
     result |= {**cli.provenance(options), "seconds": time.perf_counter() - started}
-
-    # Six significant digits are far more than any of these measurements is sure to.
-    digits = json.dumps(result)
-    cli.report(json.loads(digits, parse_float=lambda d: float(f"{float(d):.6g}")), options.out)
+    cli.report(cli.six_digits(result), options.out)
 
 
 def measure(options: argparse.Namespace, model: GPT, config: ReSAConfig) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from ..lab.evidence import without
 from ..model import GPT
 from ..operations import REFERENCE_OPS, Operations
 from ..weights.checkpoint import file_digest, load_model, shipped_checkpoint
-from ..weights.files import source_digest, write_atomically
+from ..weights.files import as_json, source_digest, write_atomically
 
 DESCRIPTION = (
     "Rectified sparse attention: decode by reading a tenth of the KV cache per token (sparse"
@@ -216,9 +216,14 @@ def writable(argument: str, path: Path) -> Path:
     return path
 
 
+def six_digits(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Round every float to six significant digits, far more than a measurement is sure of."""
+    return json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.6g}"))
+
+
 def report(result: Mapping[str, Any], out: Path | None = None) -> None:
     """Print a result as JSON and, if asked, keep it in a file."""
-    text = json.dumps(result, indent=1)
+    text = as_json(result)
     print(text)
     if out is not None:
         write_atomically(out, (text + "\n").encode())

@@ -136,7 +136,7 @@ def first_failures(rows: Sequence[Row]) -> list[Row]:
 
 
 def is_passed(rows: Sequence[Row], *, ops_only: bool = False) -> bool:
-    """Whether all rows passed, except those that `ops_only` left out."""
+    """True if all rows passed, except those that `ops_only` left out."""
     return all(row.status == PASS or (ops_only and row.status == UNCHECKED) for row in rows)
 
 

@@ -73,7 +73,7 @@ def read_trace(entries: Iterable[Mapping], n_tokens: int) -> list[Step]:
 
 
 def _share_memory(one: object, other: object) -> bool:
-    """Whether two arrays, or tensors that NumPy can view, have an element in common."""
+    """True if two arrays, or tensors that NumPy can view, have an element in common."""
     if one is None or other is None:
         return False
     try:
@@ -104,7 +104,7 @@ class Comparison:
 
     @property
     def is_rectified(self) -> bool:
-        """Whether the step ends in a dense pass over its window, or is one."""
+        """True if the step ends in a dense pass over its window, or is one."""
         return self.before is not None and self.wanted.window == 0
 
 

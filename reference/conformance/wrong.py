@@ -18,7 +18,7 @@ NOT_THE_PORT = ("site-packages", "<frozen", importlib.__file__, str(Path(__file_
 
 @dataclass(eq=False)
 class Wrong(Exception):
-    """What is wrong with a port, in the words of docs/porting.md."""
+    """A fault of a port, in the words of docs/porting.md."""
 
     law: str
     says: str

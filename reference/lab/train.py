@@ -31,7 +31,7 @@ from ..checks import checked_device, is_number, require, require_integer
 from ..config import GPTConfig, ReSAConfig
 from ..model import GPT
 from ..weights import checkpoint as files
-from ..weights.files import write_atomically
+from ..weights.files import as_json, write_atomically
 from ..weights.tokenizer import (
     VOCAB_SIZE,
     load_tokenizer,
@@ -356,7 +356,7 @@ def train(
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "final": trainer.log[-1],
     }
-    write_atomically(out / "record.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(out / "record.json", (as_json(record) + "\n").encode())
     return model
 
 

@@ -1,9 +1,13 @@
 """Files that no reader ever sees half written, and a fingerprint of the source that wrote them."""
 
 import hashlib
+import json
 import os
+import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -35,6 +39,18 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def as_json(result: Mapping[str, Any]) -> str:
+    """Indented JSON in which a list of plain numbers or words takes one line.
+
+    >>> as_json({"f": [8, 32], "rows": [{"kl": 0.5}]}).split("\\n")
+    ['{', ' "f": [8, 32],', ' "rows": [', '  {', '   "kl": 0.5', '  }', ' ]', '}']
+    """
+    # A line never breaks inside a string, so a bracket before a break opens a list.
+    list_of_scalars = re.compile(r"\[\n\s*([^\[\]{}]*?)\n\s*\]")
+    text = json.dumps(result, indent=1)
+    return list_of_scalars.sub(lambda found: "[" + re.sub(r"\n *", " ", found[1]) + "]", text)
 
 
 def source_digest() -> str:

@@ -61,7 +61,7 @@ def test_caches_are_full_and_shared_where_asked(model, is_shared):
 
 @pytest.mark.parametrize("interval", [4, None])
 def test_a_cycle_is_the_decode_loop_up_to_the_end_of_the_cache(model, interval):
-    """The same tokens as sparse steps and rectifications of the reference; again and again the same length."""
+    """Tokens equal those of the reference's sparse steps and rectifications; every repeat has one length."""
     config, f = replace(CONFIG, interval=interval), 4
     cache = e2e.new_cache(model, config, 2, CONTEXT, is_shared=False)
     plainly = SMALL.model(torch.float32).to(DEVICE)
@@ -231,7 +231,7 @@ def test_wrong_steps_do_not(model, monkeypatch, name, wrong, message):
 
 
 def test_an_output_projection_of_another_token_is_seen(model, monkeypatch):
-    """What is chosen must be what dense decoding would choose."""
+    """Chosen tokens must be what dense decoding would choose."""
     right = fast.note_tokens
     monkeypatch.setattr(fast, "note_tokens", lambda chosen, *rest, **more: right((chosen + 1) % 23, *rest, **more))
     with pytest.raises(ValueError, match="tokens, math: got error"):
@@ -289,7 +289,7 @@ def test_the_largest_batch_leaves_the_reserve(model, monkeypatch):
 
 
 def test_free_memory_of_a_gpu_leaves_a_reserve(monkeypatch):
-    """What the allocator keeps for later is given back first: in pieces it is of no use."""
+    """Memory that the allocator keeps for later is given back first: in pieces it is of no use."""
     free = [0]
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(12 * 10**9))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 8 * 10**10))

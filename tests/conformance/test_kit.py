@@ -21,10 +21,10 @@ import torch
 
 import make_vectors
 import oracle
+from resa.reference.cli.main import main
 from resa.reference.conformance import kit
 from resa.reference.conformance import trace as trace_module
 from resa.reference.conformance import wrong as wrong_module
-from resa.reference.cli.main import main
 from resa.reference.conformance.kit import FAIL, PASS, UNCHECKED, check_port, first_failures, is_passed, load_vectors
 from strategies import DEVICE
 
@@ -126,7 +126,7 @@ def is_text(node):
 
 
 def test_every_law_is_in_the_page_by_its_number_and_its_name(vectors):
-    """As the header of its section, or in italics within it."""
+    """Named as the header of its section, or in italics within it."""
     page = "\n" + re.sub(r"```.*?```|`[^`\n]*`|\\\*", "", (ROOT / "docs" / "porting.md").read_text(), flags=re.DOTALL)
     told = laws_told(vectors)
     assert len(told) > 35
@@ -141,7 +141,7 @@ def test_every_law_is_in_the_page_by_its_number_and_its_name(vectors):
 
 
 def decimal(value, places):
-    """As the page writes numbers."""
+    """The form in which the page writes numbers."""
     return (
         re.sub(r"\.?0+$", "", f"{value:.{places}f}").replace("-", "−") if places else f"{value:.0f}".replace("-", "−")
     )

@@ -1,4 +1,4 @@
-"""What the pages say is so: the example runs as written, tables and figures equal their files. More in test_site.py."""
+"""Pages say what is so: the example runs as written, tables and figures equal their files. More in test_site.py."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""What selection misses, measured a second time by plain loops; and the certified bound, which nothing exceeds."""
+"""The mass that selection misses, measured again by plain loops; and the certified bound, never exceeded."""
 
 import json
 
