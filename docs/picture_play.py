@@ -16,12 +16,12 @@ def main() -> None:
     """Photograph one place in one generation, in the light theme."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1280, "height": 985}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1120, "height": 985}, color_scheme="light")
         page.goto((DOCS / "play" / "index.html").as_uri() + PLACE)
         picture = Image.open(io.BytesIO(page.screenshot()))
         browser.close()
     # The page has few colours, so a palette makes the file a third as large.
-    picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(DOCS / "images" / "play.png", optimize=True)
+    picture.convert("RGB").quantize(48, dither=Image.Dither.NONE).save(DOCS / "images" / "play.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ about a minute on one CPU core and draws nothing from a random generator.
 
 from __future__ import annotations
 
-import base64
 import json
 import platform
 import sys
@@ -45,7 +44,9 @@ PROMPT_TOKENS, NEW_TOKENS = 1024, 128
 INTERVALS, RATIOS = (8, 16, 32, 64, None), (0.05, 0.1, 0.2)
 # A step reads at least 2 blocks. With the default of 16, it would read the same at every ratio of so short a cache.
 CONFIG = ReSAConfig(min_blocks=2, schedule="paper")
-UNIT = 1e-4  # drift and divergence are stored as whole numbers of this
+DRIFT_UNIT, DIVERGENCE_UNIT = 1e-3, 1e-4  # both are stored as whole numbers of these
+# Printable characters that need no escape in a string of JSON; the tilde is taken.
+DIGITS = "".join(chr(code) for code in range(35, 126) if chr(code) not in "\\<>")
 
 
 @dataclass(frozen=True)
@@ -131,25 +132,26 @@ def as_mask(indices: Tensor, n_blocks: int) -> Tensor:
 
 
 def packed(mask: Tensor) -> str:
-    """Pack a mask [steps, layer, Hkv, M] as base64: lengths of runs, one byte each, of False and True in turn.
+    """Pack a mask [steps, layer, Hkv, M] as text: the lengths of runs, of False and True in turn.
 
-    A block stays selected or unselected for many steps, so steps come last in the order of the runs.
+    A block stays selected or unselected for many steps, so steps come last in the order of the runs. A length below 88
+    is one character of `DIGITS`; a longer one is a tilde and two.
 
-    >>> list(base64.b64decode(packed(torch.tensor([[[[True, False]]], [[[True, True]]]]))))
-    [0, 2, 1, 1]
+    >>> packed(torch.tensor([[[[True, False]]], [[[True, True]]]]))
+    '#%$$'
     """
     flat = mask.permute(1, 2, 3, 0).flatten()
     values, lengths = torch.unique_consecutive(flat, return_counts=True)
-    runs = [0] if bool(values[0]) else []
+    base, text = len(DIGITS), DIGITS[0] if bool(values[0]) else ""
     for length in lengths.tolist():
-        # A byte ends at 255: a longer run goes on after an empty run of the other kind.
-        runs += [255, 0] * ((length - 1) // 255) + [(length - 1) % 255 + 1]
-    return base64.b64encode(bytes(runs)).decode()
+        high, low = divmod(length, base)
+        text += DIGITS[low] if high == 0 else f"~{DIGITS[high]}{DIGITS[low]}"
+    return text
 
 
-def whole(numbers: Tensor) -> list:
-    """Round numbers to whole units of the file."""
-    return (numbers.double() / UNIT).round().long().tolist()
+def whole(numbers: Tensor, unit: float) -> list:
+    """Round numbers to whole units."""
+    return (numbers.double() / unit).round().long().tolist()
 
 
 def pieces(tokenizer: tiktoken.Encoding, tokens: Sequence[int]) -> list[str]:
@@ -164,9 +166,9 @@ def setting(tokenizer: tiktoken.Encoding, recording: Recording, config: ReSAConf
         "ratio": config.active_ratio,
         "read_share": round(read_ratio(config), 6),
         "tokens": pieces(tokenizer, recording.tokens),
-        "drift": whole(recording.drift),
+        "drift": whole(recording.drift, DRIFT_UNIT),
         "rectified": [float(f"{value:.1e}") for value in recording.rectified.amax(dim=-1).tolist()],
-        "divergence": whole(recording.divergence),
+        "divergence": whole(recording.divergence, DIVERGENCE_UNIT),
         "selected": packed(recording.selected),
     }
 
@@ -202,7 +204,9 @@ def measure() -> dict[str, object]:
         "config": {name: value for name, value in asdict(CONFIG).items() if name not in ("interval", "active_ratio")},
         "layers": model.config.n_layer,
         "kv_heads": model.config.n_kv_head,
-        "unit": UNIT,
+        "drift_unit": DRIFT_UNIT,
+        "divergence_unit": DIVERGENCE_UNIT,
+        "digits": DIGITS,
         "prompt": pieces(tokenizer, prompt),
         "dense": pieces(tokenizer, dense.tokens),
         "settings": settings,

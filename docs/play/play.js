@@ -26,18 +26,23 @@
   }
 
   function prepared(setting) {
-    const drift = setting.drift.map((layers) => layers.map((value) => value * data.unit)); // [step][layer]
+    const drift = setting.drift.map((layers) => layers.map((value) => value * data.drift_unit)); // [step][layer]
     const ofToken = drift.map((layers) => Math.max(...layers));
     const largest = [0]; // after so many steps
     for (const value of ofToken) largest.push(Math.max(largest.at(-1), value));
-    const selected = unpacked(atob(setting.selected));
+    const selected = unpacked(setting.selected);
     const parts = setting.tokens.findIndex((token, index) => token !== data.dense[index]);
     return { ...setting, drift, ofToken, largest, selected, parts, frames: framesOf(setting.interval) };
   }
 
   // The file holds lengths of runs, of unselected and selected in turn: row by row, block by block, step after step.
   function unpacked(runs) {
-    const lengths = Array.from(runs, (character) => character.charCodeAt(0));
+    const digits = Array.from(runs, (character) => data.digits.indexOf(character)); // −1 for the tilde of a long run
+    const lengths = [];
+    for (let i = 0; i < digits.length; i++) {
+      if (digits[i] >= 0) lengths.push(digits[i]);
+      else lengths.push(digits[++i] * data.digits.length + digits[++i]);
+    }
     const bits = new Uint8Array(lengths.reduce((sum, length) => sum + length, 0));
     let end = 0;
     lengths.forEach((length, index) => bits.fill(index & 1, end, (end += length)));
@@ -440,7 +445,7 @@
     for (let token = 0; token < moment.step; token++) {
       const isExact = token % (setting.interval ?? steps) === 0; // the first of a window
       context.beginPath();
-      context.arc(columns.at(token + 0.5), y(setting.divergence[token] * data.unit), isExact ? radius + 1 : radius, 0, 2 * Math.PI);
+      context.arc(columns.at(token + 0.5), y(setting.divergence[token] * data.divergence_unit), isExact ? radius + 1 : radius, 0, 2 * Math.PI);
       context.lineWidth = 1.75;
       context.strokeStyle = colour("rectified");
       context.fillStyle = colour("drift");
@@ -450,7 +455,7 @@
     drawMarks(context, setting, moment, columns, height);
     drawCurrent(context, columns, moment, height + 1);
     drawTokenAxis(context, columns, height + 15);
-    const last = moment.step === 0 ? "none yet" : (setting.divergence[moment.step - 1] * data.unit).toFixed(3);
+    const last = moment.step === 0 ? "none yet" : (setting.divergence[moment.step - 1] * data.divergence_unit).toFixed(3);
     element("divergence").setAttribute("aria-label", `Divergence of every step’s prediction from the dense one. This step: ${last} nats.`);
   }
 

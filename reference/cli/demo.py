@@ -147,7 +147,9 @@ def demo(options: argparse.Namespace) -> None:
     console.print(f"The figure is {options.figure}; all this took {result['seconds']} s.")
     if options.json:
         about = {"subject": subject, "figure": str(options.figure), "backend": backend}
-        cli.report(cli.six_digits({**result, **about, **cli.provenance(options)}))
+        curves = {name: [round(x, 4) for x in curve] for name, curve in result["curves"].items()}
+        result = {**result, "curves": curves, **about, **cli.provenance(options)}
+        cli.report(cli.six_digits(result))
 
 
 def run_demo(
@@ -321,6 +323,7 @@ def side_by_side(texts: Mapping[str, Sequence[int]], tokenizer: tiktoken.Encodin
 def draw_figure(result: Mapping[str, Any], path: Path, subject: str) -> None:
     """Draw the mean drift of the cached generated tokens after each step, one line per interval."""
     from matplotlib.figure import Figure  # takes a second to import
+    from PIL import Image
 
     curves = {name: curve for name, curve in result["curves"].items() if name != "decode-only"}
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -339,5 +342,9 @@ def draw_figure(result: Mapping[str, Any], path: Path, subject: str) -> None:
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip("."), dpi=110)
+    kind = path.suffix.lstrip(".")
+    figure.savefig(buffer, format=kind, dpi=110)
+    if kind == "png":  # a palette of 64 colours looks the same and is a third as large
+        picture = Image.open(buffer).convert("RGB").quantize(64)
+        picture.save(buffer := io.BytesIO(), format=kind, optimize=True)
     write_atomically(path, buffer.getvalue())

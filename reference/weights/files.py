@@ -42,15 +42,20 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 
 
 def as_json(result: Mapping[str, Any]) -> str:
-    """Indented JSON in which a list of plain numbers or words takes one line.
+    """Indented JSON in which a list or a mapping of plain values takes one line.
 
-    >>> as_json({"f": [8, 32], "rows": [{"kl": 0.5}]}).split("\\n")
-    ['{', ' "f": [8, 32],', ' "rows": [', '  {', '   "kl": 0.5', '  }', ' ]', '}']
+    >>> print(as_json({"f": [8, 32], "rows": [{"kl": 0.5}]}))
+    {
+     "f": [8, 32],
+     "rows": [
+      {"kl": 0.5}
+     ]
+    }
     """
-    # A line never breaks inside a string, so a bracket before a break opens a list.
-    list_of_scalars = re.compile(r"\[\n\s*([^\[\]{}]*?)\n\s*\]")
+    # A line never breaks inside a string, so a bracket before a break opens a list or a mapping.
+    innermost = re.compile(r"([\[{])\n *([^\[\]{}]*?)\n *([\]}])")
     text = json.dumps(result, indent=1)
-    return list_of_scalars.sub(lambda found: "[" + re.sub(r"\n *", " ", found[1]) + "]", text)
+    return innermost.sub(lambda found: found[1] + re.sub(r"\n *", " ", found[2]) + found[3], text)
 
 
 def source_digest() -> str:

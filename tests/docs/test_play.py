@@ -3,7 +3,6 @@
 Tests marked `site` drive Chromium (Debian's, or the one that RESA_CHROMIUM names) over the page as it lies on the disk.
 """
 
-import base64
 import hashlib
 import re
 import sys
@@ -41,7 +40,10 @@ def find(data, interval, ratio):
 
 def selected(data, setting):
     """Blocks attended: [steps, layer, KV head, bits] bool."""
-    runs = np.frombuffer(base64.b64decode(setting["selected"]), np.uint8)
+    runs, base = [], len(data["digits"])
+    for long, high, low, short in re.findall(r"(~)(.)(.)|([^~])", setting["selected"]):
+        values = [data["digits"].index(digit) for digit in (high + low if long else short)]
+        runs.append(values[0] * base + values[1] if long else values[0])
     bits = np.repeat(np.arange(len(runs)) % 2 == 1, runs)  # unselected and selected in turn
     return bits.reshape(data["layers"], data["kv_heads"], -1, len(setting["drift"])).transpose(3, 0, 1, 2)
 
@@ -50,7 +52,7 @@ def drift_now(data, setting, step, rectified=False):
     """The largest drift of any token in the cache after a step, or after the rectification behind it."""
     interval = setting["interval"] or 10**9
     exact = (step if rectified else step - 1) // interval * interval if step else 0
-    open_window = [max(layers) * data["unit"] for layers in setting["drift"][exact:step]]
+    open_window = [max(layers) * data["drift_unit"] for layers in setting["drift"][exact:step]]
     return max([0.0, *open_window, *setting["rectified"][: exact // interval]])
 
 
@@ -83,7 +85,7 @@ def test_every_setting_is_there_and_rectification_alone_wipes_its_drift(data):
         assert np.shape(each["drift"]) == (127, data["layers"])
         assert np.shape(each["divergence"]) == (127,)
         assert len(each["rectified"]) == (127 // each["interval"] if each["interval"] else 0)
-        assert np.max(each["drift"], axis=1).min() * data["unit"] > 1000 * ROUNDING
+        assert np.max(each["drift"], axis=1).min() * data["drift_unit"] > 1000 * ROUNDING
         assert max(each["rectified"], default=0) < ROUNDING
         assert not np.any([layers[0] for layers in each["drift"]])  # layer 0 sees the token alone
 
@@ -127,10 +129,10 @@ def test_a_sample_recorded_again_is_what_stands_there(data):
             tie = near_tie(model, prompt, expected[:token], config, (found.tokens[token], expected[token]))
         assert tie <= 1
 
-    drift = torch.tensor(setting["drift"][:same]) * data["unit"]
-    torch.testing.assert_close(found.drift[:same], drift, atol=data["unit"], rtol=1e-3)
-    divergence = torch.tensor(setting["divergence"][:same]) * data["unit"]
-    torch.testing.assert_close(found.divergence[:same], divergence, atol=data["unit"], rtol=1e-3)
+    drift = torch.tensor(setting["drift"][:same]) * data["drift_unit"]
+    torch.testing.assert_close(found.drift[:same], drift, atol=data["drift_unit"], rtol=1e-3)
+    divergence = torch.tensor(setting["divergence"][:same]) * data["divergence_unit"]
+    torch.testing.assert_close(found.divergence[:same], divergence, atol=data["divergence_unit"], rtol=1e-3)
     assert found.rectified.shape == (2, data["layers"])
     assert float(found.rectified.max()) < ROUNDING
 
@@ -208,7 +210,7 @@ def test_the_sliders_change_the_numbers_to_what_the_data_say(visit, data):
         for j, ratio in enumerate(RATIOS):
             slide(page, "ratio", j)
             setting = find(data, interval, ratio)
-            largest = list(accumulate((max(layers) * data["unit"] for layers in setting["drift"]), max))
+            largest = list(accumulate((max(layers) * data["drift_unit"] for layers in setting["drift"]), max))
             expected = {
                 "step": "70",
                 "window": str(70 if interval is None else 69 % interval + 1),
