@@ -106,9 +106,8 @@ class Site:
     def listing(self, path: PurePosixPath) -> str:
         """List the files of a folder, with links to those that the site can show."""
         lines = [f"---\norphan: true\n---\n\n# {path}/\n"]
-        hidden = {"__pycache__", ".DS_Store"}
         for entry in sorted((ROOT / path).iterdir(), key=lambda entry: (entry.is_file(), entry.name)):
-            if entry.name not in hidden:
+            if entry.name != "__pycache__" and not entry.name.startswith("."):
                 place = self.place(path / entry.name)
                 name = f"`{entry.name}{'/' if entry.is_dir() else ''}`"
                 here = PurePosixPath(self.wanted[path]).parent

@@ -126,7 +126,7 @@ def process_docstring(app: Sphinx, what: str, name: str, obj: object, options: o
         lines += ["Fields:", ""]
         for field in dataclasses.fields(obj):
             default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
-            kind = field.type if isinstance(field.type, str) else field.type.__name__
+            kind = field.type.__name__ if isinstance(field.type, type) else field.type
             comment = f": {escaped(comments[field.name])}" if comments.get(field.name) else ""
             lines.append(f"- ``{field.name}: {kind}{default}``{comment}")
         lines.append("")
