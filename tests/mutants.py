@@ -98,7 +98,35 @@ PATH = [
     Mistake("lengths beyond the cache are taken", "reference/operations.py", '    check_lengths("lengths", given["lengths"], capacity)\n', "", CONTRACT),
 ]  # fmt: skip
 
-KERNELS = []
+KERNELS = [
+    # blocks: bounds, scores, selection.
+    Mistake("kernel: a key past the length counts", "fast/blocks.py", "o_block * BLOCK_SIZE + j < length", "o_block * BLOCK_SIZE + j <= length", OPERATIONS),
+    Mistake("kernel: a NaN key is dropped", "fast/blocks.py", "tl.minimum(lo, key, propagate_nan=tl.PropagateNan.ALL)", "tl.minimum(lo, key)", OPERATIONS),
+    Mistake("kernel: the other bound", "fast/blocks.py", "tl.where(pooled >= 0, D, 0)", "tl.where(pooled >= 0, 0, D)", OPERATIONS),
+    Mistake("kernel: heads of the next group", "fast/blocks.py", "(i_row * G + o_g)[:, None] * D + o_d", "(i_row + o_g)[:, None] * D + o_d", OPERATIONS),
+    Mistake("kernel: 0 times infinity is NaN", "fast/blocks.py", "product = tl.where(is_zero, 0.0, weight * bound.to(tl.float32))", "product = weight * bound.to(tl.float32)", OPERATIONS),
+    Mistake("kernel: one block too few", "fast/blocks.py", "needed = n - (total - candidates)", "needed = tl.maximum(n - (total - candidates) - 1, 0)", OPERATIONS),
+    Mistake("kernel: the last of tied blocks", "fast/blocks.py", "tl.where(o_block < first, float(\"inf\")", "tl.where(o_block > first, float(\"inf\")", OPERATIONS),
+    Mistake("kernel: no padding behind the selection", "fast/blocks.py", "    if n < width:\n", "    if n < 0:\n", OPERATIONS),
+    # attention.
+    Mistake("kernel: a block past the end is read", "fast/attention.py", "(block >= 0) & (block < total)", "(block >= 0)", OPERATIONS),
+    Mistake("kernel: minus one is dereferenced", "fast/attention.py", "is_visible = is_block & (position < length)", "is_visible = position < length", OPERATIONS),
+    Mistake("kernel: the last share of the list is lost", "fast/attention.py", "share = tl.cdiv(count, tl.num_programs(0))", "share = count // tl.num_programs(0)", OPERATIONS),
+    Mistake("kernel: sums do not decay", "fast/attention.py", "z = z * decay + tl.sum(weight, axis=1)", "z = z + tl.sum(weight, axis=1)", OPERATIONS),
+    Mistake("kernel: minus infinity minus itself", "fast/attention.py", "weight = tl.exp2((product - m_safe[:, None])", "weight = tl.exp2((product - m_next[:, None])", OPERATIONS),
+    Mistake("kernel: splits merged without their maxima", "fast/attention.py", "acc = acc * decay[:, None] + acc_i * decay_i[:, None]", "acc = acc + acc_i", OPERATIONS),
+    Mistake("kernel: a counter is left behind", "fast/attention.py", "            tl.store(split_counters_ptr + i_counter, 0)\n", "", f"{OPERATIONS} {DECODING}"),
+    Mistake("kernel: causal mask one short", "fast/attention.py", "(token + o_t[None, :] <= start + o_q[:, None])", "(token + o_t[None, :] < start + o_q[:, None])", OPERATIONS),
+    Mistake("kernel: rows past the window keep their sums", "fast/attention.py", "    z = tl.where(m_query, z, 0.0)\n", "", OPERATIONS),
+    Mistake("kernel: log-sum-exp in base two", "fast/attention.py", "tl.log(total)", "tl.log2(total)", OPERATIONS),
+    # cache, steps, sampling.
+    Mistake("kernel: bounds extended, not rebuilt", "fast/cache.py", "mask=(position < start)[:, None]", "mask=(position < 0)[:, None]", f"{OPERATIONS} {DECODING}"),
+    Mistake("kernel: the window's last block is not written", "fast/cache.py", "touched = (width + block_size - 2) // block_size + 1", "touched = max(1, (width + block_size - 2) // block_size)", f"{OPERATIONS} {DECODING}"),
+    Mistake("kernel: a sparse step where a pass is due", "fast/gpu/bookkeeping.py", "(n_drifted < drift_limit)", "(n_drifted <= drift_limit)"),
+    Mistake("kernel: a stop token goes on", "fast/gpu/bookkeeping.py", "        has_ended |= token == tl.load(stop_ptr + i)\n", "        has_ended |= token < 0\n"),
+    Mistake("batched top-p without its allowance", "fast/sampling.py", "self.sampling.top_p - 1e-12", "self.sampling.top_p"),
+    Mistake("8-bit bounds rounded inward", "fast/gpu/bounds8.py", "is_outward = (x > 0) == is_hi", "is_outward = (x > 0) != is_hi", OPERATIONS),
+]  # fmt: skip
 
 
 def check(mistake, copies):
