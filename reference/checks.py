@@ -27,9 +27,7 @@ def refuse(argument: str, given: object, allowed: str) -> NoReturn:
 
 
 def require(condition: bool, argument: str, given: object, allowed: str) -> None:
-    """Raise `ValueError` naming `argument`, the value given and the values allowed unless
-    `condition` holds.
-    """
+    """Raise `ValueError` by name unless `condition` holds."""
     if not condition:
         refuse(argument, given, allowed)
 

@@ -6,14 +6,7 @@ on them: `config → blocks → attention → operations → cache → model →
 
 from dataclasses import dataclass
 
-from .checks import (
-    is_integer,
-    is_number,
-    require,
-    require_flag,
-    require_integer,
-    require_positive,
-)
+from .checks import is_integer, is_number, require, require_flag, require_integer, require_positive
 from .rope import RopeScaling
 
 SCHEDULES = ("fused", "paper")

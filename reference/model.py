@@ -25,9 +25,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + ε) · weight over the last dimension, in float32 (float64 for float64
-    input).
-    """
+    """x / sqrt(mean(x²) + ε) · weight over the last dimension, in float32 or float64."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -42,9 +40,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections of grouped-query attention. The attention itself is supplied by the
-    caller.
-    """
+    """The projections of grouped-query attention, without the attention itself."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -91,9 +87,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """The parts of one pre-norm layer; `GPT.hidden_states` puts them together around the
-    attention.
-    """
+    """The parts of one pre-norm layer; `GPT.hidden_states` puts them together."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -104,9 +98,7 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """The transformer of the specification; `ops` are the five operations that its decoding runs
-    on.
-    """
+    """The transformer of the specification; its decoding runs on the operations `ops`."""
 
     def __init__(self, config: GPTConfig, *, ops: Operations = REFERENCE_OPS) -> None:
         super().__init__()
@@ -121,9 +113,7 @@ class GPT(nn.Module):
             self.output.weight = self.embed.weight
 
     def reset_parameters(self) -> None:
-        """Draw normal weights; the projections that add to the residual stream shrink with
-        depth.
-        """
+        """Draw normal weights; projections into the residual stream shrink with depth."""
         residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
         for name, parameter in self.named_parameters():
             # Norms keep their ones.
@@ -134,16 +124,12 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, V] of causal attention over tokens [B, T] alone, without a cache: for
-        training.
-        """
+        """Logits [B, T, V] of plain causal attention over tokens [B, T], for training."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.output(self.hidden_states(tokens, positions, causal_attention))
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Final hidden states [B, Q, C] of tokens at positions [B, Q]; `attend` supplies the
-        attention.
-        """
+        """Final hidden states [B, Q, C] of tokens at positions [B, Q], through `attend`."""
         x, config = self.embed(tokens), self.config
         rotation = config.head_dim, config.rope_theta, config.rope_scaling
         cos, sin = rotary_angles(positions, *rotation, accumulation_dtype(x.dtype))

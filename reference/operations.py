@@ -14,16 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, blocks
-from .checks import (
-    FLOATS,
-    INTEGERS,
-    bind_shapes,
-    check_dtypes,
-    check_heads,
-    check_lengths,
-    require_integer,
-)
+from . import attention, blocks, checks
 
 
 @dataclass(frozen=True)
@@ -60,9 +51,9 @@ SHAPES = {
 }
 # Tensors that share one dtype, and what that may be. Scores are sums, so they have 32 or 64 bits.
 DTYPES = {
-    ("query", "keys", "values", "bounds"): FLOATS,
+    ("query", "keys", "values", "bounds"): checks.FLOATS,
     ("scores",): (torch.float32, torch.float64),
-    ("indices",): INTEGERS,
+    ("indices",): checks.INTEGERS,
 }
 
 Limits = Callable[[str, Mapping[str, Any], Mapping[str, int]], None]
@@ -98,23 +89,25 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, int]:
     given = {key: arguments.get(key) for key in SHAPES[name]}
     if given.get("query_lengths", ...) is None:  # the only argument that may be left out
         del given["query_lengths"]
-    sizes = bind_shapes(**{key: (tensor, SHAPES[name][key]) for key, tensor in given.items()})
+    sizes = checks.bind_shapes(
+        **{key: (tensor, SHAPES[name][key]) for key, tensor in given.items()}
+    )
     if "query" in given:
-        check_heads(sizes["Hq"], sizes["Hkv"])
+        checks.check_heads(sizes["Hq"], sizes["Hkv"])
 
     # Then dtypes: what is multiplied together shares one.
     for names, allowed in DTYPES.items():
-        check_dtypes(allowed, **{key: given[key] for key in names if key in given})
+        checks.check_dtypes(allowed, **{key: given[key] for key in names if key in given})
 
     # Lengths lie within the cache, or within the blocks that there are bounds or scores for.
     block_size = arguments.get("block_size", 1)  # dense attention knows no blocks
     if "config" in arguments:
         block_size = arguments["config"].block_size
-    require_integer("block_size", block_size, 1)
+    checks.require_integer("block_size", block_size, 1)
     capacity = sizes["T_max"] if "T_max" in sizes else sizes["M"] * block_size
-    check_lengths("lengths", given["lengths"], capacity)
+    checks.check_lengths("lengths", given["lengths"], capacity)
     if "query_lengths" in given:
-        check_lengths("query_lengths", given["query_lengths"], sizes["Q"])
+        checks.check_lengths("query_lengths", given["query_lengths"], sizes["Q"])
     return sizes
 
 

@@ -45,9 +45,7 @@ class RopeScaling:
 def rotary_frequencies(
     size: int, theta: float, scaling: RopeScaling | None, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Radians per position of every pair of `size` channels, [size/2]: theta^(−2i/size), then
-    scaled.
-    """
+    """Radians per position of each of `size` / 2 channel pairs: theta^(−2i/size), scaled."""
     # The order of these operations matters: trained models had their frequencies rounded this way.
     plain = 1.0 / theta ** (torch.arange(0, size, 2, device=device, dtype=dtype) / size)
     if scaling is None:

@@ -122,9 +122,7 @@ def _ignore(*_: int) -> None:
 
 @dataclass
 class Speculation:
-    """One sequence: `generation` holds what is certain, `drafts` what is not. Both change as it
-    runs.
-    """
+    """One sequence: `generation` holds what is certain, `drafts` what is not."""
 
     model: GPT
     generation: Generation
@@ -170,9 +168,7 @@ class Speculation:
         self.drafts.append(Draft(token, distribution(self.sampling, logits)))
 
     def decide(self) -> bool:
-        """Run a dense pass over the window and keep what it confirms; returns whether decoding goes
-        on.
-        """
+        """Run a dense pass and keep what it confirms; returns whether decoding goes on."""
         state, cache = self.generation, self.generation.cache
         start, fed = cache.length - state.n_drifted, self.fed()
         logits = self.model.output(dense_pass(self.model, fed, cache, start))
@@ -197,9 +193,7 @@ class Speculation:
         return tokens if is_last_fed else tokens[:-1]
 
     def keep(self, tokens: Sequence[int], position: int) -> bool:
-        """Append tokens that are certain, the first at `position`; returns whether decoding goes
-        on.
-        """
+        """Append certain tokens from `position` on; returns whether decoding goes on."""
         state = self.generation
         for token in tokens:
             state.tokens.append(token)
