@@ -95,7 +95,7 @@ PATH = [
     Mistake("the rest is not clamped", "reference/speculate.py", ".clamp(min=0)\n", ".abs()\n"),
     # contract.
     Mistake("an operation goes unchecked", "reference/operations.py", "            sizes = check_arguments(name, arguments)\n", "            sizes = {}\n", CONTRACT),
-    Mistake("lengths beyond the cache are taken", "reference/operations.py", '    check_lengths("lengths", given["lengths"], capacity)\n', "", CONTRACT),
+    Mistake("lengths beyond the cache are taken", "reference/operations.py", '    checks.check_lengths("lengths", given["lengths"], capacity)\n', "", CONTRACT),
 ]  # fmt: skip
 
 KERNELS = [
@@ -143,7 +143,8 @@ def check(mistake, copies):
     path.write_text(text, encoding="utf-8")
     copies.append(copy)
     failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return mistake, run.returncode == 1, time.perf_counter() - started, (failed or run.stdout.splitlines() or [""])[0]
+    is_caught = run.returncode == 1 or run.returncode < 0  # a crash is red as well
+    return mistake, is_caught, time.perf_counter() - started, (failed or run.stdout.splitlines() or [""])[0]
 
 
 def copy_project(folder):

@@ -18,7 +18,6 @@ from small_models import (
     dense_cache,
     drift,
     greedy_by_forward,
-    leaves_out,
     shapes,
     share,
     sparse_configs,
@@ -158,11 +157,8 @@ def test_turns_equal_one_dense_prefill_up_to_the_last_window(shape, config, turn
     assert (done.n_drifted, done.cache.length) == (w, held)
     worst = drift(done.cache, exact)
     assert (worst[: held - w] <= EXACT).all(), "everything before the last turn's open window is dense"
-    off = [worst[p] for p in range(held - w, held) if leaves_out(config, p + 1)]
-    # Not each of them: a step whose attention happens to lie in the selected blocks is dense to the last digits.
-    assert not off or max(off) > VISIBLE
     assert_bounds_rebuilt(done.cache)
-    event(f"open window of {min(w, 3)}{'+' if w > 2 else ''}")
+    event(f"open window of {min(w, 3)}{'+' if w > 2 else ''}, {'drifted' if (worst > VISIBLE).any() else 'exact'}")
 
 
 @pytest.mark.parametrize(("interval", "schedule"), [(5, "fused"), (5, "paper"), (None, "fused")])
