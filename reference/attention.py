@@ -5,7 +5,6 @@ hidden values become zero, so memory that should not be read, NaN included, chan
 """
 
 import torch
-from torch import Tensor
 
 from .checks import accumulation_dtype
 
@@ -25,16 +24,15 @@ def sparse_attention(query, keys, values, indices, lengths, block_size, *, retur
     visible = (positions >= 0) & (positions < lengths.view(-1, 1, 1))
 
     # Gather keys and values, one row of D channels per token. A hidden slot may hold NaN, and
-    # 0 · NaN is NaN: it fetches the newest visible token instead, which then weighs nothing.
+    # 0 · NaN is NaN: set its value to 0.
     if capacity == 0:
         positions, visible = positions[..., :0], visible[..., :0]
-    newest = positions.masked_fill(~visible, 0)
-    newest = newest.amax(dim=2, keepdim=True) if newest.numel() else newest
-    token = torch.where(visible, positions, newest)
+    token = positions.masked_fill(~visible, 0)
     head = torch.arange(batch * n_kv_head, device=device).view(batch, n_kv_head, 1)
     row = (head * capacity + token).flatten()
     chosen_keys = keys.flatten(0, 2).index_select(0, row).unflatten(0, token.shape)
     chosen_values = values.flatten(0, 2).index_select(0, row).unflatten(0, token.shape)
+    chosen_values = chosen_values.masked_fill(~visible[..., None], 0.0)
 
     # One softmax over all of them.
     grouped = query.unflatten(1, (n_kv_head, -1))  # [B, Hkv, G, D]
@@ -78,9 +76,7 @@ def dense_attention(query, keys, values, lengths, *, query_lengths=None, return_
     return (out, lse) if return_lse else out
 
 
-def softmax_attention(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor
-) -> tuple[Tensor, Tensor]:
+def softmax_attention(query, keys, values, visible):
     """Softmax attention of R queries over S tokens per KV head, and its log-sum-exp.
 
     query [B, Hkv, R, D], keys and values [B, Hkv, S, D], visible [B, 1 or Hkv, 1 or R, S]

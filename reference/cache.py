@@ -32,13 +32,7 @@ class KVCache:
 
     @classmethod
     def empty(
-        cls,
-        config: GPTConfig,
-        capacity: int,
-        block_size: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        cls, config: GPTConfig, capacity: int, block_size: int, *, dtype=torch.float32, device="cpu"
     ) -> KVCache:
         """A cache with room for `capacity` tokens and none in it."""
         require_integer("capacity", capacity, 0)

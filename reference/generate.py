@@ -130,25 +130,23 @@ def decode_step(model: GPT, generation: Generation, config: ReSAConfig) -> Tenso
     The two schedules differ only in when the dense pass comes. "paper" has it after the f-th sparse
     step and discards its logits; "fused" has it in place of that step.
     """
-    tokens, cache = generation.tokens, generation.cache
-    pending = f"a pending token after the window's {generation.n_drifted}"
-    require(len(tokens) > generation.n_drifted, "tokens", f"{len(tokens)} tokens", pending)
+    tokens, cache, w = generation.tokens, generation.cache, generation.n_drifted
+    allowed = f"a pending token after the window's {w}"
+    require(len(tokens) > w, "tokens", f"{len(tokens)} tokens", allowed)
 
     # Fused: the pass re-encodes the window and feeds the pending token in one go.
-    is_due = config.is_pass_due(generation.n_drifted)
-    if is_due and config.schedule == "fused":
-        newest = tokens[-generation.n_drifted - 1 :]
-        logits = rectify(model, newest, cache, generation.n_drifted)
+    if config.schedule == "fused" and config.is_pass_due(w):
+        logits = rectify(model, tokens[-w - 1 :], cache, w)
         generation.n_drifted = 0
         return logits
 
     # Every other step is sparse: the token that it writes has drifted.
     logits = sparse_step(model, tokens[-1], cache, config)
-    generation.n_drifted += 1
+    generation.n_drifted = w + 1
 
     # Paper: the window is re-encoded on its own, and the pass predicts nothing.
-    if config.schedule == "paper" and config.is_pass_due(generation.n_drifted):
-        rectify(model, tokens[-generation.n_drifted :], cache, generation.n_drifted)
+    if config.schedule == "paper" and config.is_pass_due(w + 1):
+        rectify(model, tokens[-w - 1 :], cache, w + 1)
         generation.n_drifted = 0
     return logits
 
@@ -172,9 +170,8 @@ def generate(
     Like the last token it is returned and never fed, so a cache ends at prompt + N − 1 tokens.
     `on_token(sequence, position, token)` is called for each token as it is chosen.
 
-    `resume` continues an earlier `Generation`, which stays as it is, with the only prompt as its
-    next turn (it may be empty). Its open window is rectified, whatever the interval, and its
-    pending token prefilled.
+    `resume` continues an earlier `Generation`, which stays as it is. The only prompt is the next
+    turn and may be empty. Prefill then also rectifies the open window, whatever the interval.
     """
     config = ReSAConfig() if config is None else config
     sampling = Sampling() if sampling is None else sampling

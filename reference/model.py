@@ -149,16 +149,12 @@ class GPT(nn.Module):
     def new_cache(self, capacity: int, block_size: int) -> KVCache:
         """An empty cache of this model's dtype and on its device."""
         weight = self.embed.weight
-        return KVCache.empty(
-            self.config, capacity, block_size, dtype=weight.dtype, device=weight.device
-        )
+        place = {"dtype": weight.dtype, "device": weight.device}
+        return KVCache.empty(self.config, capacity, block_size, **place)
 
 
 def causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of every token over itself and those before it, through torch's fused kernel.
-
-    query [B, Hq, T, D], key and value [B, Hkv, T, D] → [B, Hq, T, D].
-    """
+    """Attend to the token itself and all before it: the `Attend` of training, by torch's kernel."""
     # For groups in float32 torch would keep every score on a GPU. Copies of KV heads are far less.
     group = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(group, dim=1) for each in (key, value))

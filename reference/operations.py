@@ -19,10 +19,7 @@ from . import attention, blocks, checks
 
 @dataclass(frozen=True)
 class Operations:
-    """One rendering of the five operations. `GPT(config, ops=…)` decodes with the one it is given.
-
-    Each docstring in `blocks.py` and `attention.py` says what its operation computes.
-    """
+    """One rendering of the five operations; `GPT(config, ops=…)` decodes with the one given."""
 
     block_bounds: Callable[..., Tensor]  # keys → bounds [B, Hkv, 2, D, M] (eq. 3)
     score_blocks: Callable[..., Tensor]  # query, bounds → scores [B, Hkv, M] (eq. 4)

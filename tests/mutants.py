@@ -83,7 +83,7 @@ PATH = [
     Mistake("rectification starts one token late", "reference/generate.py", "dense_pass(model, tokens, cache, cache.length - n_drifted)", "dense_pass(model, tokens[1:] or tokens, cache, cache.length - n_drifted + (len(tokens) > 1))"),
     Mistake("positions restart at a window", "reference/generate.py", "positions = torch.arange(start, end, device=device)[None]", "positions = torch.arange(end - start, device=device)[None]"),
     Mistake("a sparse step reads the old length", "reference/generate.py", "lengths = torch.tensor([position + 1], dtype", "lengths = torch.tensor([max(position, 1)], dtype"),
-    Mistake("drifted tokens are not counted", "reference/generate.py", "    generation.n_drifted += 1\n", ""),
+    Mistake("drifted tokens are not counted", "reference/generate.py", "generation.n_drifted = w + 1", "generation.n_drifted = w"),
     Mistake("a stop token goes on", "reference/generate.py", "if token in stop_tokens or len", "if len"),
     Mistake("dense layers are sparse", "reference/generate.py", "if layer < config.dense_layers:", "if False:"),
     Mistake("the last token is fed", "reference/generate.py", "if token in stop_tokens or len(generation.tokens) == max_new_tokens:", "if token in stop_tokens:"),
