@@ -1,7 +1,7 @@
 """Exact softmax attention over part of the cache: selected blocks (eq. 2), or all a window may see.
 
-Both operations gather what is visible and apply one softmax to it. Hidden logits are a true −∞ and
-hidden values become zero, so memory that should not be read, NaN included, changes no bit (law 5).
+Both operations gather keys and values and apply one softmax to what is visible. Everything else
+gets a logit of −∞ and a value of 0, so what lies there, NaN included, changes no bit (law 5).
 """
 
 import torch
@@ -23,9 +23,9 @@ def sparse_attention(query, keys, values, indices, lengths, block_size, *, retur
     positions = (indices.long()[..., None] * block_size + slots).flatten(2)  # [B, Hkv, N·b]
     visible = (positions >= 0) & (positions < lengths.view(-1, 1, 1))
 
-    # Gather keys and values, one row of D channels per token. A hidden slot may hold NaN, and
-    # 0 · NaN is NaN: set its value to 0.
-    if capacity == 0:
+    # Gather keys and values by row of D channels, which is far faster than torch.gather on a CPU.
+    # An invisible slot may hold NaN, and 0 · NaN is NaN: set its value to 0.
+    if capacity == 0:  # no row to gather
         positions, visible = positions[..., :0], visible[..., :0]
     token = positions.masked_fill(~visible, 0)
     head = torch.arange(batch * n_kv_head, device=device).view(batch, n_kv_head, 1)
@@ -44,7 +44,7 @@ def sparse_attention(query, keys, values, indices, lengths, block_size, *, retur
 def dense_attention(query, keys, values, lengths, *, query_lengths=None, return_lse=False):
     """Causal attention of each sequence's newest tokens over its whole cache.
 
-    query [B, Hq, Q, D], keys and values [B, Hkv, T_max, D], lengths [B] with the window's own
+    query [B, Hq, Q, D], keys and values [B, Hkv, T_max, D], lengths [B] with the queries' own
     tokens, query_lengths [B] (default Q) → out [B, Hq, Q, D] in the query's dtype and, on request,
     lse [B, Hq, Q]. Query i of sequence s stands at position lengths[s] − query_lengths[s] + i and
     sees the keys up to and including that position. Rows at or past query_lengths[s], or at

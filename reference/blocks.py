@@ -1,7 +1,8 @@
 """Which blocks of the cache a step reads: bounds (eq. 3), scores (eq. 4), selection (eq. 5).
 
-The mathematics alone, each result stated whole, over the entire cache. `operations.py` says what
-the arguments must look like; the cache keeps bounds up to date as tokens come and go.
+Each function is the mathematics alone, over a whole cache; `cache.py` rebuilds only the blocks that
+change. Shapes: B sequences (`generate` has one), Hq query and Hkv KV heads of D channels, T_max
+slots in the cache, M blocks of b slots, N selected blocks, Q queries, C hidden size, V vocabulary.
 """
 
 import torch
@@ -34,7 +35,7 @@ def block_bounds(keys: Tensor, lengths: Tensor, block_size: int) -> Tensor:
     lo = torch.where(valid, blocks, float("inf")).amin(dim=3)  # [B, Hkv, M, D]
     hi = torch.where(valid, blocks, float("-inf")).amax(dim=3)
 
-    # Channel-major: a kernel that needs one bound per channel then reads nothing of the other.
+    # Channel-major: a product needs hi if q > 0, else lo, and a kernel then loads only that one.
     return torch.stack((lo, hi), dim=2).transpose(3, 4).contiguous()
 
 
@@ -50,7 +51,7 @@ def score_blocks(query: Tensor, bounds: Tensor, lengths: Tensor, block_size: int
     dtype, n_kv_head = accumulation_dtype(query.dtype), bounds.shape[1]
     pooled = query.to(dtype).unflatten(1, (n_kv_head, -1)).mean(dim=2)[..., None]  # [B, Hkv, D, 1]
 
-    # Sum the larger product of each channel. The product 0 · ±∞ is 0 here, not NaN.
+    # Sum the larger product of each channel. A key that overflowed is ±∞; 0 · ±∞ counts as 0.
     lo, hi = bounds.to(dtype).unbind(dim=2)  # [B, Hkv, D, M]
     products = torch.maximum(pooled * lo, pooled * hi)
     if (pooled == 0).any():
@@ -68,7 +69,7 @@ def active_blocks(lengths: Tensor, config: ReSAConfig) -> Tensor:
     >>> active_blocks(torch.tensor([480, 481, 100, 0]), ReSAConfig(min_blocks=3)).tolist()
     [3, 4, 3, 0]
     """
-    total = (lengths.long() + config.block_size - 1) // config.block_size  # M
+    total = (lengths.long() + config.block_size - 1) // config.block_size  # M in use
     # 0.28 · 25 is a little more than 7 in float64 and must still give 7: hence 1e-9 less.
     share = torch.ceil(config.active_ratio * total.double() - 1e-9).long()
     return torch.minimum(total, share.clamp(min=config.min_blocks))
@@ -81,7 +82,8 @@ def select_blocks(scores: Tensor, lengths: Tensor, config: ReSAConfig) -> Tensor
     largest n in the batch. Equal scores: the lower index wins. NaN ranks below every number, and
     blocks past the end are never taken.
     """
-    # Rank in tiers. 0: newest blocks, 1: numbers, 2: NaN, 3: past the end.
+    # Without ties and NaN this is top-n with the newest blocks at +∞. The rest makes the result
+    # unique, so that ports can agree. Tiers: 0 newest blocks, 1 numbers, 2 NaN, 3 past the end.
     index = torch.arange(scores.shape[2], device=scores.device).expand_as(scores)
     total = ((lengths + config.block_size - 1) // config.block_size).view(-1, 1, 1)
     tier = torch.where(scores.isnan(), 2, 1)

@@ -75,9 +75,9 @@ class KVCache:
 
     def _rebuild_bounds(self, layer: int, start: int, end: int, length: int) -> None:
         """Rebuild the bounds of the blocks at positions start … end − 1; `length` keys count."""
-        # The blocks touched, first … last − 1; the window may begin inside a block.
+        # The blocks touched, first … stop − 1; `start` may lie inside a block.
         b = self.block_size
-        first, last = start // b, -(-end // b)
-        keys = self.keys[layer, :, :, first * b : last * b]
+        first, stop = start // b, -(-end // b)
+        keys = self.keys[layer, :, :, first * b : stop * b]
         lengths = torch.tensor([length - first * b], device=keys.device)
-        self.bounds[layer, ..., first:last] = block_bounds(keys, lengths, b)
+        self.bounds[layer, ..., first:stop] = block_bounds(keys, lengths, b)

@@ -1,7 +1,7 @@
 """The two configurations: how to decode (`ReSAConfig`) and what the model looks like (`GPTConfig`).
 
-Both are frozen and checked when they are made, so that every file to the right of this one can rely
-on them: `config → blocks → attention → operations → cache → model → sampling → generate`.
+Both are frozen and checked when they are made, so that every later file of the path can rely on
+them: `config → blocks → attention → operations → cache → model → sampling → generate`.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ SCHEDULES = ("fused", "paper")
 
 @dataclass(frozen=True)
 class ReSAConfig:
-    """Settings of decoding: the blocks that a step reads (eq. 5), and the rhythm of rectification.
+    """Settings of decoding: which blocks a step reads (eq. 5), and when a dense pass comes.
 
     Dense and plain sparse decoding are corners of this one configuration:
 
-    - `interval=1` (fused): dense decoding;
+    - `interval=1` (fused): every step is a dense pass, so this is dense decoding;
     - `interval=None`: sparse decoding that is never rectified;
     - `interval=1, schedule="paper"`: *decode-only*, sparse steps over a cache that is always exact;
     - `active_ratio=1`: every step reads every block, so every interval gives dense results.
@@ -27,11 +27,11 @@ class ReSAConfig:
     # Which blocks a step reads.
     block_size: int = 16  # b, tokens per block
     active_ratio: float = 0.1  # p, the share of blocks that a step reads, not the share left out
-    min_blocks: int = 16  # n_min, the fewest blocks that a step reads
+    min_blocks: int = 16  # n_min: up to n_min · b = 256 tokens a step reads everything
     local_blocks: int = 1  # n_local, newest blocks that every step reads
 
     # When a dense pass rectifies the cache.
-    interval: int | None = 32  # f, tokens re-encoded by one pass; None: never
+    interval: int | None = 32  # f: a dense pass over the newest f tokens, every f tokens; or never
     schedule: str = "fused"  # "paper": Algorithm 1; "fused": the pass also decodes a token
 
     # Options of the paper's tables, and of the Triton path.
@@ -53,17 +53,17 @@ class ReSAConfig:
 
     @property
     def drift_limit(self) -> int | None:
-        """Most newest tokens that may come from sparse steps; None: any number.
+        """How many tokens sparse steps may write before a dense pass is due; None: no limit.
 
-        A dense pass re-encodes f tokens. Under "paper" sparse steps have written all of them. Under
-        "fused" the last one is the pending token, which the pass itself feeds.
+        A pass covers f tokens. Under "paper" all of them are in the cache by then. Under "fused"
+        the last one is the next input, which the pass itself feeds: the limit is f − 1.
         """
         if self.interval is None:
             return None
         return self.interval - 1 if self.schedule == "fused" else self.interval
 
     def is_pass_due(self, n_drifted: int) -> bool:
-        """True if a dense pass comes next, the newest `n_drifted` tokens being from sparse steps.
+        """True if a dense pass comes next, after sparse steps wrote the newest `n_drifted` tokens.
 
         >>> [w for w in range(5) if ReSAConfig(interval=4, schedule="paper").is_pass_due(w)]
         [4]

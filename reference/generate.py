@@ -1,9 +1,9 @@
 """Decoding: prefill, sparse step, rectification, and the loop around them (Algorithm 1).
 
-A sequence is a cache of T tokens, one *pending* token (chosen, not yet cached) and w, the number of
-newest cached tokens that sparse steps wrote. Those drift: they were computed from part of it.
-Every f tokens a dense pass runs them through the model again and overwrites their keys and values,
-so the error of a sparse step never outlives a window (section 2.2).
+A sequence is a cache, one *pending* token (chosen, not yet cached) and its *window*: the newest w
+cached tokens, which sparse steps wrote. These drift: from the second layer on, keys and values are
+computed from the output of sparse attention. Every f tokens a dense pass runs them through the
+model again and overwrites them (section 2.2). The tokens already chosen stay as they are.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -19,7 +19,7 @@ from .model import GPT
 from .requests import check_request, open_cache, sequence_generators
 from .sampling import Sampling
 
-PREFILL_CHUNK = 256  # tokens per dense pass of a prompt; bounds its memory and changes no result
+PREFILL_CHUNK = 256  # tokens per dense pass of a prompt, which bounds its memory
 
 
 @dataclass
@@ -34,8 +34,8 @@ class Generation:
 def dense_pass(model: GPT, tokens: Sequence[int], cache: KVCache, start: int) -> Tensor:
     """Feed tokens at positions start, start + 1, …, each attending to all before it; [Q] → [Q, C].
 
-    Keys and values that the cache held there are overwritten, layer by layer. The tokens must be
-    the newest: later ones would have been computed from what is replaced.
+    Keys and values that the cache held there are overwritten, layer by layer. No cached token may
+    come after these: it would have been computed from the keys that are being replaced.
     """
     end, length, device = start + len(tokens), cache.length, model.embed.weight.device
     is_newest = 0 <= start <= length <= end <= cache.capacity
@@ -48,7 +48,7 @@ def dense_pass(model: GPT, tokens: Sequence[int], cache: KVCache, start: int) ->
     positions = torch.arange(start, end, device=device)[None]
     lengths = torch.tensor([end], dtype=torch.int32, device=device)
 
-    # Write first, then attend: a token sees its window's new keys, not the drifted ones.
+    # Write first, then attend: a token sees the new keys of these tokens, not the drifted ones.
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         cache.write(layer, start, key, value)
         return model.ops.dense_attention(query, cache.keys[layer], cache.values[layer], lengths)
@@ -60,12 +60,10 @@ def dense_pass(model: GPT, tokens: Sequence[int], cache: KVCache, start: int) ->
 
 
 @torch.no_grad()
-def prefill(
-    model: GPT, prompt: Sequence[int], cache: KVCache, *, chunk_size: int = PREFILL_CHUNK
-) -> Tensor:
+def prefill(model: GPT, prompt: Sequence[int], cache: KVCache, chunk_size=PREFILL_CHUNK) -> Tensor:
     """Append a prompt to the cache densely → logits [V] after its last token.
 
-    It is read `chunk_size` tokens at a time; the result does not depend on the chunking.
+    A chunk attends to all chunks before it, so their size changes results by rounding alone.
     """
     require_integer("chunk_size", chunk_size, 1)
     check_tokens(prompt, model.config.vocab_size)
@@ -73,7 +71,6 @@ def prefill(
     require(len(prompt) > 0, "prompt", "no tokens", "at least one token")
     require(end <= room, "prompt: length in the cache", end, f"at most {room}")
 
-    # A chunk attends to all chunks before it, so their size changes nothing but memory.
     for first in range(0, len(prompt), chunk_size):
         hidden = dense_pass(model, prompt[first : first + chunk_size], cache, cache.length)
     return model.output(hidden[-1])
@@ -114,8 +111,8 @@ def rectify(model: GPT, tokens: Sequence[int], cache: KVCache, n_drifted: int) -
 
     tokens: the ids of the `n_drifted` newest cached tokens, then any that are appended in the same
     pass (schedule "fused") → logits [V] after the last one. The cache afterwards equals that of a
-    dense prefill (law 6), by induction over windows: the pass computes from token ids and from the
-    cache before the window, which is exact already.
+    dense prefill (law 6). Before the window it is exact already: prefill is dense, and every older
+    window was rectified. The pass computes from that and from token ids alone.
     """
     require_integer("n_drifted", n_drifted, 0)
     allowed = f"at least the {n_drifted} tokens of the window, and one"
@@ -127,16 +124,17 @@ def rectify(model: GPT, tokens: Sequence[int], cache: KVCache, n_drifted: int) -
 def decode_step(model: GPT, generation: Generation, config: ReSAConfig) -> Tensor:
     """Feed the pending token → logits [V] for the next; rectify when a pass is due (Algorithm 1).
 
-    The two schedules differ only in when the dense pass comes. "paper" has it after the f-th sparse
-    step and discards its logits; "fused" has it in place of that step.
+    Under "paper" sparse steps feed all tokens. A dense pass after each f-th one repairs the newest
+    f and its logits are not used. Under "fused" the pass itself feeds each f-th token.
     """
     tokens, cache, w = generation.tokens, generation.cache, generation.n_drifted
     allowed = f"a pending token after the window's {w}"
     require(len(tokens) > w, "tokens", f"{len(tokens)} tokens", allowed)
 
     # Fused: the pass re-encodes the window and feeds the pending token in one go.
+    newest = tokens[-w - 1 :]  # of the window, then the pending one
     if config.schedule == "fused" and config.is_pass_due(w):
-        logits = rectify(model, tokens[-w - 1 :], cache, w)
+        logits = rectify(model, newest, cache, w)
         generation.n_drifted = 0
         return logits
 
@@ -144,9 +142,9 @@ def decode_step(model: GPT, generation: Generation, config: ReSAConfig) -> Tenso
     logits = sparse_step(model, tokens[-1], cache, config)
     generation.n_drifted = w + 1
 
-    # Paper: the window is re-encoded on its own, and the pass predicts nothing.
+    # Paper: the window, now with this token, is re-encoded on its own.
     if config.schedule == "paper" and config.is_pass_due(w + 1):
-        rectify(model, tokens[-w - 1 :], cache, w + 1)
+        rectify(model, newest, cache, w + 1)
         generation.n_drifted = 0
     return logits
 
@@ -170,8 +168,8 @@ def generate(
     Like the last token it is returned and never fed, so a cache ends at prompt + N − 1 tokens.
     `on_token(sequence, position, token)` is called for each token as it is chosen.
 
-    `resume` continues an earlier `Generation`, which stays as it is. The only prompt is the next
-    turn and may be empty. Prefill then also rectifies the open window, whatever the interval.
+    `resume` continues an earlier `Generation`, which stays as it is; the only prompt is the next
+    turn and may be empty. The prefill recomputes its open window too, even with `interval=None`.
     """
     config = ReSAConfig() if config is None else config
     sampling = Sampling() if sampling is None else sampling
@@ -181,7 +179,8 @@ def generate(
     generations = []
     for index, (prompt, generator) in enumerate(zip(prompts, own, strict=True)):
         cache, feed = open_cache(model, prompt, max_new_tokens, config, resume)
-        generation, logits = Generation([], cache), prefill(model, feed, cache)
+        generation = Generation([], cache)
+        logits = prefill(model, feed, cache)  # dense, so decoding starts with an exact cache
         while len(generation.tokens) < max_new_tokens:
             # Choose a token. It is pending until the next step feeds it; the last one never is.
             token = sampling.token(logits, generator)

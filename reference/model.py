@@ -1,8 +1,8 @@
 """A GPT whose attention is an argument: one transformer to train, to prefill and to decode with.
 
 `GPT.hidden_states` computes each layer's queries, keys and values, hands them to an `attend`
-function, and goes on with what comes back. Training attends to the tokens themselves. The two
-functions that decode are in `generate.py`; they run on the operations `ops` that the model carries.
+function, and goes on with what comes back. `causal_attention` below is the one for training. Those
+for decoding stand inside `dense_pass` and `sparse_step`; they use the operations `model.ops`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
 
-        # Norm, then RoPE. Keys are cached rotated, so a rectification reuses the same positions.
+        # Norm, then RoPE. Keys are cached rotated, so they must be fed at their own positions.
         query = apply_rotary(self.q_norm(query), cos, sin)
         key = apply_rotary(self.k_norm(key), cos, sin)
         return query, key, value
@@ -148,14 +148,15 @@ class GPT(nn.Module):
 
     def new_cache(self, capacity: int, block_size: int) -> KVCache:
         """An empty cache of this model's dtype and on its device."""
-        weight = self.embed.weight
-        place = {"dtype": weight.dtype, "device": weight.device}
-        return KVCache.empty(self.config, capacity, block_size, **place)
+        like = self.embed.weight
+        return KVCache.empty(
+            self.config, capacity, block_size, dtype=like.dtype, device=like.device
+        )
 
 
 def causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend to the token itself and all before it: the `Attend` of training, by torch's kernel."""
-    # For groups in float32 torch would keep every score on a GPU. Copies of KV heads are far less.
+    # On a GPU torch stores all T × T scores of grouped float32 heads. Copies of KV heads are less.
     group = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(group, dim=1) for each in (key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)

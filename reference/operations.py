@@ -1,8 +1,8 @@
-"""The contract: the five operations that decoding is made of, for every rendering of them.
+"""The contract: the five operations that decoding is made of, for every implementation of them.
 
-`blocks.py` and `attention.py` state the mathematics and check nothing, so a pass can run them in
-every layer of every step. `checked` makes operations public: they refuse by name what does not fit.
-The Triton path and ports keep the same contract and add their own limits.
+`blocks.py` and `attention.py` check nothing, so that no check runs in a layer of a step. `checked`
+makes operations public: they refuse by name what does not fit. At a first reading, skip it. The
+Triton path and ports keep the same contract and add their own limits.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,9 +19,9 @@ from . import attention, blocks, checks
 
 @dataclass(frozen=True)
 class Operations:
-    """One rendering of the five operations; `GPT(config, ops=…)` decodes with the one given."""
+    """One implementation of the five operations, for `GPT(config, ops=…)` to decode with."""
 
-    block_bounds: Callable[..., Tensor]  # keys → bounds [B, Hkv, 2, D, M] (eq. 3)
+    block_bounds: Callable[..., Tensor]  # keys → bounds (eq. 3); `KVCache` calls its own import
     score_blocks: Callable[..., Tensor]  # query, bounds → scores [B, Hkv, M] (eq. 4)
     select_blocks: Callable[..., Tensor]  # scores → indices [B, Hkv, N] int32 (eq. 5)
     sparse_attention: Callable[..., Any]  # query [B, Hq, D], the cache, indices → out (eq. 2)
@@ -36,8 +36,7 @@ REFERENCE_OPS = Operations(
     attention.dense_attention,
 )
 
-# Shapes in the letters of the specification: B sequences, Hq query and Hkv KV heads of D channels,
-# Q queries, T_max slots in the cache, M blocks, N selected blocks. A letter has one size per call.
+# Shapes in the letters that `blocks.py` explains. A letter has one size per call.
 _CACHE = {"keys": "B Hkv T_max D", "values": "B Hkv T_max D"}
 SHAPES = {
     "block_bounds": {"keys": "B Hkv T_max D", "lengths": "B"},
@@ -59,7 +58,7 @@ Limits = Callable[[str, Mapping[str, Any], Mapping[str, int]], None]
 def checked(ops: Operations, *, limits: Limits | None = None) -> Operations:
     """Make operations public: check their arguments first, raising `ValueError` by name.
 
-    `limits(operation, arguments by name, sizes by letter)` refuses what one rendering cannot do.
+    `limits(operation, arguments by name, sizes by letter)` refuses what one of them cannot do.
     """
 
     def check_first(name: str) -> Callable[..., Any]:
@@ -83,12 +82,11 @@ def checked(ops: Operations, *, limits: Limits | None = None) -> Operations:
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, int]:
     """Check one operation's arguments against the contract; returns the size of every letter."""
     # Shapes first: every later check may rely on them.
-    given = {key: arguments.get(key) for key in SHAPES[name]}
+    shapes = SHAPES[name]
+    given = {key: arguments.get(key) for key in shapes}
     if given.get("query_lengths", ...) is None:  # the only argument that may be left out
         del given["query_lengths"]
-    sizes = checks.bind_shapes(
-        **{key: (tensor, SHAPES[name][key]) for key, tensor in given.items()}
-    )
+    sizes = checks.bind_shapes(**{key: (tensor, shapes[key]) for key, tensor in given.items()})
     if "query" in given:
         checks.check_heads(sizes["Hq"], sizes["Hkv"])
 

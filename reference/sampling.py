@@ -13,7 +13,7 @@ class Sampling:
     """Temperature, then top-k, then top-p. Temperature 0 takes the most likely token."""
 
     temperature: float = 0.0
-    top_p: float = 1.0  # keep the shortest prefix, by falling probability, whose mass reaches top_p
+    top_p: float = 1.0  # keep the fewest most likely tokens whose probabilities add up to top_p
     top_k: int | None = None  # keep the top_k likeliest tokens (ties: the lower id); None: all
 
     def __post_init__(self) -> None:
@@ -25,9 +25,9 @@ class Sampling:
         require(is_count, "top_k", self.top_k, "an integer ≥ 1, or None for all tokens")
 
     def token(self, logits: Tensor, generator: torch.Generator | None) -> int:
-        """Choose a token from logits [V]. It costs one uniform number, at temperature 0 none."""
+        """Choose a token from logits [V]. Uses one uniform number, at temperature 0 none."""
         if self.temperature == 0:
-            return int(logits.argmax())  # of equals the lower id
+            return int(logits.argmax())  # ties: the lower id
         # The uniform number picks by cumulative mass, renormalised to the tokens that are kept.
         ids, mass = self.kept(logits)
         return int(ids[place(mass, uniform(generator))])

@@ -68,7 +68,7 @@ PATH = [
     # cache.
     Mistake("bounds not rebuilt after a write", "reference/cache.py", "        self._rebuild_bounds(layer, start, end, end)\n", ""),
     Mistake("values not overwritten", "reference/cache.py", "        self.values[layer, :, :, start:end] = values\n", "        self.values[layer, :, :, max(start, self.length):end] = values[:, :, max(start, self.length) - start:]\n"),
-    Mistake("bounds of the last touched block stale", "reference/cache.py", "first, last = start // b, -(-end // b)", "first, last = start // b, max(start // b + 1, end // b)"),
+    Mistake("bounds of the last touched block stale", "reference/cache.py", "first, stop = start // b, -(-end // b)", "first, stop = start // b, max(start // b + 1, end // b)"),
     Mistake("truncated tokens stay in the bounds", "reference/cache.py", "self._rebuild_bounds(layer, length, self.length, length)", "self._rebuild_bounds(layer, length, self.length, self.length)"),
     # model.
     Mistake("residual of the attention lost", "reference/model.py", "x = x + layer.attn.joined(", "x = layer.attn.joined("),
