@@ -53,7 +53,7 @@ class ReSAConfig:
 
     @property
     def drift_limit(self) -> int | None:
-        """How many tokens sparse steps may write before a dense pass is due; None: no limit.
+        """Most tokens that sparse steps may write before a dense pass is due; None: no limit.
 
         A pass covers f tokens. Under "paper" all of them are in the cache by then. Under "fused"
         the last one is the next input, which the pass itself feeds: the limit is f − 1.
