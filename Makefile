@@ -68,7 +68,7 @@ sanitize: install-dev  ## every kernel under compute-sanitizer: memory errors, t
 	$(SANITIZE) --tool racecheck $(OWN_KERNELS) $(PYTHON) tests/sanitize.py
 
 bench: install  ## time the kernels on this GPU, and dense attention beside them
-	$(PYTHON) -m resa.fast.bench $(ARGS)
+	$(PYTHON) -m resa.fast bench $(or $(ARGS),layer)
 
 evidence-small: install  ## measure docs/evidence.md again: minutes on two CPU cores, resumable
 	$(PYTHON) -m resa.reference evidence --size small $(ARGS)

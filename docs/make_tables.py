@@ -309,9 +309,12 @@ def crossover_file() -> str:
     result = load("docs/results/attention.json")
     kept = {name: result[name] for name in ("device", "torch", "triton", "commit", "command", "shape")}
     kept["shape"] |= {name: result["config"][name] for name in ("block_size", "active_ratio", "interval")}
-    keys = ("batch", "context", "dense_us", "resa_us")
-    rows = ",\n".join("  " + json.dumps({key: row[key] for key in keys}) for row in result["rows"])
-    return json.dumps(kept, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
+
+    # The shortest cache of one sequence from which ReSA was faster at every length measured.
+    rows = [row for row in result["rows"] if row["batch"] == 1]
+    slower = max((row["context"] for row in rows if row["resa_us"] >= row["dense_us"]), default=0)
+    longer = [row["context"] for row in rows if row["context"] > slower]
+    return json.dumps({**kept, "dense_below_tokens": min(longer, default=slower + 1)}, indent=1) + "\n"
 
 
 def end_to_end_results() -> list[dict]:

@@ -16,7 +16,7 @@ if find_spec("triton") is not None:
     from .cache import BatchedCache
     from .generate import generate, prefill
     from .gpu.bounds8 import Bounds8, compress_bounds
-    from .operations import CHECKED_OPS, TRITON_OPS, score_blocks, write_window
+    from .operations import CHECKED_OPS, TRITON_OPS, score_blocks
 
     # The public operations check their arguments. TRITON_OPS, inside a pass, do not.
     block_bounds = CHECKED_OPS.block_bounds
@@ -36,5 +36,4 @@ if find_spec("triton") is not None:
         "score_blocks",
         "select_blocks",
         "sparse_attention",
-        "write_window",
     ]

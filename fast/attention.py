@@ -5,12 +5,7 @@ tokens with a running maximum and sum, and share one sequence's tokens among sev
 *splits*, because a batch has fewer heads than the GPU has multiprocessors. Each split leaves its
 sums in memory. The one that finishes last merges them (law 4), always in the same order, so that
 reruns give the same bits. Split counters say who is last.
-
-The functions check nothing and never wait for the device, so a CUDA graph can capture them. The
-conversions in them do nothing where a tensor has the right dtype and layout already.
 """
-
-from __future__ import annotations
 
 from functools import cache
 
@@ -31,17 +26,9 @@ GROUP_ROWS = 16  # query heads of a group, padded to the fewest rows of a matrix
 
 
 def sparse_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    lengths: Tensor,
-    block_size: int,
-    *,
-    return_lse: bool = False,
-    counts: Tensor | None = None,
-    split_counters: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    query, keys, values, indices, lengths, block_size,
+    *, return_lse=False, counts=None, split_counters=None,
+):  # fmt: skip
     """Softmax attention of one query per sequence over the tokens of its selected blocks (eq. 2).
 
     query [B, Hq, D], keys and values [B, Hkv, T_max, D], indices [B, Hkv, N] with −1 for nothing,
@@ -234,15 +221,9 @@ def _merge(partial_ptr, splits, m_out, R: tl.constexpr, D: tl.constexpr):
 
 
 def dense_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    *,
-    query_lengths: Tensor | None = None,
-    return_lse: bool = False,
-    split_counters: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    query, keys, values, lengths,
+    *, query_lengths=None, return_lse=False, split_counters=None,
+):  # fmt: skip
     """Causal attention of a window of queries, the newest tokens of each sequence.
 
     query [B, Hq, Q, D], keys and values [B, Hkv, T_max, D], lengths [B] with the window's own

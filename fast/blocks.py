@@ -4,12 +4,7 @@ The reference states each result over the whole cache. Here each is one kernel t
 it needs once. Scoring reads half the bounds: `max(q̄·lo, q̄·hi)` is `q̄·hi` where q̄ ≥ 0 and `q̄·lo`
 elsewhere, and bounds are stored channel by channel, so the other half is never touched. Selection
 does not sort: it searches for the n-th highest score, then numbers the blocks at or above it.
-
-The functions check nothing and never wait for the device, so a CUDA graph can capture them. The
-conversions in them do nothing where a tensor has the right dtype and layout already.
 """
-
-from __future__ import annotations
 
 import torch
 import triton

@@ -4,10 +4,10 @@ Unlike `python -m resa.reference`, which knows the reference alone, this runs on
 there is an NVIDIA GPU. Where Triton is not installed it works with the reference alone.
 """
 
-from __future__ import annotations
-
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from resa.reference.cli import main as command_line
 from resa.reference.cli.main import REFERENCE, Backend
 
 from .bench.cli import add_bench
-from .bench.crossover import crossover
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,4 +49,13 @@ def _operations() -> Operations:
     return TRITON_OPS
 
 
-BACKENDS = {"triton": Backend(_generate, _operations, _needs, crossover), "reference": REFERENCE}
+def _crossover() -> int:
+    """Tokens up to which dense decoding is faster: one sequence, on the GPU that the file names."""
+    path = Path(__file__).with_name("bench") / "crossover.json"
+    return json.loads(path.read_text(encoding="utf-8"))["dense_below_tokens"]
+
+
+BACKENDS = {
+    "triton": Backend(_generate, _operations, _needs, _crossover),
+    "reference": REFERENCE,
+}

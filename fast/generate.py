@@ -9,10 +9,9 @@ where a callback or a stop token asks for it, else once at the end.
 Where the kernels are interpreted (`TRITON_INTERPRET=1`), the same steps run without graphs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import triton
@@ -46,17 +45,12 @@ READ_BACK = 32  # fewest tokens between two looks at the device
 
 
 def generate(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    config: ReSAConfig | None = None,
-    sampling: Sampling | None = None,
-    *,
-    generators: torch.Generator | Sequence[torch.Generator] | None = None,
-    stop_tokens: Collection[int] = (),
-    on_token: Callable[[int, int, int], None] | None = None,
+    model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+    config: ReSAConfig | None = None, sampling: Sampling | None = None,
+    *, generators: torch.Generator | Sequence[torch.Generator] | None = None,
+    stop_tokens: Collection[int] = (), on_token: Callable[[int, int, int], None] | None = None,
     resume: Generation | None = None,
-) -> list[Generation]:
+) -> list[Generation]:  # fmt: skip
     """Continue every prompt by up to `max_new_tokens` tokens, all prompts together.
 
     Arguments and results are those of the reference's `generate`, with two differences. `on_token`
@@ -67,13 +61,13 @@ def generate(
     """
     config = ReSAConfig() if config is None else config
     sampling = Sampling() if sampling is None else sampling
-    check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume)
+    check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume, generators)
     check_model(model, config, len(prompts))
-    own = sequence_generators(len(prompts), sampling, generators)
 
     # Prefill the prompts.
     model = accelerated(model)
     cache, feed = open_cache(model, prompts, max_new_tokens, config, resume)
+    own = sequence_generators(len(prompts), sampling, generators)
     logits = prefill(model, feed, cache)
     if max_new_tokens == 0:
         lengths = enumerate(cache.lengths.tolist())
@@ -222,7 +216,7 @@ class SparseStep:
     config: ReSAConfig
     split_counters: Tensor  # [≥ B·Hkv] int32, zeros before and after
     side_stream: torch.cuda.Stream | None  # for work that can wait
-    selected: list[tuple[Tensor, Tensor]] | None = None  # gets each layer's query and indices
+    selected: list[Tensor] | None = None  # gets each layer's indices
 
 
 def attend_sparsely(
@@ -251,7 +245,7 @@ def attend_sparsely(
     # Select, then attend to what is selected, the new token included.
     indices = select_blocks(scores, plan.visible, step.config, counts=plan.counts)
     if step.selected is not None:
-        step.selected.append((query, indices))
+        step.selected.append(indices)
     if side is not None:
         torch.cuda.current_stream().wait_stream(side)
     return sparse_attention(
@@ -283,27 +277,17 @@ def sparse_step(model: GPT, tokens: Tensor, cache: BatchedCache, step: SparseSte
     return model.output(hidden[:, 0])
 
 
-@dataclass(frozen=True)
-class StepKinds:
-    """The parts of a step. Each combination that occurs becomes one CUDA graph."""
+def passes(config: ReSAConfig) -> Iterator[bool]:
+    """True for each step that holds a dense pass, step by step without end.
 
-    sparse: bool  # some sequence feeds its pending token sparsely
-    fused: bool  # some sequence re-encodes its window together with the pending token
-    rectify: bool  # some sequence re-encodes its window alone (schedule "paper")
-
-
-def schedule(config: ReSAConfig) -> Iterator[StepKinds]:
-    """The kinds of one step after another, for sequences that begin together.
-
-    They stay in step until they end. A step that a sequence no longer takes finds it masked.
+    Sequences that begin together stay in step until they end. A step that a sequence no longer
+    takes finds it masked.
     """
     n_drifted = 0
     while True:
-        is_fused = config.schedule == "fused" and config.is_pass_due(n_drifted)
-        n_drifted = 0 if is_fused else n_drifted + 1
-        is_full = config.schedule == "paper" and config.is_pass_due(n_drifted)
-        n_drifted = 0 if is_full else n_drifted
-        yield StepKinds(sparse=not is_fused, fused=is_fused, rectify=is_full)
+        is_due = config.is_pass_due(n_drifted if config.schedule == "fused" else n_drifted + 1)
+        yield is_due
+        n_drifted = 0 if is_due else n_drifted + 1
 
 
 class DecodeLoop:
@@ -328,9 +312,9 @@ class DecodeLoop:
         self.split_counters = new_split_counters(model, cache, config.interval or 1)
         has_company = batch * model.config.n_kv_head >= MANY_ROWS and not INTERPRETED
         self.side_stream = torch.cuda.Stream(device) if has_company else None
-        self.graphs: dict[StepKinds, torch.cuda.CUDAGraph | None] = {}
+        self.graphs: dict[bool, torch.cuda.CUDAGraph | None] = {}  # with and without a dense pass
         self.n_reported = 0  # tokens per sequence that `on_token` has been called for
-        self.selected: list[tuple[Tensor, Tensor]] | None = None  # see SparseStep
+        self.selected: list[Tensor] | None = None  # see SparseStep
 
     @torch.no_grad()
     def run(
@@ -343,41 +327,40 @@ class DecodeLoop:
         every = interval * triton.cdiv(READ_BACK, interval)
 
         self.choose(logits, self.running, self.cache.lengths, is_sparse=False)
-        steps = zip(range(1, self.tokens.shape[1]), schedule(self.config), strict=False)
-        for step, kinds in steps:
+        n_steps = self.tokens.shape[1] - 1  # the last token is never fed
+        for step, rectifies in enumerate(islice(passes(self.config), n_steps), start=1):
             if is_watched and step % every == 0 and not self.report(first_positions, on_token)[1]:
                 break
-            self.launch(kinds)
+            self.launch(rectifies)
 
         tokens, _ = self.report(first_positions, on_token)
         self.sampler.advance_generators([len(row) for row in tokens])
         return tokens
 
-    def launch(self, kinds: StepKinds) -> None:
+    def launch(self, rectifies: bool) -> None:
         """Run one step: as it stands the first time, which compiles, then as a graph."""
-        if INTERPRETED or kinds not in self.graphs:
-            self.graphs[kinds] = None
-            self.step(kinds)
+        if INTERPRETED or rectifies not in self.graphs:
+            self.graphs[rectifies] = None
+            self.step(rectifies)
             return
-        if self.graphs[kinds] is None:
-            self.graphs[kinds] = capture(lambda: self.step(kinds))
-        self.graphs[kinds].replay()
+        if self.graphs[rectifies] is None:
+            self.graphs[rectifies] = capture(lambda: self.step(rectifies))
+        self.graphs[rectifies].replay()
 
-    def step(self, kinds: StepKinds) -> None:
+    def step(self, rectifies: bool) -> None:
         """Feed every running sequence's pending token, as the reference's `decode_step` does."""
         config = self.config
-        if kinds.fused or kinds.rectify:
-            running = self.running.clone()  # before a sparse step ends some
-        if kinds.fused:
-            due = running & config.is_pass_due(self.n_drifted)
-        if kinds.sparse:
-            plan = plan_step(self.cache.lengths, self.n_drifted, self.running, config)
-            step = SparseStep(plan, config, self.split_counters, self.side_stream, self.selected)
-            logits = sparse_step(self.model, self.pending, self.cache, step)
-            self.choose(logits, plan.mask, plan.end, is_sparse=True)
-        if kinds.fused:
+        if rectifies and config.schedule == "fused":
+            due = self.running & config.is_pass_due(self.n_drifted)
             self.rectify(due, appends=True)
-        if kinds.rectify:
+            return
+
+        running = self.running.clone() if rectifies else None  # before the step ends some
+        plan = plan_step(self.cache.lengths, self.n_drifted, self.running, config)
+        step = SparseStep(plan, config, self.split_counters, self.side_stream, self.selected)
+        logits = sparse_step(self.model, self.pending, self.cache, step)
+        self.choose(logits, plan.mask, plan.end, is_sparse=True)
+        if rectifies:
             self.rectify(running & config.is_pass_due(self.n_drifted), appends=False)
 
     def rectify(self, mask: Tensor, *, appends: bool) -> None:
@@ -410,23 +393,14 @@ class DecodeLoop:
         self, first_positions: list[int], on_token: Callable[[int, int, int], None] | None
     ) -> tuple[list[list[int]], bool]:
         """Hand new tokens to the callback → all tokens so far, and whether any sequence goes on."""
-        state = self.tokens, self.n_chosen, self.running
-        copies = [_to_host(tensor) for tensor in state]
-        if not INTERPRETED:
-            torch.cuda.current_stream().synchronize()
-        rows, n_chosen, running = (tensor.tolist() for tensor in copies)
-        tokens = [row[:n] for row, n in zip(rows, n_chosen, strict=True)]
-
-        for place in range(self.n_reported, max(n_chosen)):
+        # One copy to the host, for which the device is waited for once.
+        ends = self.n_chosen[:, None], self.running[:, None]
+        state = torch.cat((self.tokens, *ends), dim=1).tolist()
+        tokens = [row[:n] for *row, n, _ in state]
+        longest = max(map(len, tokens))
+        for place in range(self.n_reported, longest):
             for sequence, position in enumerate(first_positions):
                 if on_token is not None and place < len(tokens[sequence]):
                     on_token(sequence, position + place, tokens[sequence][place])
-        self.n_reported = max(n_chosen)
-        return tokens, any(running)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, there once the stream has been waited for; on the CPU the tensor."""
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+        self.n_reported = longest
+        return tokens, any(is_running for *_, is_running in state)

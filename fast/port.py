@@ -3,8 +3,6 @@
 Its operations are the public ones. A trace runs through the decode loop of `generate`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,7 +10,7 @@ import torch
 from resa.reference import Generation, ReSAConfig, Sampling
 from resa.reference.conformance.port import as_numpy, build_model, entry
 
-from .generate import DecodeLoop, check_model, open_cache, prefill, schedule
+from .generate import DecodeLoop, check_model, open_cache, passes, prefill
 from .gpu.limits import INTERPRETED
 from .model import accelerated
 from .operations import CHECKED_OPS
@@ -44,14 +42,15 @@ def decode_trace(
 
     sampler = Sampler(Sampling(), [None], longer, logits.device)
     loop = DecodeLoop(model, cache, longer, resa_config, sampler, ())
-    steps, trace = schedule(resa_config), []
+    trace: list[dict] = []
     loop.choose(logits, loop.running, cache.lengths, is_sparse=False)
     loop.selected = []
-    while True:
+    for rectifies in passes(resa_config):
         sequence = cache.sequence(0, int(cache.lengths[0]))
         generation = Generation([int(loop.pending[0])], sequence, int(loop.n_drifted[0]))
-        trace.append(entry(generation, [indices for _, indices in loop.selected]))
+        trace.append(entry(generation, loop.selected))
         if len(trace) == n_tokens:
-            return trace
+            break
         loop.selected.clear()
-        loop.step(next(steps))
+        loop.step(rectifies)
+    return trace

@@ -4,14 +4,12 @@ The reference's `Sampling.token` draws one uniform number per token from a seque
 Here all that may be needed are drawn ahead, so that a captured step finds its own on the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from resa.reference.sampling import Sampling
+from resa.reference.sampling import Sampling, uniform
 
 
 class Sampler:
@@ -27,7 +25,7 @@ class Sampler:
     ) -> None:  # fmt: skip
         self.sampling, self.generators = sampling, generators
         if sampling.temperature > 0:
-            ahead = [_uniforms(_twin(generator), max_new_tokens) for generator in generators]
+            ahead = [_uniforms(each.clone_state(), max_new_tokens) for each in generators]
             self.uniforms = torch.stack(ahead).to(device)  # [B, N]
 
     def __call__(self, logits: Tensor, n_chosen: Tensor) -> Tensor:
@@ -59,15 +57,6 @@ class Sampler:
                 _uniforms(generator, n)
 
 
-def _twin(generator: torch.Generator) -> torch.Generator:
-    """Another generator in the same state."""
-    return torch.Generator(generator.device).set_state(generator.get_state())
-
-
 def _uniforms(generator: torch.Generator, n: int) -> Tensor:
-    """Draw n uniform numbers one by one: a single draw of n gives others."""
-    device = generator.device
-    numbers = torch.empty(n, dtype=torch.float64, device=device)
-    for i in range(n):
-        numbers[i] = torch.rand((), dtype=torch.float64, device=device, generator=generator)
-    return numbers
+    """Draw n uniform numbers as the reference does, one by one: a single draw of n gives others."""
+    return torch.tensor([uniform(generator) for _ in range(n)], dtype=torch.float64)

@@ -64,7 +64,7 @@ def score_blocks(query: Tensor, bounds: Tensor, lengths: Tensor, block_size: int
 
 
 def active_blocks(lengths: Tensor, config: ReSAConfig) -> Tensor:
-    """Number of blocks to read, n = min(M, max(min_blocks, ceil(p·M))) (eq. 5); [B] → [B] int64.
+    """Blocks to read, a number n = min(M, max(min_blocks, ceil(p·M))) (eq. 5); lengths [B] → [B].
 
     >>> active_blocks(torch.tensor([480, 481, 100, 0]), ReSAConfig(min_blocks=3)).tolist()
     [3, 4, 3, 0]

@@ -4,8 +4,6 @@ starts.
 Every message has one form: the argument, what was given, what is allowed.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence
@@ -16,9 +14,8 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-RESERVE = (
-    3 * 2**29
-)  # bytes of a GPU left free beside weights and caches: activations, graphs, the libraries' own
+# Bytes of a GPU left free beside weights and caches: activations, graphs, the libraries' own.
+RESERVE = 3 * 2**29
 
 
 def refuse(argument: str, given: object, allowed: str) -> NoReturn:
@@ -107,18 +104,18 @@ def check_lengths(argument: str, lengths: Tensor, capacity: int) -> None:
         require(low >= 0 and high <= capacity, argument, f"{low} … {high}", f"0 … {capacity}")
 
 
-def check_tokens(tokens: Tensor | Sequence[int], vocabulary: int) -> None:
+def check_tokens(tokens: Tensor | Sequence[int], vocabulary: int, argument: str = "tokens") -> None:
     """Refuse tokens that are not ids of the vocabulary."""
     allowed = f"token ids 0 … {vocabulary - 1}"
     if isinstance(tokens, Tensor):
-        check_dtypes(INTEGERS, tokens=tokens)
+        check_dtypes(INTEGERS, **{argument: tokens})
         if tokens.numel():
             low, high = (int(limit) for limit in tokens.aminmax())
-            require(low >= 0 and high < vocabulary, "tokens", f"{low} … {high}", allowed)
+            require(low >= 0 and high < vocabulary, argument, f"{low} … {high}", allowed)
         return
     is_list = isinstance(tokens, Sequence) and not isinstance(tokens, str)
     is_known = is_list and all(is_integer(token, 0) and token < vocabulary for token in tokens)
-    require(is_known, "tokens", repr(tokens)[:60], allowed)
+    require(is_known, argument, repr(tokens)[:60], allowed)
 
 
 def check_heads(query_heads: int, kv_heads: int) -> None:
@@ -156,6 +153,12 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def memory_there_is(device: torch.device, free: int) -> str:
+    """Say in a message what `free_memory` counts."""
+    has = f"{device} has free" if device.type == "cuda" else "this machine has"
+    return f"the {free / 1e9:.2f} GB that {has}"
+
+
 def check_cache_memory(
     shape: tuple[int, ...], block_size: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -168,5 +171,5 @@ def check_cache_memory(
     if needed > free:
         fits = max(0, int(free / (2 * row + 4 * row / block_size)) // block_size * block_size)
         given = f"{batch} × {capacity:,} tokens, {needed / 1e9:.2f} GB"
-        allowed = f"{batch} × {fits:,} tokens in the {free / 1e9:.2f} GB that {device} has free"
+        allowed = f"{batch} × {fits:,} tokens in {memory_there_is(device, free)}"
         raise torch.OutOfMemoryError(f"KV cache: got {given}; allowed: {allowed}")

@@ -173,12 +173,12 @@ def generate(
     """
     config = ReSAConfig() if config is None else config
     sampling = Sampling() if sampling is None else sampling
-    check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume)
+    check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume, generators)
+    opened = [open_cache(model, prompt, max_new_tokens, config, resume) for prompt in prompts]
     own = sequence_generators(len(prompts), sampling, generators)
 
     generations = []
-    for index, (prompt, generator) in enumerate(zip(prompts, own, strict=True)):
-        cache, feed = open_cache(model, prompt, max_new_tokens, config, resume)
+    for index, ((cache, feed), generator) in enumerate(zip(opened, own, strict=True)):
         generation = Generation([], cache)
         logits = prefill(model, feed, cache)  # dense, so decoding starts with an exact cache
         while len(generation.tokens) < max_new_tokens:

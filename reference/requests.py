@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache import KVCache
-from .checks import is_integer, require
+from .checks import check_tokens, is_integer, require
 from .config import ReSAConfig
 from .model import GPT
 from .sampling import Sampling
@@ -25,6 +25,7 @@ def check_request(
     sampling: Sampling,
     stop_tokens: Collection[int],
     resume: Generation | None,
+    generators: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> None:
     """Refuse by name what decoding cannot work with, before any work starts."""
     require(isinstance(config, ReSAConfig), "config", type(config).__name__, "a ReSAConfig")
@@ -42,15 +43,13 @@ def check_request(
         held = resume.cache.length + (len(resume.tokens) > 0)  # the pending token is fed first
 
     vocabulary, context = model.config.vocab_size, model.config.context
-    known = f"token ids 0 … {vocabulary - 1}"
+    may_be_empty = resume is not None and len(resume.tokens) > 0
     for index, prompt in enumerate(prompts):
-        name, given = f"prompts[{index}]", repr(prompt)[:60]
-        may_be_empty = resume is not None and len(resume.tokens) > 0
+        name = f"prompts[{index}]"
         is_tokens = isinstance(prompt, Sequence) and not isinstance(prompt, str)
         is_fed = is_tokens and (len(prompt) > 0 or may_be_empty)
-        require(is_fed, name, given, "a non-empty list of token ids")
-        is_known = all(is_integer(token, 0) and token < vocabulary for token in prompt)
-        require(is_known, name, given, known)
+        require(is_fed, name, repr(prompt)[:60], "a non-empty list of token ids")
+        check_tokens(prompt, vocabulary, name)
         length = held + len(prompt)
         given = f"{length} tokens and max_new_tokens = {max_new_tokens}"
         allowed = f"prompt + max_new_tokens − 1 ≤ context = {context}"
@@ -58,7 +57,9 @@ def check_request(
     is_list = isinstance(stop_tokens, Collection)
     require(is_list, "stop_tokens", stop_tokens, "a list or set of token ids")
     for token in stop_tokens:
-        require(is_integer(token, 0) and token < vocabulary, "stop_tokens", token, known)
+        is_known, allowed = is_integer(token, 0) and token < vocabulary, f"0 … {vocabulary - 1}"
+        require(is_known, "stop_tokens", token, f"token ids {allowed}")
+    check_generators(len(prompts), generators)
 
 
 def check_resume(model: GPT, config: ReSAConfig, resume: Generation) -> None:
@@ -103,6 +104,23 @@ def open_cache(
     return cache, feed
 
 
+def check_generators(
+    batch: int, generators: torch.Generator | Sequence[torch.Generator] | None
+) -> None:
+    """Refuse all but a generator per prompt, one in all, or None."""
+    if generators is None or isinstance(generators, torch.Generator):
+        return
+    allowed = "a torch.Generator, one per prompt, or None"
+    require(isinstance(generators, Sequence), "generators", generators, allowed)
+    are_generators = all(isinstance(each, torch.Generator) for each in generators)
+    require(are_generators, "generators", repr(generators)[:60], "torch.Generators")
+    count = len(generators)
+    require(count == batch, "generators", f"{count} generators", f"one, or {batch}")
+    is_own = len({id(each) for each in generators}) == batch
+    given, allowed = "the same generator for two prompts", "one for each prompt, or one in all"
+    require(is_own, "generators", given, allowed)
+
+
 def sequence_generators(
     batch: int,
     sampling: Sampling,
@@ -111,17 +129,9 @@ def sequence_generators(
     """One generator per sequence, so that none draws from another's (law 9).
 
     generators: one per prompt, or one that seeds them all in prompt order; None is torch's default.
+    Seeds are drawn here, so ask for them when nothing is left that could be refused.
     """
-    is_known = generators is None or isinstance(generators, (torch.Generator, Sequence))
-    require(is_known, "generators", generators, "a torch.Generator, one per prompt, or None")
     if isinstance(generators, Sequence):
-        are_generators = all(isinstance(each, torch.Generator) for each in generators)
-        require(are_generators, "generators", repr(generators)[:60], "torch.Generators")
-        count = len(generators)
-        require(count == batch, "generators", f"{count} generators", f"one, or {batch}")
-        is_own = len({id(each) for each in generators}) == batch
-        given, allowed = "the same generator for two prompts", "one for each prompt, or one in all"
-        require(is_own, "generators", given, allowed)
         return list(generators)
     if sampling.temperature == 0:
         return [None] * batch

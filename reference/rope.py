@@ -1,7 +1,5 @@
 """RoPE frequencies, and how models trained on short texts stretch them to long ones."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -54,9 +52,7 @@ def rotary_frequencies(
     # `kept` is 1 for pairs that keep their frequency, 0 for pairs slowed down by the whole factor.
     if scaling.kind == "linear":
         kept = torch.zeros_like(plain)
-    elif (
-        scaling.kind == "llama3"
-    ):  # a ramp over the turns that a pair makes within the original context
+    elif scaling.kind == "llama3":  # a ramp over a pair's turns within the original context
         turns = scaling.original_context * plain / (2 * math.pi)
         kept = ((turns - scaling.slow) / (scaling.fast - scaling.slow)).clamp(0, 1)
     else:  # yarn: a ramp over pairs, between those that make `fast` and `slow` turns

@@ -33,7 +33,7 @@ class Sampling:
         return int(ids[place(mass, uniform(generator))])
 
     def kept(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that may be chosen, likeliest first, and their cumulative mass in float64."""
+        """Tokens that may be chosen from logits [V], likeliest first, and their cumulative mass."""
         # Subtract the largest logit first: a tiny temperature then gives −∞ at worst, never ∞ − ∞.
         ranked, ids = logits.sort(descending=True, stable=True)
         wide = (ranked[: self.top_k].double() - ranked[0].double()) / self.temperature

@@ -7,10 +7,9 @@ anew, what follows it is cut from the cache, and drafting starts again there. To
 then exact. `generate` keeps every token instead, and repairs the cache alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,35 +32,31 @@ def speculate(
     generators: torch.Generator | Sequence[torch.Generator] | None = None,
     stop_tokens: Collection[int] = (),
     on_token: Callable[[int, int, int], None] | None = None,
-    on_pass: Callable[[int, int, int], None] | None = None,
     resume: Generation | None = None,
 ) -> list[Generation]:
     """Continue every prompt with exactly what dense decoding would write, drafted by sparse steps.
 
     The arguments are those of `generate`; the interval must not be None. Greedy output equals that
     of dense decoding, sampled output has its distribution. `on_token` is called after each dense
-    pass, and so is `on_pass(sequence, tokens drafted, tokens accepted)`.
+    pass.
 
     A draft costs one uniform number, its acceptance another, a rejection a third; drafts that are
     thrown away included.
     """
     config = ReSAConfig() if config is None else config
     sampling = Sampling() if sampling is None else sampling
-    check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume)
+    check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume, generators)
     require(config.interval is not None, "config.interval", None, "an integer, to speculate")
+    opened = [open_cache(model, prompt, max_new_tokens, config, resume) for prompt in prompts]
     own = sequence_generators(len(prompts), sampling, generators)
 
     generations = []
-    for index, (prompt, generator) in enumerate(zip(prompts, own, strict=True)):
-        cache, feed = open_cache(model, prompt, max_new_tokens, config, resume)
+    for index, ((cache, feed), generator) in enumerate(zip(opened, own, strict=True)):
         generation, logits = Generation([], cache), prefill(model, feed, cache)
+        tell = partial(on_token, index) if on_token is not None else lambda *_: None
         speculation = Speculation(
-            model, generation, config, sampling, generator, max_new_tokens, stop_tokens
+            model, generation, config, sampling, generator, max_new_tokens, stop_tokens, tell
         )
-        if on_token is not None:
-            speculation.on_token = lambda *told, sequence=index: on_token(sequence, *told)
-        if on_pass is not None:
-            speculation.on_pass = lambda *told, sequence=index: on_pass(sequence, *told)
         speculation.run(logits)
         generations.append(generation)
     return generations
@@ -88,8 +83,8 @@ class Draft:
 
 def confirm(
     drafts: Sequence[Draft], logits: Tensor, sampling: Sampling, generator: torch.Generator | None
-) -> tuple[list[int], int]:
-    """Decide which tokens to keep after a dense pass → the tokens, and how many of them are drafts.
+) -> list[int]:
+    """Decide which tokens to keep after a dense pass: drafts, and at most one chosen anew.
 
     logits [n, V]: row i predicts in place of drafts[i]. One row more, where the last draft was fed
     too, chooses a token beyond the drafts if all of them are confirmed.
@@ -110,14 +105,10 @@ def confirm(
             kept.append(draft.token)
             continue
         rest = (dense - draft.distribution).clamp(min=0)
-        return [*kept, place(rest.cumsum(dim=0), number())], len(kept)
+        return [*kept, place(rest.cumsum(dim=0), number())]
     if len(logits) > len(drafts):
         kept.append(sampling.token(logits[-1], generator))
-    return kept, len(drafts)
-
-
-def _ignore(*_: int) -> None:
-    """Tell nobody."""
+    return kept
 
 
 @dataclass
@@ -131,8 +122,7 @@ class Speculation:
     generator: torch.Generator | None
     max_new_tokens: int
     stop_tokens: Collection[int]
-    on_token: Callable[[int, int], None] = _ignore  # (position, token)
-    on_pass: Callable[[int, int], None] = _ignore  # (tokens drafted, tokens accepted)
+    on_token: Callable[[int, int], None]  # (position, token)
     drafts: list[Draft] = field(default_factory=list)  # since the last dense pass
 
     @torch.no_grad()
@@ -143,14 +133,10 @@ class Speculation:
         first = self.sampling.token(logits, self.generator)
         goes_on = self.keep([first], self.generation.cache.length)
         while goes_on:
-            if self.is_full() or self.is_ended():
+            if self.config.is_pass_due(len(self.drafts)) or self.is_ended():
                 goes_on = self.decide()
             else:
                 self.draft()
-
-    def is_full(self) -> bool:
-        """True if the drafts fill a window."""
-        return self.config.is_pass_due(len(self.drafts))
 
     def is_ended(self) -> bool:
         """True if the last draft may not be fed: a stop token never is, nor is the last of all."""
@@ -174,11 +160,10 @@ class Speculation:
         logits = self.model.output(dense_pass(self.model, fed, cache, start))
         state.n_drifted = 0
         drafts, self.drafts = self.drafts, []
-        kept, accepted = confirm(drafts, logits, self.sampling, self.generator)
+        kept = confirm(drafts, logits, self.sampling, self.generator)
 
         # The last token kept is pending; whatever was fed after the others is forgotten.
         goes_on = self.keep(kept, start + 1)
-        self.on_pass(len(drafts), accepted)
         cache.truncate(start + len(kept))
         return goes_on
 
@@ -187,8 +172,9 @@ class Speculation:
 
         The last draft is fed as well where the window is full under "fused", unless it may not be.
         """
+        is_full = self.config.is_pass_due(len(self.drafts))
         is_fused = self.config.schedule == "fused" or not self.drafts
-        is_last_fed = is_fused and self.is_full() and not self.is_ended()
+        is_last_fed = is_fused and is_full and not self.is_ended()
         tokens = [self.generation.tokens[-1], *(draft.token for draft in self.drafts)]
         return tokens if is_last_fed else tokens[:-1]
 

@@ -33,6 +33,7 @@ class Backend:
     shapes: dict  # limits of `cases`
     law_shapes: dict  # fewer, because a law is about the mathematics and compiling a shape takes a second
     effort: float  # drawn examples for each that an interpreted kernel gets
+    operations = OPERATIONS
 
     @property
     def wide(self):
@@ -42,11 +43,6 @@ class Backend:
     @property
     def is_reference(self):
         return self.name == "reference"
-
-    @property
-    def operations(self):
-        """Names of the public operations; `write_window` has no counterpart in the reference."""
-        return OPERATIONS if self.is_reference else (*OPERATIONS, "write_window")
 
     def __getattr__(self, name):
         """A public function of the package, for arguments and results on the CPU, in poisoned memory."""
@@ -66,9 +62,9 @@ class Backend:
         return call
 
     def write_window(self, keys, values, bounds, *rest):
-        """Copies of keys, values and bounds after this operation, which works in place; only Triton has it."""
+        """Copies of keys, values and bounds after `write_window`, which works in place; only Triton has it."""
         stored = [moved(each, self.device, copy=True) for each in (keys, values, bounds)]
-        import_module(self.package).write_window(*stored, *(moved(each, self.device) for each in rest))
+        import_module(f"{self.package}.cache").write_window(*stored, *(moved(each, self.device) for each in rest))
         return tuple(moved(each, "cpu") for each in stored)
 
 

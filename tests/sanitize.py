@@ -10,6 +10,7 @@ import sys
 import torch
 
 from resa import fast, reference
+from resa.fast.cache import write_window
 from resa.fast.generate import DecodeLoop
 from resa.reference import ReSAConfig, attention, blocks
 from small_models import Shape
@@ -65,7 +66,7 @@ def run(case, dtype):
     start = (lengths - 5).clamp(min=0)
     new = torch.randn(2, len(lengths), case.kv_heads, 5, case.head_dim, device="cuda").to(dtype)
     for table in (bounds, compressed):
-        fast.write_window(keys, values, table, *new, start, lengths, b)
+        write_window(keys, values, table, *new, start, lengths, b)
     good.append(close("write", bounds, blocks.block_bounds(keys.cpu(), x.lengths, b), 0))
     # Bounds written in 8 bits are still bounds of the exact ones.
     rewritten, exact = (fast.score_blocks(query, table, lengths, b) for table in (compressed, bounds))

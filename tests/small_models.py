@@ -208,3 +208,9 @@ def feed(model, generation, config, token):
     """One decoding step under a given token. -> logits [V]"""
     generation.tokens.append(token)
     return decode_step(model, generation, config)
+
+
+def decoded_along(model, prompt, tokens, config):
+    """Decode along given tokens after a prompt. -> logits [S, V] after each"""
+    generation = started(model, prompt, config.block_size, len(prompt) + len(tokens))
+    return torch.stack([feed(model, generation, config, token) for token in tokens])

@@ -254,8 +254,7 @@ ways = {
     "decode-only": ReSAConfig(active_ratio=0.1, min_blocks=4, interval=1, schedule="paper"),
 }
 marks = marked(carrying, programs, checks, [Way(config) for config in ways.values()], n_opening)
-found = {name: marks[Way(config)] for name, config in ways.items()}
-right = {"dense": found["sparse"].dense_right.mean()} | {name: marks.right.mean() for name, marks in found.items()}
+right = {"dense": marks[None].mean()} | {name: marks[Way(config)].mean() for name, config in ways.items()}
 print(f"{len(checks.at)} values asserted")
 for name, share in right.items():
     print(f"{name:12} {share:.1%} right")

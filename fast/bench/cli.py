@@ -3,21 +3,16 @@
 Nothing here imports Triton before it measures, so the command line has its help everywhere.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from resa.reference.checks import require
 from resa.reference.cli.main import Commands, Parser, add_command
@@ -63,19 +58,14 @@ def _add_points(parser: Parser, contexts: list[int], batches: list[int], out: st
 def run_layer(options: argparse.Namespace) -> None:
     """Time one layer's attention, part by part and in whole cycles."""
     config = _checked(options)
-    from .layer import Shape, floors, measure
+    from .layer import Shape, measure
 
     shape = Shape(options.query_heads, options.kv_heads, options.head_dim, options.dtype)
     result = {**_provenance(options, config), "shape": asdict(shape), "rows": []}
-
-    def row(batch: int, context: int) -> Result:
-        floor = floors(shape, config, batch, context)
-        floor_us = {part: round(n / result["copy_tbs"] / 1e6, 3) for part, n in floor.items()}
-        return measure(shape, config, batch, context) | {"floor_us": floor_us}
-
-    contexts, batches = sorted(options.contexts), sorted(options.batches)
-    points = {(b, n): f"{b} × {n:,} tokens" for n in contexts for b in batches}
-    _measure_all(options.out, result, points, row)
+    for context in sorted(options.contexts):
+        for batch in sorted(options.batches):
+            row = measure(shape, config, batch, context, result["copy_tbs"])
+            _keep(options.out, result, row, f"{batch} × {context:,} tokens")
 
 
 def run_e2e(options: argparse.Namespace) -> None:
@@ -89,10 +79,9 @@ def run_e2e(options: argparse.Namespace) -> None:
     has_library = find_spec("humming") is not None or "int4" not in options.weights
     allowed = "pip install humming-kernels, or others"
     require(has_library, "--weights", "int4, without humming-kernels", allowed)
-    memory = torch.cuda.get_device_properties(0).total_memory
     result = {
         **_provenance(options, config),
-        "memory_bytes": memory,
+        "memory_bytes": torch.cuda.get_device_properties(0).total_memory,
         "shape": asdict(e2e.QWEN_7B),
         "sampling": asdict(e2e.SAMPLED),
         "weights": {},
@@ -102,26 +91,20 @@ def run_e2e(options: argparse.Namespace) -> None:
     for weights in options.weights:
         # What does not depend on the context.
         model = e2e.build(weights)
-        errors = {str(batch): e2e.check(model, config, batch) for batch in batches}
         parts = {str(batch): e2e.measure_parts(model, config, batch) for batch in batches}
-        about = {"bytes": e2e.weight_bytes(model), "errors": errors, "parts": parts}
-        result["weights"][weights] = about
+        result["weights"][weights] = {"bytes": e2e.weight_bytes(model), "parts": parts}
 
-        # All points, those of true caches last.
-        def row(batch: int, context: int, is_shared: bool, *, model=model, weights=weights):
-            times = e2e.measure(model, config, batch, context, e2e.SAMPLED, is_shared=is_shared)
-            floors = e2e.floors_us(model, config, batch, context, result["copy_tbs"])
-            return {"weights": weights, **times, "floor_us": floors}
-
-        points = {}
-        for n in contexts:
-            points |= {(b, n, True): f"{weights}, {b} × {n:,} tokens, shared" for b in batches}
-        for n in sorted(options.true_contexts):
-            largest = e2e.largest_batch(model, config, n)
-            if largest >= 1:
-                points[largest, n, False] = f"{weights}, {largest} × {n:,} tokens, true caches"
-        _measure_all(options.out, result, points, row)
-        del model, row
+        # All points, those of true caches last, as far as they fit.
+        points = [(batch, context, True) for context in contexts for batch in batches]
+        for context in sorted(options.true_contexts):
+            points.append((e2e.largest_batch(model, config, context), context, False))
+        for batch, context, is_shared in points:
+            if batch > 0:
+                point = batch, context, result["copy_tbs"]
+                row = e2e.measure(model, config, *point, is_shared=is_shared)
+                title = f"{weights}, {batch} × {context:,} tokens, {row['protocol']} caches"
+                _keep(options.out, result, {"weights": weights, **row}, title)
+        del model
         torch.cuda.empty_cache()
 
 
@@ -155,22 +138,14 @@ def _provenance(options: argparse.Namespace, config: ReSAConfig) -> Result:
     }
 
 
-def _measure_all(
-    out: Path, result: Result, points: Mapping[tuple, str], row: Callable[..., Result]
-) -> None:
-    """Measure all rows. Each is written to the file at once, so an interruption loses one."""
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(points))
-        for point, description in points.items():
-            progress.update(task, description=description)
-            times = row(*point)
-            result["rows"].append(times)
-            write_atomically(out, (as_json(result) + "\n").encode())
-            progress.advance(task)
-            dense, resa, ratio = times["dense_us"], times["resa"]["us"], times["ratio"]
-            print(f"{description}: dense {dense:,.1f} µs, ReSA {resa:,.1f} µs, ratio {ratio:.2f}")
-            torch.cuda.empty_cache()
-    print(f"written to {out}")
+def _keep(out: Path, result: Result, row: Result, title: str) -> None:
+    """Print a row and write all rows so far, so that an interruption loses one."""
+    result["rows"].append(row)
+    write_atomically(out, (as_json(result) + "\n").encode())
+    dense, resa, ratio = row["dense_us"], row["resa"]["us"], row["ratio"]
+    times = f"dense {dense:,.1f} µs, ReSA {resa:,.1f} µs, ratio {ratio:.2f}"
+    print(f"{title}: {times}; written to {out}", flush=True)
+    torch.cuda.empty_cache()
 
 
 def revision() -> str:

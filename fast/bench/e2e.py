@@ -10,29 +10,25 @@ cache, as the paper does to fit large batches; every layer still reads and write
 *true* every layer has its own.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from resa.reference import blocks as plain_blocks
-from resa.reference.checks import free_memory, require
+from resa.reference.checks import free_memory
 from resa.reference.config import GPTConfig, ReSAConfig
 from resa.reference.model import GPT
 from resa.reference.sampling import Sampling
 
 from ..blocks import block_bounds
 from ..cache import BatchedCache
-from ..generate import DecodeLoop, schedule
-from ..gpu.bounds8 import compress_bounds
+from ..generate import DecodeLoop, passes
 from ..gpu.elementwise import add_norm, split_heads, swiglu
 from ..model import FusedGPT, FusedLayer, Linear
 from ..sampling import Sampler
@@ -47,9 +43,6 @@ QWEN_7B = GPTConfig(
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=0.7, top_p=0.95)
 SAMPLES, ENOUGH_US = 15, 1e6  # samples of a cycle, fewer once they have taken that long
 MIN_SAMPLES = 5
-
-
-# ---- What is decoded -----------------------------------------------------------------------------
 
 
 def build(weights: str, shape: GPTConfig = QWEN_7B) -> FusedGPT:
@@ -93,35 +86,29 @@ def new_sampler(model: FusedGPT, sampling: Sampling, batch: int, tokens: int) ->
 
 
 class DenseStep:
-    """Dense decoding by torch of one token per sequence, the caches' last, or at `end` − 1."""
+    """Dense decoding by torch of one token per sequence, which takes the caches' last place."""
 
     def __init__(
-        self, model: FusedGPT, cache: BatchedCache, sampling: Sampling, backend: SDPBackend,
-        *, end: int | None = None,
-    ) -> None:  # fmt: skip
+        self, model: FusedGPT, cache: BatchedCache, sampling: Sampling, backend: SDPBackend
+    ) -> None:
         self.model, self.cache, self.backend = model, cache, backend
-        self.end = cache.capacity if end is None else end
         self.sampler = new_sampler(model, sampling, len(cache.lengths), 1)
         self.pending = torch.ones_like(cache.lengths, dtype=torch.int64)
         self.n_chosen = torch.zeros_like(self.pending)
-        self.position = torch.full_like(cache.lengths, self.end - 1)[:, None]
+        self.position = cache.lengths[:, None] - 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Append, in one copy, then attend to everything."""
-        keys, values = (x[layer, :, :, : self.end] for x in (self.cache.keys, self.cache.values))
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
         as_one(keys[:, :, -1:], values[:, :, -1:]).copy_(as_one(key, value))
         with sdpa_kernel(self.backend):
             return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
-    def logits(self) -> Tensor:
-        """Logits [B, V] for the tokens that follow the pending ones."""
-        hidden = self.model.hidden_states(self.pending[:, None], self.position, self.attend)
-        return self.model.output(hidden[:, 0])
-
     @torch.no_grad()
     def __call__(self) -> None:
-        """One step, from the token fed to the token chosen."""
-        self.pending.copy_(self.sampler(self.logits(), self.n_chosen))
+        """Take one step, from the token fed to the token chosen."""
+        hidden = self.model.hidden_states(self.pending[:, None], self.position, self.attend)
+        self.pending.copy_(self.sampler(self.model.output(hidden[:, 0]), self.n_chosen))
 
 
 def as_one(first: Tensor, second: Tensor) -> Tensor:
@@ -142,20 +129,16 @@ class Cycle:
         batch, tokens = len(self.start), f * (SAMPLES + 5)  # more than are chosen: nothing ends
         sampler = new_sampler(model, sampling, batch, tokens)
         self.loop = DecodeLoop(model, self.cache, tokens, config, sampler, ())
-        self.kinds = list(islice(schedule(config), f))
+        self.passes = list(islice(passes(config), f))
         first = model.embed.weight.new_zeros(batch, model.config.vocab_size)
         self.loop.choose(first, self.loop.running, self.cache.lengths, is_sparse=False)
 
     @torch.no_grad()
-    def __call__(self, mark: Callable[[], None] = lambda: None) -> None:
-        """f tokens per sequence, and a mark after each; the first two calls compile and capture."""
+    def __call__(self) -> None:
+        """Decode f tokens per sequence. The first two calls compile and capture."""
         self.cache.lengths.copy_(self.start)
-        for kinds in self.kinds:
-            self.loop.launch(kinds)
-            mark()
-
-
-# ---- What is checked -----------------------------------------------------------------------------
+        for rectifies in self.passes:
+            self.loop.launch(rectifies)
 
 
 def check_four_bits(plain: Mapping[str, Linear], rounded: Mapping[str, FourBitLinear]) -> None:
@@ -168,101 +151,21 @@ def check_four_bits(plain: Mapping[str, Linear], rounded: Mapping[str, FourBitLi
             require_close(f"int4 {name}", error, 4 * torch.finfo(x.dtype).eps)
 
 
-@torch.no_grad()
-def check(
-    model: FusedGPT, config: ReSAConfig, batch: int, context: int = 2048,
-    backends: Mapping[str, SDPBackend] = BACKENDS,
-) -> dict[str, float]:  # fmt: skip
-    """Distance of the decode loop, as timed, from dense decoding by torch; refused if too far.
-
-    Sparse steps over all blocks (active ratio 1) must be dense steps. Then noise takes the place of
-    what they wrote, and the rectification must bring it back. At the configuration's own ratio
-    every layer must select as the reference does.
-    """
-    # A cycle to compile and one to capture. Then the sparse steps, noise, and the last step.
-    f, limit = config.interval, 16 * torch.finfo(model.embed.weight.dtype).eps
-    cache = new_cache(model, config, batch, context, is_shared=False)
-    cycle = Cycle(model, cache, replace(config, active_ratio=1.0), GREEDY, f=f)
-    cycle()
-    cycle()
-    first = int(cycle.loop.n_chosen[0]) - 1
-    written = [x[:, :, :, context - f :] for x in (cache.keys, cache.values)]  # by a cycle
-    cycle.cache.lengths.copy_(cycle.start)
-    for kinds in cycle.kinds[:-1]:
-        cycle.loop.launch(kinds)
-    stepped = [rows[:, :, :, :-1].clone() for rows in written]
-    for rows in written:
-        rows.normal_()
-    cycle.loop.launch(cycle.kinds[-1])
-    rectified = [rows.clone() for rows in written]
-    tokens = cycle.loop.tokens[:, first : first + f + 1]
-
-    # The same tokens densely. A token's lead is how far its logit is below the largest.
-    errors: dict[str, float] = {}
-    for name, backend in backends.items():
-        leads = []
-        for i in range(f):
-            step = DenseStep(model, cache, GREEDY, backend, end=context - f + i + 1)
-            step.pending.copy_(tokens[:, i])
-            logits = step.logits().double()
-            lead = logits.amax(dim=1, keepdim=True) - logits.gather(1, tokens[:, i + 1, None])
-            leads.append((lead / logits.abs().amax(dim=1, keepdim=True)).max())
-        for i, rows in enumerate(("keys", "values")):
-            dense = written[i]
-            errors[f"sparse steps, {rows}, {name}"] = distance(stepped[i], dense[:, :, :, :-1])
-            errors[f"rectified {rows}, {name}"] = distance(rectified[i], dense)
-        errors[f"tokens, {name}"] = float(torch.stack(leads).max())
-    for name, error in errors.items():
-        require_close(name, error, limit)
-    return errors | {"selection": check_selection(model, config, cache, limit)}
-
-
-def check_selection(
-    model: FusedGPT, config: ReSAConfig, cache: BatchedCache, limit: float
-) -> float:
-    """The largest lack of score in the blocks that a sparse step selects."""
-    cycle = Cycle(model, cache, replace(config, interval=None), GREEDY, f=config.interval)
-    cycle.loop.selected = []
-    cycle()
-    worst, last, b = 0.0, slice(-1, None), config.block_size
-    for layer, (query, indices) in enumerate(cycle.loop.selected[-model.config.n_layer :]):
-        end = cycle.cache.lengths[last]
-        bounds = plain_blocks.block_bounds(cache.keys[layer][last], end, b)
-        is_same = bool((cache.bounds[layer][last] == bounds).all())
-        require(is_same, "bounds", "others", "those of the keys")
-        scores = plain_blocks.score_blocks(query[last], bounds, end, b)
-        right = plain_blocks.select_blocks(scores, end, config)[0]
-        for score, ours, theirs in zip(scores[0], indices[-1].long(), right.long(), strict=True):
-            is_full = len(set(ours.tolist())) == len(theirs)
-            require(is_full, "selection", f"{len(ours)} blocks", f"{len(theirs)}")
-            short = score[theirs].sort().values - score[ours].sort().values
-            worst = max(worst, float(short.abs().max() / score.abs().max()))
-    require_close("selection", worst, limit)
-    return worst
-
-
-# ---- What is timed -------------------------------------------------------------------------------
-
-
 def measure(
-    model: FusedGPT, config: ReSAConfig, batch: int, context: int, sampling: Sampling,
+    model: FusedGPT, config: ReSAConfig, batch: int, context: int, bandwidth: float,
     *, is_shared: bool,
 ) -> dict[str, object]:  # fmt: skip
-    """Time per token of the three ways to decode at one batch and context, in µs."""
-    f, cache = config.interval, new_cache(model, config, batch, context, is_shared=is_shared)
+    """Time per token of the three ways to decode at one batch and context, in µs.
 
-    # Dense, sparse, rectified; with a shared cache also rectified over bounds in 8 bits.
+    Beside them stands the time for the bytes that they must read, at `bandwidth` TB/s.
+    """
+    f, cache = config.interval, new_cache(model, config, batch, context, is_shared=is_shared)
     dense = {}
     for name, backend in BACKENDS.items():
-        dense[name] = time_calls([DenseStep(model, cache, sampling, backend)])
+        dense[name] = time_calls([DenseStep(model, cache, SAMPLED, backend)])
     never = replace(config, interval=None)
-    sparse = time_cycle(Cycle(model, cache, never, sampling, f=f))
-    cycle = Cycle(model, cache, config, sampling, f=f)
-    resa, steps, eight_bit = time_cycle(cycle), step_times(cycle), {}
-    if is_shared:
-        compressed = replace(cache, bounds=[compress_bounds(cache.bounds[0])] * len(cache.bounds))
-        time = time_cycle(Cycle(model, compressed, config, sampling, f=f))
-        eight_bit = {"resa, 8-bit bounds": asdict(time)}
+    sparse = time_cycle(Cycle(model, cache, never, SAMPLED, f=f))
+    resa = time_cycle(Cycle(model, cache, config, SAMPLED, f=f))
     best = min(time.us for time in dense.values())
     return {
         "protocol": "shared" if is_shared else "true",
@@ -272,11 +175,10 @@ def measure(
         "dense": {name: asdict(time) for name, time in dense.items()},
         "sparse": asdict(sparse),
         "resa": asdict(resa),
-        "resa_steps_us": steps,
-        **eight_bit,
         "dense_us": best,
         "ratio": round(best / resa.us, 3),
         "sparse_ratio": round(best / sparse.us, 3),
+        "floor_us": floors_us(model, config, batch, context, bandwidth),
     }
 
 
@@ -292,33 +194,16 @@ def time_cycle(cycle: Cycle) -> Time:
     return Time.of(samples)
 
 
-def step_times(cycle: Cycle) -> list[float]:
-    """Microseconds of each of the f steps of one more cycle; the last holds the dense pass."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(cycle.f + 1)]
-    waiting = iter(events)
-    next(waiting).record()
-    cycle(lambda: next(waiting).record())
-    torch.cuda.synchronize()
-    return [round(1e3 * before.elapsed_time(after), 1) for before, after in pairwise(events)]
-
-
 def measure_parts(model: FusedGPT, config: ReSAConfig, batch: int) -> dict[str, dict[str, float]]:
     """Microseconds of the work besides attention, per layer and once per step."""
     parts = {}
     for name, rows in (("step", 1), ("rectification", config.interval)):
-        inputs = matmul_inputs(model, batch * rows)
+        kinds = ("matrix products", "elementwise work")
+        for kind, work in zip(kinds, layer_work(model, batch, rows), strict=True):
+            time = time_calls([partial(work, layer) for layer in model.fused])
+            parts[f"{name}: {kind}, per layer"] = time
 
-        def take_all(inputs: Mapping[str, Tensor] = inputs) -> None:
-            for layer in model.fused:
-                for each, matmul in layer.matmuls().items():
-                    matmul(inputs[each])
-
-        time = time_calls([take_all], divide_by=model.config.n_layer)
-        parts[f"{name}: matrix products, per layer"] = time
-        time = time_calls(between_matmuls(model, batch, rows))
-        parts[f"{name}: elementwise work, per layer"] = time
-
-    last = matmul_inputs(model, batch)["qkv"]
+    last = model.embed.weight.new_empty(batch, model.config.hidden_size).normal_()
     parts["output projection"] = time_calls([lambda: model.output(last)])
     logits = model.output(last)
     n_chosen = torch.zeros(batch, dtype=torch.int64, device=logits.device)
@@ -328,23 +213,22 @@ def measure_parts(model: FusedGPT, config: ReSAConfig, batch: int) -> dict[str, 
     return {name: asdict(time) for name, time in parts.items()}
 
 
-def matmul_inputs(model: FusedGPT, rows: int) -> dict[str, Tensor]:
-    """Random rows for a layer's matrix products, by name."""
+def layer_work(
+    model: FusedGPT, batch: int, rows: int
+) -> tuple[Callable[[FusedLayer], None], Callable[[FusedLayer], None]]:
+    """A layer's matrix products, and the work between them, of random rows [batch, rows, in]."""
     shape, like = model.config, model.embed.weight
-    sizes = {"qkv": shape.hidden_size, "o": shape.n_head * shape.head_dim}
-    sizes |= {"gate_up": shape.hidden_size, "down": shape.intermediate_size}
-    return {name: like.new_empty(rows, size).normal_() for name, size in sizes.items()}
-
-
-def between_matmuls(model: FusedGPT, batch: int, rows: int) -> list[Callable[[], object]]:
-    """For every layer the work between its matrix products, of so many rows per sequence."""
-    shape, like = model.config, model.embed.weight
-    x, delta = (like.new_empty(batch, rows, shape.hidden_size).normal_() for _ in range(2))
-    heads, eps = (shape.n_head, shape.n_kv_head), shape.norm_eps
-    width = (heads[0] + 2 * heads[1]) * shape.head_dim
-    projected = like.new_empty(batch, rows, width).normal_()
-    gate_up = like.new_empty(batch, rows, 2 * shape.intermediate_size).normal_()
+    inner, heads, eps = shape.intermediate_size, (shape.n_head, shape.n_kv_head), shape.norm_eps
+    sizes = shape.hidden_size, shape.hidden_size, shape.n_head * shape.head_dim, inner
+    x, delta, attended, gated = (like.new_empty(batch, rows, n).normal_() for n in sizes)
+    projected, gate_up = model.fused[0].qkv(x), model.fused[0].gate_up(x)
     angles = torch.rand(batch, 1, rows, shape.head_dim // 2, device=like.device)
+
+    def products(layer: FusedLayer) -> None:
+        layer.qkv(x)
+        layer.o(attended)
+        layer.gate_up(x)
+        layer.down(gated)
 
     def between(layer: FusedLayer) -> None:
         add_norm(x, delta, layer.attn_norm, eps)
@@ -352,10 +236,7 @@ def between_matmuls(model: FusedGPT, batch: int, rows: int) -> list[Callable[[],
         add_norm(x, delta, layer.mlp_norm, eps)
         swiglu(gate_up)
 
-    return [partial(between, layer) for layer in model.fused]
-
-
-# ---- What is counted -----------------------------------------------------------------------------
+    return products, between
 
 
 def floors_us(

@@ -7,8 +7,6 @@ few rows of a step and for the 256 of a rectification. Without a GPU the rounded
 multiplied as they are.
 """
 
-from __future__ import annotations
-
 import json
 from functools import cache
 
@@ -53,11 +51,7 @@ class FourBitLinear:
     """A `Linear` whose weight is rounded to 4 bits: x [..., in] → [..., out], its dtype kept."""
 
     def __init__(self, linear: Linear) -> None:
-        weight = linear.weight
-        is_half = not weight.is_cuda or weight.dtype in (torch.float16, torch.bfloat16)
-        require(is_half, "weight", weight.dtype, "float16 or bfloat16")
-        codes, scale = round_to_four_bits(weight)
-        self.rows = len(codes)
+        codes, scale = round_to_four_bits(linear.weight)
         self.nbytes = codes.numel() // 2 + scale.nbytes  # read by every product
         if codes.is_cuda:
             self.matmul = LibraryMatmul(codes, scale, linear.bias)
@@ -65,20 +59,14 @@ class FourBitLinear:
             self.matmul = Linear(widened(codes, scale), linear.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not x.numel():  # the library cannot multiply zero rows
-            return x.new_empty(*x.shape[:-1], self.rows)
-        return self.matmul(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return self.matmul(x)
 
 
 class LibraryMatmul:
-    """The library's product of x [rows, in] with 4-bit weights: [rows, out]."""
+    """The library's product with 4-bit weights: x [..., in] → [..., out], of one row or more."""
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        try:
-            from humming.layer import HummingLayer
-        except ImportError:
-            needed = "4-bit weights on a GPU need the package `humming-kernels`"
-            raise ImportError(f"{needed}: pip install humming-kernels") from None
+        from humming.layer import HummingLayer  # pip install humming-kernels
 
         # Pad to whole tiles with rows of zeros.
         self.rows, columns = codes.shape
@@ -102,7 +90,9 @@ class LibraryMatmul:
         self.layer.transform()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.layer(x, tuning_config=tiles(len(x), self.rows))[:, : self.rows].contiguous()
+        rows = x.flatten(0, -2)
+        out = self.layer(rows, tuning_config=tiles(len(rows), self.rows))[:, : self.rows]
+        return out.contiguous().unflatten(0, x.shape[:-1])
 
 
 @cache
@@ -132,8 +122,6 @@ def quantise(model: FusedGPT) -> FusedGPT:
 
     The model that it was built from keeps its own weights: drop it, or nothing is saved.
     """
-    is_plain = isinstance(model.output, Linear)
-    require(is_plain, "model", "one in 4 bits", "one that is not rounded yet")
     for layer in model.fused:
         for name, matmul in layer.matmuls().items():
             setattr(layer, name, FourBitLinear(matmul))

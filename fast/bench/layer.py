@@ -4,8 +4,6 @@ A cycle (schedule "fused") is f − 1 sparse steps, each of append, score, selec
 dense pass over f tokens with a refresh of the bounds it touched.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -47,21 +45,10 @@ class Shape:
         return batch * self.kv_heads * self.head_dim * getattr(torch, self.dtype).itemsize
 
 
-def own_dense(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, split_counters: Tensor
-) -> Tensor:
-    """Dense attention of one token by this project's kernel."""
-    return dense_attention(
-        query[:, :, None], keys, values, lengths,
-        query_lengths=torch.ones_like(lengths), split_counters=split_counters,
-    )[:, :, 0]  # fmt: skip
-
-
 def torch_dense(backend: SDPBackend, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Dense attention of one token by torch."""
     with sdpa_kernel(backend):
-        query = query[:, :, None]
-        return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)[:, :, 0]
+        return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
 
 class Layer:
@@ -123,10 +110,13 @@ class Layer:
                 dense_attention, self.window_query, *cached, self.end,
                 query_lengths=lengths(f), split_counters=counters,
             ),
-            OWN_DENSE: partial(own_dense, self.query, *cached, self.end, counters),
+            OWN_DENSE: partial(
+                dense_attention, self.query[:, :, None], *cached, self.end,
+                query_lengths=lengths(1), split_counters=counters,
+            ),
         }  # fmt: skip
         for name, backend in BACKENDS.items():
-            self.parts[name] = partial(torch_dense, backend, self.query, *cached)
+            self.parts[name] = partial(torch_dense, backend, self.query[:, :, None], *cached)
 
     def check(self) -> dict[str, float]:
         """Each part's distance from the reference, for the last sequence; refused if too far."""
@@ -146,7 +136,7 @@ class Layer:
             "attend": plain.sparse_attention(query, *cached, self.indices[last], end, b),
             "rectify": plain.dense_attention(self.window_query[last], *cached, end),
         }
-        dense = plain.dense_attention(query[:, :, None], *cached, end)[:, :, 0]
+        dense = plain.dense_attention(query[:, :, None], *cached, end)
         right |= dict.fromkeys((OWN_DENSE, *BACKENDS), dense)
         for name, expected in right.items():
             errors[name] = distance(self.parts[name]()[last], expected)
@@ -173,11 +163,14 @@ def require_close(name: str, error: float, limit: float) -> None:
     require(error <= limit, name, f"error {error:.2g}", allowed)
 
 
-def measure(shape: Shape, config: ReSAConfig, batch: int, context: int) -> dict[str, object]:
+def measure(
+    shape: Shape, config: ReSAConfig, batch: int, context: int, bandwidth: float
+) -> dict[str, object]:
     """Time of every part, of a cycle per token, and of dense attention, in µs.
 
-    As many caches are used, up to a deep model's layers, as it takes for the least of what is read,
-    half the bounds, to pass through the L2 twice before one comes round again.
+    Beside the parts stands the time for their bytes at `bandwidth` TB/s. As many caches are used,
+    up to a deep model's layers, as it takes for the least of what is read, half the bounds, to pass
+    through the L2 twice before one comes round again.
     """
     cache_bytes = 2 * context * shape.token_bytes(batch)
     half_bounds = cache_bytes / (2 * config.block_size)
@@ -200,6 +193,7 @@ def measure(shape: Shape, config: ReSAConfig, batch: int, context: int) -> dict[
     sparse = sum(parts[part].us for part in ("append", "score", "select", "attend"))
     cycle = time_calls([lambda: _cycle(layers, f)], divide_by=f)
     best = min(time.us for time in dense.values())
+    bytes_moved = floors(shape, config, batch, context)
     return {
         "batch": batch,
         "context": context,
@@ -213,6 +207,7 @@ def measure(shape: Shape, config: ReSAConfig, batch: int, context: int) -> dict[
         "dense_us": best,
         "resa_us": cycle.us,
         "ratio": round(best / cycle.us, 3),
+        "floor_us": {part: round(n / bandwidth / 1e6, 3) for part, n in bytes_moved.items()},
     }
 
 

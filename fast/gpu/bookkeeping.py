@@ -4,8 +4,6 @@ Lengths, masks and counts are a few numbers per sequence, and every operation on
 launch. Written with torch, a step had some sixty, as much time as two layers take.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import triton

@@ -5,8 +5,6 @@ number has three bits of mantissa, so a bound moves outward by up to an eighth o
 blocks may be selected.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

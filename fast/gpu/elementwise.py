@@ -6,8 +6,6 @@ a layer takes some forty of them; here four. They round where the reference roun
 differ by the order of a sum at most.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

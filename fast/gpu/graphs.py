@@ -1,7 +1,5 @@
 """Capturing work as a CUDA graph."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 

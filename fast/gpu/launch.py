@@ -8,8 +8,6 @@ before the first load of anything that the kernel right before it may have writt
 kernel gains by it: docs/kernels.md has the measurements.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

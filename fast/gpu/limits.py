@@ -4,8 +4,6 @@ It follows the contract's own checks (`resa.reference.operations.checked`) and h
 message. It looks at shapes, dtypes and layouts alone, so it never waits for the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,19 +35,21 @@ def check_limits(operation: str, arguments: Mapping[str, Any], sizes: Mapping[st
         check_dtypes((torch.float32,), scores=arguments["scores"])
         check_device("scores", arguments["scores"])
     else:
-        names = ("query", "keys", "values", "new_keys", "new_values", "bounds")
+        names = ("query", "keys", "values", "bounds")
         tensors = {name: arguments[name] for name in names if name in arguments}
-        if operation in ("score_blocks", "write_window") and tensors["bounds"].dtype == torch.uint8:
+        if operation == "score_blocks" and tensors["bounds"].dtype == torch.uint8:
             del tensors["bounds"]
         check_kernel_dtypes(**tensors)
 
     # Sizes. Selection has one program per KV head on the grid's first axis, which has no limit.
-    block_size = arguments.get("block_size")
-    if "config" in arguments:
-        block_size = arguments["config"].block_size
-    group = sizes["Hq"] // sizes["Hkv"] if "Hq" in sizes else None
-    rows = sizes["B"] * sizes["Hkv"] if "D" in sizes else None
-    check_sizes(D=sizes.get("D"), G=group, block_size=block_size, rows=rows)
+    found = {"D": sizes["D"], "rows": sizes["B"] * sizes["Hkv"]} if "D" in sizes else {}
+    if "Hq" in sizes:
+        found["G"] = sizes["Hq"] // sizes["Hkv"]
+    if operation == "select_blocks":
+        found["block_size"] = arguments["config"].block_size
+    elif operation != "dense_attention":
+        found["block_size"] = arguments["block_size"]
+    check_sizes(**found)
 
     # Layout. Kernels take no strides, and a cache is never copied behind the caller's back.
     for name in ("keys", "values", "bounds", "scores"):
@@ -90,20 +90,10 @@ def check_device(argument: str, tensor: Tensor) -> None:
     require(tensor.device.index == current, argument, given, allowed)
 
 
-def check_sizes(
-    *,
-    D: int | None = None,
-    G: int | None = None,
-    block_size: int | None = None,
-    rows: int | None = None,
-) -> None:
+def check_sizes(D: int = 16, G: int = 1, block_size: int = 16, rows: int = 1) -> None:
     """Refuse a head dimension, group, block size or B·Hkv that no kernel is written for."""
-    if D is not None:
-        require(D in HEAD_DIMS, "head dimension D", D, ", ".join(map(str, HEAD_DIMS)))
-    if G is not None:
-        require(1 <= G <= MAX_GROUP, "query heads per KV head", G, f"1 … {MAX_GROUP}")
-    if block_size is not None:
-        sizes = ", ".join(map(str, BLOCK_SIZES))
-        require(block_size in BLOCK_SIZES, "block_size", block_size, sizes)
-    if rows is not None:
-        require(rows <= MAX_ROWS, "batch × KV heads", rows, f"at most {MAX_ROWS}")
+    lists = ("head dimension D", D, HEAD_DIMS), ("block_size", block_size, BLOCK_SIZES)
+    for name, given, allowed in lists:
+        require(given in allowed, name, given, ", ".join(map(str, allowed)))
+    require(1 <= G <= MAX_GROUP, "query heads per KV head", G, f"1 … {MAX_GROUP}")
+    require(rows <= MAX_ROWS, "batch × KV heads", rows, f"at most {MAX_ROWS}")

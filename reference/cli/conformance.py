@@ -1,13 +1,8 @@
 """`resa conformance`: check a port against the conformance vectors."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
-import ctypes
-import os
 import sys
-from collections.abc import Iterator
 
 from . import main as cli
 
@@ -29,7 +24,7 @@ def conformance(options: argparse.Namespace) -> int:
     """
     from ..conformance.kit import check_port, is_passed, load_port, load_vectors, report, show
 
-    with _standard_output_for_errors():
+    with contextlib.redirect_stdout(sys.stderr):
         port, vectors = load_port(options.module), load_vectors()
         rows = check_port(port, vectors, ops_only=options.ops_only)
     if options.json:
@@ -37,19 +32,3 @@ def conformance(options: argparse.Namespace) -> int:
     else:
         show(rows)
     return 0 if is_passed(rows, ops_only=options.ops_only) else 1
-
-
-@contextlib.contextmanager
-def _standard_output_for_errors() -> Iterator[None]:
-    """Send what is printed meanwhile to standard error, by compiled code and subprocesses too."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        if os.name == "posix":
-            ctypes.CDLL(None).fflush(None)  # what C code has printed and not yet written
-        os.dup2(kept, 1)
-        os.close(kept)

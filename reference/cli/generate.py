@@ -4,17 +4,15 @@ A sparse step has work that a dense one does without, so on a GPU a short cache 
 densely. A backend that has measured where this ends decodes densely up to there, then sparsely.
 """
 
-from __future__ import annotations
-
 import argparse
-import codecs
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import tiktoken
 import torch
 from rich.console import Console
 
@@ -24,7 +22,8 @@ from ..model import GPT
 from ..requests import check_request
 from ..sampling import Sampling
 from ..weights.checkpoint import load_model
-from ..weights.tokenizer import END_OF_TEXT, load_tokenizer
+from ..weights.pretrained import PretrainedTokenizer, load_pretrained, stop_tokens
+from ..weights.tokenizer import load_tokenizer
 from . import main as cli
 
 
@@ -66,7 +65,7 @@ def continue_text(options: argparse.Namespace) -> None:
     """Continue a text. Reads a prompt and writes the model's continuation, token by token. The
     shipped model writes Python; --model takes the folder of a Qwen2, Qwen3 or Llama 3 model.
     """
-    # Refuse what is wrong before anything is printed.
+    # Refuse what is wrong before the work; the backend may refuse more.
     text = options.prompt if options.prompt_file is None else cli.read_text(options.prompt_file)
     name, n_tokens = cli.chosen_backend(options), options.tokens
     config = cli.sparsity(options, interval=options.interval)
@@ -74,39 +73,39 @@ def continue_text(options: argparse.Namespace) -> None:
     sampling = Sampling(options.temperature, options.top_p, options.top_k)
     backend, dense_below = options.backends[name], options.dense_below
     if dense_below is None:
-        dense_below = 0 if backend.crossover is None else backend.crossover(1)
+        dense_below = 0 if backend.crossover is None else backend.crossover()
     require_integer("--dense-below", dense_below, 0)
-    model, language = _load_any(options)
-    prompt, stop = language.encode(text), language.stop_tokens
+    model, tokenizer, stop = _load_any(options)
+    prompt = tokenizer.encode_ordinary(text)
     require(len(prompt) > 0, "prompt", repr(text), "at least one character")
     check_request(model, [prompt], n_tokens, config, sampling, stop, None)
 
-    # Say how much is decoded densely, unless all of it is asked to be.
+    # Short requests are decoded densely, unless all of it is asked to be.
     is_dense = config.interval == 1 and config.schedule == "fused"
     n_dense = 0 if is_dense else min(max(dense_below - len(prompt), 0), n_tokens)
-    if n_dense > 0 and not options.json:
-        how_much = "all of it is dense, below" if n_dense == n_tokens else "dense up to"
-        measured = "where sparse decoding begins to pay on this GPU"
-        why = measured if options.dense_below is None else "as --dense-below says"
-        print(f"{how_much} {dense_below:,} tokens, {why}", file=sys.stderr)
 
     # Decode. Tokens are written as they come, in JSON at the end.
     reading = Console(stderr=True).status(f"Reading {len(prompt):,} tokens …")
-    writer = Writer(language.token_bytes, reading.stop)
+
+    def begin() -> None:
+        reading.stop()
+        if n_dense > 0:
+            print(f"dense up to {dense_below:,} tokens (--dense-below)", file=sys.stderr)
+        print(text, end="", flush=True)
+
+    writer = Writer(tokenizer.decode, begin)
     request = {
         "sampling": sampling,
         "generators": [torch.Generator().manual_seed(options.seed)],
         "stop_tokens": stop,
         "on_token": None if options.json else writer,
     }
-    if not options.json:
-        print(text, end="", flush=True)
     started = time.perf_counter()
     with reading:
         tokens = decode(backend, model, prompt, n_tokens, config, n_dense, **request)
     seconds = time.perf_counter() - started
     if options.json:
-        result = {"prompt_tokens": len(prompt), "tokens": tokens, "text": language.decode(tokens)}
+        result = {"prompt_tokens": len(prompt), "tokens": tokens, "text": tokenizer.decode(tokens)}
         result |= {"backend": name, "dense_below": dense_below, "seconds": round(seconds, 3)}
         cli.report(result)
     else:
@@ -144,45 +143,48 @@ def decode(
 
 
 class Writer:
-    """Writes tokens as they come. A character whose bytes span tokens waits until it is whole."""
+    """Writes tokens as they come. A character whose bytes span tokens waits until it is whole.
 
-    def __init__(self, token_bytes: Callable[[int], bytes], on_first: Callable[[], None]) -> None:
-        self.token_bytes, self.on_first = token_bytes, on_first
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    `begin` is called before anything is written: with the first token, when no backend can refuse
+    the request any more.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], begin: Callable[[], None]) -> None:
+        self.decode, self.begin, self.has_begun = decode, begin, False
+        self.waiting: list[int] = []
 
     def __call__(self, sequence: int, position: int, token: int) -> None:
-        self.on_first()  # does nothing from the second token on
-        print(self.decoder.decode(self.token_bytes(token)), end="", flush=True)
+        self.waiting.append(token)
+        text = self.decode(self.waiting)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self.write(text)
+
+    def write(self, text: str) -> None:
+        """Write what no token waits for any more."""
+        if not self.has_begun:
+            self.has_begun = True
+            self.begin()
+        self.waiting = []
+        print(text, end="", flush=True)
 
     def close(self) -> None:
         """Write what never became whole, and end the line."""
-        print(self.decoder.decode(b"", final=True))
+        self.write(self.decode(self.waiting) + "\n")
 
 
-@dataclass(frozen=True)
-class _Language:
-    """A model's text <-> tokens, whichever library reads them."""
-
-    encode: Callable[[str], list[int]]
-    decode: Callable[[Sequence[int]], str]
-    token_bytes: Callable[[int], bytes]
-    stop_tokens: list[int]
+Tokenizer: TypeAlias = tiktoken.Encoding | PretrainedTokenizer
 
 
-def _load_any(options: argparse.Namespace) -> tuple[GPT, _Language]:
-    """Load the model of a checkpoint file or of a folder, and its language."""
+def _load_any(options: argparse.Namespace) -> tuple[GPT, Tokenizer, list[int]]:
+    """Load the model of a checkpoint file or of a folder, its tokenizer, and its stop tokens."""
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     device = checked_device("--device", options.device)
     if options.model.is_dir():
-        from ..weights.pretrained import PretrainedTokenizer, load_pretrained, stop_tokens
-
-        own = PretrainedTokenizer(options.model)  # before the weights, which take longer
+        tokenizer = PretrainedTokenizer(options.model)  # before the weights, which take longer
         stop = stop_tokens(options.model)
-        language = _Language(own.encode, own.decode, own.token_bytes, stop)
-        return load_pretrained(options.model, dtype=dtype, device=device, progress=True), language
+        model = load_pretrained(options.model, dtype=dtype, device=device, progress=True)
+        return model, tokenizer, stop
 
-    shipped = load_tokenizer()
-    stop = [shipped.encode_single_token(END_OF_TEXT)]
-    token_bytes = shipped.decode_single_token_bytes
-    language = _Language(shipped.encode_ordinary, shipped.decode, token_bytes, stop)
-    return load_model(options.model, dtype=dtype or torch.float32, device=device), language
+    model = load_model(options.model, dtype=dtype or torch.float32, device=device)
+    tokenizer = load_tokenizer()
+    return model, tokenizer, [tokenizer.eot_token]

@@ -1,14 +1,11 @@
-"""`resa train`, `tokenizer`, `eval` and `evidence`: the laboratory's commands."""
-
-from __future__ import annotations
+"""`resa train`, `eval` and `evidence`: the laboratory's commands."""
 
 import argparse
 import os
 import shlex
 import subprocess
-import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +20,6 @@ from ..weights.files import source_digest
 from ..weights.tokenizer import load_tokenizer
 from . import main as cli
 
-# Options of `resa train`: fields of `TrainConfig`. One --context serves the model as well.
-TRAINING = {
-    "steps": "optimizer steps",
-    "batch_tokens": "tokens per step, a multiple of the context",
-    "context": "tokens per row, and the longest sequence that the model is for",
-    "short_context": "tokens per row in the first part of the run",
-    "short_share": "that part's share of the steps",
-    "learning_rate": "the peak, after the warm-up",
-    "warmup_steps": "steps up to the peak",
-    "program_fraction": "share of rows that are programs, not source code",
-    "program_rows": "distinct programs",
-    "checked_weight": "weight of the mean loss over asserted values, added to that over all tokens",
-    "sparse_share": "share of steps, the last ones, that learn from sparse decoding as well",
-    "sparse_interval": "tokens between rectifications in those steps; 0: never",
-    "seed": "of weights and batches",
-    "checkpoint_seconds": "seconds between checkpoints",
-    "log_every": "steps per line of the log",
-}
 QUESTIONS = {  # of `resa eval`
     "fidelity": "how close sparse and rectified decoding stay to dense decoding on held-out code",
     "sweep": "what interval, active ratio, block size and number of decoded tokens do to accuracy",
@@ -58,9 +37,8 @@ def add_train(commands: cli.Commands) -> None:
     parser.option("--device", None, "cpu or cuda (default: cuda where there is a GPU)")
     parser.option("--no-compile", False, "do not compile the model on a GPU")
     parser.option("--init", None, "begin with this finished model's weights", type=Path)
-    parser.option("--fresh", False, "start over, even if --out holds a checkpoint")
-    for name, text in TRAINING.items():
-        parser.option(f"--{name.replace('_', '-')}", getattr(train.TrainConfig(), name), text)
+    for each in fields(train.TrainConfig):  # one --context serves the model as well
+        parser.option(f"--{each.name.replace('_', '-')}", each.default, each.metadata["help"])
 
 
 def run_training(options: argparse.Namespace) -> None:
@@ -69,42 +47,16 @@ def run_training(options: argparse.Namespace) -> None:
     values must be carried. A stopped run goes on by the same command.
     """
     shape = replace(train.SMALL_MODEL, context=options.context)
-    config = train.TrainConfig(**{name: getattr(options, name) for name in TRAINING})
-    how = {"packages": options.packages, "device": options.device, "init": options.init}
-    how |= {"compiled": not options.no_compile, "resume": not options.fresh}
+    values = {each.name: getattr(options, each.name) for each in fields(train.TrainConfig)}
+    config = train.TrainConfig(**values)
+    how = {"device": options.device, "compiled": not options.no_compile, "init": options.init}
     try:
-        train.run(shape, config, options.out, **how)
+        trainer = train.Trainer(shape, config, **how)
+        data = train.prepare_data(config, packages=options.packages)
+        train.train(trainer, data, options.out)
     except RuntimeError as error:  # the loss diverged, or the device ran out of memory
         raise ValueError(error) from error
     print((options.out / "record.json").read_text(), end="")
-
-
-def add_tokenizer(commands: cli.Commands) -> None:
-    """Add `resa tokenizer`."""
-    parser = cli.add_command(commands, "tokenizer", run_tokenizer)
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("text", nargs="?", help="show the tokens of this text")
-    task.add_argument("--prompt-file", type=Path, help="show the tokens of this file")
-    text = "train ranks on the standard library and the installed packages; write them to FILE"
-    task.add_argument("--train", type=Path, metavar="FILE", help=text)
-
-
-def run_tokenizer(options: argparse.Namespace) -> None:
-    """Show how the vocabulary cuts a text into tokens, or train a new one on the Python source of
-    this machine.
-    """
-    if options.train is not None:
-        cli.report(train.run_tokenizer(cli.writable("--train", options.train)))
-        return
-
-    is_given = options.text is not None or options.prompt_file is not None
-    require(is_given, "TEXT", "nothing", "a text, or --train FILE")
-    text = options.text if options.prompt_file is None else cli.read_text(options.prompt_file)
-    tokenizer = load_tokenizer()
-    ids = tokenizer.encode_ordinary(text)
-    pieces = [tokenizer.decode_single_token_bytes(token).decode(errors="replace") for token in ids]
-    print(" ".join(map(repr, pieces)))
-    print(f"{len(text.encode())} bytes, {len(ids)} tokens", file=sys.stderr)
 
 
 def add_eval(commands: cli.Commands) -> None:
@@ -120,8 +72,8 @@ def add_eval(commands: cli.Commands) -> None:
     text = "fidelity, carried, free: tokens between rectifications"
     parser.option("--intervals", [8, 32, 128], text)
     parser.option("--ratios", [0.05, 0.1, 0.2], "carried: active ratios")
-    text = "carried: how blocks are scored, out of pooled, per-head and 8-bits"
-    parser.option("--scores", ["pooled"], text)
+    text = "carried: how blocks are scored"
+    parser.option("--scores", ["pooled"], text, choices=tuple(carried.SCORES))
     cli.add_sparsity(parser, schedule="paper")
     cli.add_model(parser)
 
@@ -144,9 +96,8 @@ def measure(options: argparse.Namespace, model: GPT, config: ReSAConfig) -> dict
     n_prompt, n_tokens = options.prompt_tokens, options.tokens
     if options.question == "carried":
         more = {"intervals": options.intervals, "ratios": options.ratios, "scores": options.scores}
-        amounts = options.documents, n_prompt + n_tokens, config
-        tokenizer = load_tokenizer()
-        return carried.measure_carried(model, tokenizer, *amounts, prompt_tokens=n_prompt, **more)
+        amounts = options.documents, n_prompt + n_tokens, n_prompt
+        return carried.measure_carried(model, load_tokenizer(), *amounts, config, **more)
 
     documents = _documents(options, model.config.context)
     if options.question == "fidelity":
@@ -204,4 +155,4 @@ def run_evidence(options: argparse.Namespace) -> None:
         raise ValueError(f"a part failed, see above: {shlex.join(error.cmd)}") from None
 
 
-COMMANDS = (add_train, add_tokenizer, add_eval, add_evidence)
+COMMANDS = (add_train, add_eval, add_evidence)

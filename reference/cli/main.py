@@ -8,8 +8,6 @@ into one JSON object.
 `resa.fast.cli`, which hands `main` a second backend: nothing here knows which.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import json
@@ -53,8 +51,8 @@ class Backend:
     generate: Callable[..., list[Generation]]  # with the signature of `resa.reference.generate`
     operations: Callable[[], Operations]  # for commands with a loop of their own
     needs: Callable[[torch.device], str | None]  # what a device lacks to run it; None: it runs
-    # batch → cache length from which sparse decoding is faster than dense; None: always
-    crossover: Callable[[int], int] | None = None
+    # cache length from which sparse decoding of one sequence is faster than dense; None: always
+    crossover: Callable[[], int] | None = None
 
 
 REFERENCE = Backend(generate, operations=lambda: REFERENCE_OPS, needs=lambda device: None)
@@ -199,11 +197,8 @@ def seed(text: str) -> int:
 
 def read_text(path: Path) -> str:
     """Read the file of --prompt-file, whose line ends stay as they are."""
-    require(not path.is_dir(), "--prompt-file", f"the folder {path}", "a file")
     try:
         return path.read_bytes().decode()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--prompt-file: {path}: no such file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt-file: {path} is not UTF-8 text ({error})") from None
 

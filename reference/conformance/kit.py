@@ -6,8 +6,6 @@ operation form a ladder: each asks for one thing more than those before it, so t
 names the law. `trace.py` compares a generation step by step up to where it first goes wrong.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect

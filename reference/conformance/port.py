@@ -4,8 +4,6 @@ A port is NumPy in and out; `docs/porting.md` says what it offers. The helpers h
 rendering of the contract in `operations.py` into one, so the Triton path uses them too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,6 +15,7 @@ from ..config import GPTConfig, ReSAConfig
 from ..generate import Generation, decode_step, prefill
 from ..model import GPT
 from ..operations import CHECKED_OPS, REFERENCE_OPS
+from ..weights.checkpoint import filled, hollow_model
 
 CONTEXT = 2**17  # tokens, more than any case asks for
 
@@ -53,13 +52,8 @@ def build_model(
     weights: Mapping[str, np.ndarray], model_config: Mapping, *, device: str = "cpu"
 ) -> GPT:
     """A model of these weights, whose names and shapes are those of docs/porting.md."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**model_config, context=CONTEXT))
     placed = {name: torch.from_numpy(weight).to(device) for name, weight in weights.items()}
-    if model.config.tied_embeddings:
-        placed["output.weight"] = placed["embed.weight"]
-    model.load_state_dict(placed, assign=True)
-    return model.eval()
+    return filled(hollow_model(GPTConfig(**model_config, context=CONTEXT)), placed)
 
 
 def entry(generation: Generation, selected: Sequence[Tensor]) -> dict[str, object]:

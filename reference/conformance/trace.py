@@ -5,8 +5,6 @@ cause: rows that a step must leave alone, then layer by layer the rows that it w
 that it selects, then bounds, w and the token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice

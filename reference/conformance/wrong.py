@@ -1,7 +1,5 @@
 """Findings: the law that a port breaks, and the exceptions that its code raises."""
 
-from __future__ import annotations
-
 import importlib
 import traceback
 from collections.abc import Iterator, Mapping

@@ -10,7 +10,7 @@ decode-only has the step error, what another way loses beyond it is drift.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..checks import require, require_integer
 from ..config import ReSAConfig
 from ..model import GPT
-from .measure import over_documents, with_intervals
+from .measure import over_documents, recovered, shares_by_kind, with_intervals
 from .parallel import (
     Score,
     Stream,
@@ -33,11 +33,12 @@ from .parallel import (
 )
 from .programs import UNSEEN, Program, alias_program
 from .selection import in_eight_bits
-from .statistics import bootstrap_ratio, shares_by_kind
 
 WIDTH = 512  # tokens per point of the curve along the text
 AGES = (0, 32, 128, 512, 2048)  # tokens: where the classes of ages begin
 ENDS = ("decode-only", "never")  # no drift, and all of it
+SEED = 0  # of the programs
+ALL = slice(None)
 
 
 def per_head_scores(query: Tensor, bounds: Tensor) -> Tensor:
@@ -86,18 +87,14 @@ class Checks:
         ]
         return cls(*np.array(rows, dtype=np.int64).reshape(-1, 4).T)
 
-    def per_program(self, values: np.ndarray) -> np.ndarray:
-        """Mean of `values` [checks] over each program's checks, for programs that have any."""
-        n = np.bincount(self.program)
-        return (np.bincount(self.program, weights=values) / np.maximum(n, 1))[n > 0]
+    def per_program(self, values: np.ndarray, where: np.ndarray | slice = ALL) -> np.ndarray:
+        """Mean of `values` [checks] over each program's checks, for programs that have any.
 
-
-@dataclass(frozen=True)
-class Marks:
-    """Marks of all checks, in their order."""
-
-    right: np.ndarray  # [checks] bool
-    dense_right: np.ndarray  # [checks] bool, by dense decoding
+        Only checks `where` [checks] bool count.
+        """
+        program = self.program[where]
+        n = np.bincount(program)
+        return (np.bincount(program, weights=values[where]) / np.maximum(n, 1))[n > 0]
 
 
 def marked(
@@ -106,35 +103,32 @@ def marked(
     checks: Checks,
     ways: Sequence[Way],
     prompt_tokens: int,
-    *,
-    progress: bool = False,
-) -> dict[Way, Marks]:
-    """Decode along the programs in every way and mark every check."""
+) -> dict[Way | None, np.ndarray]:
+    """Decode along the programs in every way → per way 1.0 for every check that is right, or 0.0.
+
+    None is dense decoding.
+    """
     device = model.embed.weight.device
 
     @torch.no_grad()
     def prepare(index: int) -> tuple[int, Stream]:
-        return index, exact_stream(
-            model, torch.tensor([programs[index].tokens[:-1]], device=device)
-        )
+        tokens = torch.tensor([programs[index].tokens[:-1]], device=device)
+        return index, exact_stream(model, tokens)
 
     @torch.no_grad()
     def mark(shared: tuple[int, Stream], way: Way | None) -> np.ndarray:
-        # Whether the likeliest token is the one asserted. None is dense decoding.
+        # A check is right if the likeliest token is the one asserted.
         index, stream = shared
         if way is not None:
             score = SCORES[way.score]
             stream = decode_at_once(model, stream, way.config, prompt_tokens, score)
         at = checks.at[checks.program == index]
         chosen = model.output(stream.hidden[0, at - 1]).argmax(dim=-1).cpu().numpy()
-        return chosen == np.array(programs[index].tokens)[at]
+        return (chosen == np.array(programs[index].tokens)[at]).astype(float)
 
-    every = [None, *ways]
-    results = over_documents(
-        "Carried values", range(len(programs)), every, prepare, mark, progress=progress
-    )
-    right = {way: np.concatenate(marks) for way, marks in results.items()}
-    return {way: Marks(right[way], right[None]) for way in ways}
+    each = range(len(programs))
+    results = over_documents("Carried values", each, [None, *ways], prepare, mark)
+    return {way: np.concatenate(marks) for way, marks in results.items()}
 
 
 def measure_carried(
@@ -142,24 +136,19 @@ def measure_carried(
     tokenizer: tiktoken.Encoding,
     n_programs: int,
     length: int,
+    prompt_tokens: int,
     config: ReSAConfig,
     *,
     intervals: Sequence[int],
     ratios: Sequence[float],
     scores: Sequence[str] = ("pooled",),
-    prompt_tokens: int = 256,
-    seed: int = 0,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Shares of right values for every interval, ratio and score, with intervals over programs;
     JSON-ready.
     """
     # Check the request, and list the ways of decoding.
     require_integer("n_programs", n_programs, 1)
-    require_integer("seed", seed, 0)
     require_integer("prompt_tokens", prompt_tokens, 1)
-    is_known = len(scores) > 0 and set(scores) <= set(SCORES)
-    require(is_known, "scores", list(scores), f"some of {', '.join(SCORES)}")
     require_integer("length", length, prompt_tokens + 1)
     longest = model.config.context + 1  # the last token is only predicted
     require(length <= longest, "length", length, f"≤ {longest}, for the context")
@@ -175,65 +164,43 @@ def measure_carried(
 
     # Write the programs and mark them.
     programs = [
-        alias_program(tokenizer, np.random.default_rng((seed, length, index, UNSEEN)), length)
+        alias_program(tokenizer, np.random.default_rng((SEED, length, index, UNSEEN)), length)
         for index in range(n_programs)
     ]
     checks = Checks.of(programs, prompt_tokens)
     require(len(checks.at) > 0, "length", length, "more: no value is asserted after the prompt")
-    todo = list(dict.fromkeys(ways.values()))
-    marks = marked(model, programs, checks, todo, prompt_tokens, progress=progress)
+    right = marked(model, programs, checks, list(ways.values()), prompt_tokens)
 
     # Compare each way with the ends of its own score and ratio.
     rows = []
-    halves = {"recovered": checks.at >= 0, "recovered_late": checks.at >= length // 2}
-    for (score, ratio, name), way in ways.items():
-        exact, never = (marks[ways[score, ratio, end]] for end in ENDS)
+    halves = {"recovered": ALL, "recovered_late": checks.at >= length // 2}
+    for score, ratio, name in ways:
+        own, exact, never = (right[ways[score, ratio, each]] for each in (name, *ENDS))
         row = {"interval": name, "ratio": ratio, "score": score}
-        row |= summarise(checks, marks[way], exact)
+        row |= summarise(checks, own, exact, right[None])
         for part, where in halves.items():
-            share = None if name in ENDS else recovered(checks, marks[way], exact, never, where)
-            row[part], row[f"{part}_95"] = share or (None, None)
+            drift, left = (checks.per_program(exact - each, where) for each in (never, own))
+            row |= recovered(part, drift, left, is_end=name in ENDS)
         rows.append(row)
     about = {"programs": n_programs, "length": length, "prompt_tokens": prompt_tokens}
-    about |= {"checks": len(checks.at), "seed": seed, "config": asdict(config)}
+    about |= {"checks": len(checks.at), "seed": SEED, "config": asdict(config)}
     return {**about, "rows": rows}
 
 
-def summarise(checks: Checks, own: Marks, exact: Marks) -> dict[str, Any]:
-    """One way: shares right, and the loss split into step error and drift.
+def summarise(
+    checks: Checks, own: np.ndarray, exact: np.ndarray, dense: np.ndarray
+) -> dict[str, Any]:
+    """Shares right of one way, and its loss split into step error and drift.
 
-    `exact` are the marks of decode-only.
+    Marks [checks] are its own, those of decode-only (`exact`) and of dense decoding.
     """
-    parts = {
-        "right": own.right,
-        "dense": own.dense_right,
-        "step_error": own.dense_right.astype(float) - exact.right,
-        "drift": exact.right.astype(float) - own.right,
-    }
-    means = {name: checks.per_program(values.astype(float)) for name, values in parts.items()}
-    row = with_intervals(means)
+    parts = {"right": own, "dense": dense, "step_error": dense - exact, "drift": exact - own}
+    row = with_intervals({name: checks.per_program(values) for name, values in parts.items()})
     kinds = {
         "depth": checks.depth,
         "age": np.digitize(checks.age, AGES) - 1,
         "position": checks.at // WIDTH,
     }
     for name, kind in kinds.items():
-        row |= shares_by_kind(f"by_{name}", own.right, checks.program, kind, int(kind.max()) + 1)
+        row |= shares_by_kind(f"by_{name}", own, checks.program, kind)
     return row
-
-
-def recovered(
-    checks: Checks, own: Marks, exact: Marks, never: Marks, where: np.ndarray
-) -> tuple[float, list[float | None]] | None:
-    """Share of never rectifying's drift that is recovered, and its interval; None without drift.
-
-    `exact` are the marks of decode-only. Only checks `where` [checks] bool count.
-    """
-    counted = Checks(*(array[where] for array in astuple(checks)))
-    total, left = (
-        counted.per_program((exact.right.astype(float) - marks.right)[where])
-        for marks in (never, own)
-    )
-    if not total.sum() > 0:
-        return None
-    return float(1 - left.mean() / total.mean()), bootstrap_ratio(total - left, total)

@@ -5,8 +5,6 @@ its dotted name alone, so every machine and every version of Python holds out th
 Training then loses whatever is nearly a copy of something held out.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sysconfig
@@ -17,14 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-from rich.console import Console
-from rich.progress import track
 
-from ..checks import require
 from ..weights.tokenizer import END_OF_TEXT
-
-STANDARD_LIBRARY = "standard library"
-PACKAGES = "packages"
+from .measure import shown
 
 HELD_OUT_PERCENT = 8
 # Distributions differ in whether they ship tests; `_sysconfigdata` describes one machine.
@@ -34,13 +27,11 @@ SKIPPED_FILES = "_sysconfigdata"
 # A shingle is five consecutive lines that are not blank. Unrelated code rarely shares one; a copy
 # with scattered edits keeps most of its own.
 SHINGLE_LINES = 5
-# Largest share of a training file's shingles that may occur in held-out files. Unrelated files
-# share a licence header or nothing, vendored and backported copies well over half.
+# A training file is a copy if held-out files have so many of its shingles, or such a share of them.
+# Unrelated files share a licence header or nothing, vendored and backported copies well over half;
+# a bundle may hold a whole held-out file and still be mostly other code.
+COPY_SHINGLES = 40
 COPY_SHARE = 0.25
-# A bundle may swallow a held-out file whole and still be mostly other code, so no training file may
-# hold half of any one held-out file. Files with fewer shingles than this are mostly licence.
-SWALLOWED_SHARE = 0.5
-SWALLOWED_SHINGLES = 40
 
 
 @dataclass(frozen=True)
@@ -49,35 +40,31 @@ class Document:
 
     name: str  # dotted: json.decoder, or json for json/__init__.py
     text: str
-    source: str  # STANDARD_LIBRARY or PACKAGES
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Both sides of the split, sorted by source and name: a package's files are neighbours."""
+    """Both sides of the split, sorted by name: a package's files are neighbours."""
 
     train: list[Document]
     held_out: list[Document]
     statistics: dict[str, int] = field(default_factory=dict)
 
 
-def local_corpus(*, packages: bool = False, progress: bool = True) -> Corpus:
+def local_corpus(*, packages: bool = False) -> Corpus:
     """Read and split the standard library and, with `packages`, the installed packages."""
-    # List the files; the first source to reach one names it.
-    paths = sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})
-    sources = [(STANDARD_LIBRARY, Path(sysconfig.get_path("stdlib")))]
-    sources += [(PACKAGES, Path(path)) for path in paths] if packages else []
-    found: dict[Path, tuple[str, str]] = {}  # file → name and source
-    for source, root in sources:
-        for path in python_files(root):
-            found.setdefault(path.resolve(), (module_name(path, root), source))
+    # List the files; the first folder to reach one names it.
+    installed = sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})
+    found: dict[Path, str] = {}
+    for root in (sysconfig.get_path("stdlib"), *(installed if packages else [])):
+        for path in python_files(Path(root)):
+            found.setdefault(path.resolve(), module_name(path, Path(root)))
 
     # Read and split them.
-    console = Console(stderr=True)
-    shown = track(found.items(), "Reading source files", console=console, disable=not progress)
-    documents = [Document(name, read_source(path), source) for path, (name, source) in shown]
+    each = shown(found.items(), "Reading source files")
+    documents = [Document(name, read_source(path)) for path, name in each]
     readable = [document for document in documents if document.text.strip()]
-    corpus = split_documents(readable, progress=progress)
+    corpus = split_documents(readable)
     corpus.statistics["files_empty_or_not_utf8"] = len(documents) - len(readable)
     return corpus
 
@@ -87,7 +74,7 @@ def held_out_library() -> list[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     paths = {module_name(path, root): path for path in python_files(root)}
     held_out = sorted(name for name in paths if is_held_out(name))
-    documents = [Document(name, read_source(paths[name]), STANDARD_LIBRARY) for name in held_out]
+    documents = [Document(name, read_source(paths[name])) for name in held_out]
     return [document for document in documents if document.text.strip()]
 
 
@@ -128,24 +115,22 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(first_bytes, "big") % 100 < HELD_OUT_PERCENT
 
 
-def split_documents(documents: Sequence[Document], *, progress: bool = True) -> Corpus:
+def split_documents(documents: Sequence[Document]) -> Corpus:
     """Split by name, then drop from training duplicates and near copies of held-out files."""
-    documents = sorted(documents, key=lambda document: (document.source, document.name))
+    documents = sorted(documents, key=lambda document: document.name)
     held_out = [document for document in documents if is_held_out(document.name)]
-    guarded = [shingles(document.text) for document in held_out]
-    guarded_at_all = set().union(*guarded)
+    guarded = set().union(*(shingles(document.text) for document in held_out))
     train: list[Document] = []
     seen: set[str] = set()
     dropped: Counter[str] = Counter()
-    console, title = Console(stderr=True), "Looking for near copies"
-    for document in track(documents, title, console=console, disable=not progress):
+    for document in shown(documents, "Looking for near copies"):
         if is_held_out(document.name):
             continue
         own = shingles(document.text)
-        shared = own & guarded_at_all
+        n_shared = len(own & guarded)
         if document.text in seen:
             dropped["duplicates"] += 1
-        elif len(shared) >= COPY_SHARE * len(own) or swallows(shared, guarded):
+        elif n_shared >= min(COPY_SHINGLES, COPY_SHARE * len(own)):
             dropped["near_copies"] += 1
         else:
             train.append(document)
@@ -164,24 +149,10 @@ def shingles(text: str) -> set[int]:
     return {hash(tuple(lines[start : start + SHINGLE_LINES])) for start in starts}
 
 
-def swallows(shared: set[int], guarded: Sequence[set[int]]) -> bool:
-    """Tell whether shingles shared with held-out files make up half of any one of these files."""
-    least = SWALLOWED_SHARE * SWALLOWED_SHINGLES
-    return len(shared) >= least and any(
-        len(shared & own) >= SWALLOWED_SHARE * len(own)
-        for own in guarded
-        if len(own) >= SWALLOWED_SHINGLES
-    )
-
-
-def tokenize(
-    documents: Sequence[Document], tokenizer: tiktoken.Encoding, progress: bool = True
-) -> np.ndarray:
+def tokenize(documents: Sequence[Document], tokenizer: tiktoken.Encoding) -> np.ndarray:
     """Join all documents into one stream of tokens, `END_OF_TEXT` after each: [n] uint16."""
-    end, n_vocab = tokenizer.encode_single_token(END_OF_TEXT), tokenizer.n_vocab
-    require(n_vocab <= 2**16, "tokenizer", f"{n_vocab} tokens", f"≤ {2**16}, to fit in uint16")
+    end = tokenizer.encode_single_token(END_OF_TEXT)
     pieces = [np.zeros(0, dtype=np.uint16)]
-    console = Console(stderr=True)
-    for document in track(documents, "Tokenizing", console=console, disable=not progress):
+    for document in shown(documents, "Tokenizing"):
         pieces.append(np.array([*tokenizer.encode_ordinary(document.text), end], dtype=np.uint16))
     return np.concatenate(pieces)

@@ -4,8 +4,7 @@ A part is done, and left alone, if its file was written by the same command, for
 and by the same source. So a run that was interrupted goes on where it stopped.
 """
 
-from __future__ import annotations
-
+import argparse
 import json
 import os
 import shlex
@@ -13,12 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
 
 from ..checks import require_integer
 
@@ -81,66 +78,55 @@ def is_done(path: Path, part: Part) -> bool:
 
 
 def without(words: Sequence[str], options: Sequence[str]) -> list[str]:
-    """Leave some options and their values out of a command's words."""
-    pairs = zip(["", *words], words, strict=False)
-    return [word for before, word in pairs if not {before, word} & set(options)]
+    """Leave some options and their values out of a command's words.
+
+    >>> without(["eval", "--out", "a.json", "free", "--out=b.json"], ["--out"])
+    ['eval', 'free']
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    for option in options:
+        parser.add_argument(option)
+    return parser.parse_known_args(words)[1]
 
 
-def run_parts(
-    parts: Mapping[str, Part],
-    out: Path,
-    *,
-    jobs: int = 1,
-    run: Callable[[Sequence[str], bool], None] | None = None,
-) -> list[str]:
-    """Run every part that is not done in a process of its own; returns their names.
+def run_parts(parts: Mapping[str, Part], out: Path, *, jobs: int = 1) -> None:
+    """Run every part that is not done in a process of its own, `jobs` of them side by side.
 
-    `jobs` run side by side; what a part says itself is then shown only if it fails. After a failure
-    no other part begins, those that run end, and what was written stays.
+    After a failure no other part begins, those that run end, and what was written stays.
 
     Errors: subprocess.CalledProcessError where a part fails.
     """
     require_integer("jobs", jobs, 1)
-    run, console = run or _run, Console(stderr=True, highlight=False)
     files = {name: out / f"{name}.json" for name in parts}
-    todo = {name: part for name, part in parts.items() if not is_done(files[name], part)}
-    if not todo:
-        console.print(f"all {len(parts)} parts are done, in {out}")
-        return []
-    titles = {name: f"part {i + 1} of {len(todo)}: {name}" for i, name in enumerate(todo)}
+    todo = [name for name, part in parts.items() if not is_done(files[name], part)]
+    print(f"{len(parts) - len(todo)} of {len(parts)} parts are done, in {out}", file=sys.stderr)
     failed = threading.Event()
 
-    def work(name: str) -> str:
+    def work(name: str) -> None:
         if failed.is_set():
-            return name
-        part, started = todo[name], time.monotonic()
-        console.print(f"{titles[name]} (resa eval {part.words})")
+            return
+        part, started = parts[name], time.monotonic()
+        title = f"part {todo.index(name) + 1} of {len(todo)}: {name}"
+        print(f"{title} (resa eval {part.words})", file=sys.stderr)
         words = ["eval", *shlex.split(part.words), *part.more, "--out", str(files[name])]
         try:
-            run(words, jobs == 1)
+            run_part(words, is_alone=jobs == 1)
         except BaseException:
             failed.set()
             raise
-        console.print(f"{titles[name]} is done, {time.monotonic() - started:.0f} s")
-        return name
+        print(f"{title} is done, {time.monotonic() - started:.0f} s", file=sys.stderr)
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(work, todo))
+        list(pool.map(work, todo))
 
 
-def _run(words: Sequence[str], is_alone: bool) -> None:
-    """Run one command; its errors are printed, at once if it is alone, else when it fails."""
+def run_part(words: Sequence[str], *, is_alone: bool) -> None:
+    """Run one command. What it says is shown at once if it is alone, else only if it fails."""
     # Single tokens are too little work for two threads, which wait for each other.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     output = {"stdout": subprocess.DEVNULL, "stderr": None if is_alone else subprocess.PIPE}
-    try:
-        subprocess.run(
-            [sys.executable, "-m", "resa.reference", *words],
-            check=True,
-            env=environment,
-            text=True,
-            **output,
-        )
-    except subprocess.CalledProcessError as error:
-        print(error.stderr or "", file=sys.stderr, end="")
-        raise
+    command = [sys.executable, "-m", "resa.reference", *words]
+    done = subprocess.run(command, env=environment, text=True, **output)
+    if done.returncode != 0:
+        print(done.stderr or "", file=sys.stderr, end="")
+    done.check_returncode()

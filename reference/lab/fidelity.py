@@ -14,8 +14,6 @@ be compared with the dense ones token by token:
 beyond that is due to drift.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -83,11 +81,7 @@ class Reading:
     prompt_tokens: int  # the N = T − prompt_tokens others are decoded
     log_probs: Tensor  # [N, V] after each decoded token
     following: Tensor  # [N] the tokens that truly follow
-
-    @property
-    def hits(self) -> Tensor:
-        """Mark tokens followed by one of dense decoding's three likeliest: [N] bool."""
-        return top_hits(self.log_probs, self.following)
+    hits: Tensor  # [N] bool: is that one of dense decoding's three likeliest?
 
 
 @torch.no_grad()
@@ -99,12 +93,13 @@ def read(
     exact = exact_stream(model, text)
     log_probs = model.output(exact.hidden[0, prompt_tokens:]).log_softmax(dim=-1)
     following = torch.cat((text[0, prompt_tokens + 1 :], text.new_tensor([after])))
-    return Reading(exact, prompt_tokens, log_probs, following)
+    hits = top_hits(log_probs, following)
+    return Reading(exact, prompt_tokens, log_probs, following, hits)
 
 
-def top_hits(scores: Tensor, wanted: Tensor, n: int = 3) -> Tensor:
-    """Mark where the n highest scores [..., V] include the token wanted [...]: bool [...]."""
-    best = scores.topk(min(n, scores.shape[-1]), dim=-1).indices
+def top_hits(scores: Tensor, wanted: Tensor) -> Tensor:
+    """Mark where the three highest scores [..., V] include the token wanted [...]: bool [...]."""
+    best = scores.topk(3, dim=-1).indices
     return (best == wanted[..., None]).any(dim=-1)
 
 
@@ -147,12 +142,10 @@ def measure_fidelity(
     n_tokens: int,
     config: ReSAConfig,
     intervals: Sequence[int],
-    *,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Compare all ways of decoding along the last `n_tokens` of documents; JSON-ready."""
     require_integer("n_tokens", n_tokens, 1)
-    check_documents(documents, n_tokens + 2, model.config.context)
+    check_documents(documents, n_tokens + 1, model.config.context)
     variants: dict[str, ReSAConfig | None] = dict(decoding_variants(config, intervals))
 
     def prepare(document: Sequence[int]) -> Reading:
@@ -164,7 +157,7 @@ def measure_fidelity(
         return compare(model, reading, variants[name])
 
     names = [*variants, "dense"]
-    results = over_documents("Fidelity", documents, names, prepare, measure, progress=progress)
+    results = over_documents("Fidelity", documents, names, prepare, measure)
     found = {name: stacked(each) for name, each in results.items()}
     about = {"documents": len(documents), "tokens_each": n_tokens, "config": asdict(config)}
     rows = summarise({name: found[name] for name in variants})

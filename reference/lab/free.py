@@ -9,8 +9,6 @@ once more.
 - *KL*, *drift*: as in `fidelity.py`, which measures along true text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -26,18 +24,15 @@ from ..sampling import Sampling
 from .fidelity import WIDTH, compare, decoding_variants, read
 from .measure import check_documents, over_documents, stacked, with_intervals
 
+TEMPERATURE = 1.0
+
 
 def own_text(
-    model: GPT,
-    prompt: Sequence[int],
-    n_tokens: int,
-    config: ReSAConfig,
-    sampling: Sampling,
-    seed: int,
+    model: GPT, prompt: Sequence[int], n_tokens: int, config: ReSAConfig, seed: int
 ) -> dict[str, np.ndarray]:
     """Let a way of decoding continue a prompt and measure every token it writes: [n_tokens]."""
     # The first token is only fed, the last one only predicted.
-    own = [torch.Generator().manual_seed(seed)]
+    sampling, own = Sampling(TEMPERATURE), [torch.Generator().manual_seed(seed)]
     (written,) = generate(model, [prompt], n_tokens + 1, config, sampling, generators=own)
     *fed, last = written.tokens
     reading = read(model, [*prompt, *fed], len(prompt), after=last)
@@ -57,19 +52,13 @@ def measure_free(
     n_tokens: int,
     config: ReSAConfig,
     intervals: Sequence[int],
-    *,
-    temperature: float = 1.0,
-    seed: int = 0,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Means over prompts, in all and per WIDTH tokens, for every way of decoding; JSON-ready."""
     require_integer("n_tokens", n_tokens, 1)
-    require_integer("seed", seed, 0)
     longest, context = max(map(len, prompts), default=0), model.config.context
     allowed = f"< {context - longest}, for the context"
     require(longest + n_tokens < context, "n_tokens", n_tokens, allowed)
     check_documents(prompts, 1, context)
-    sampling = Sampling(temperature)
     ways = {
         "dense": replace(config, interval=1, schedule="fused"),
         **decoding_variants(config, intervals),
@@ -77,15 +66,12 @@ def measure_free(
 
     def measure(document: tuple[int, Sequence[int]], name: str) -> dict[str, np.ndarray]:
         index, prompt = document
-        own_seed = seed * 100_003 + index
-        return own_text(model, prompt, n_tokens, ways[name], sampling, own_seed)
+        return own_text(model, prompt, n_tokens, ways[name], index)
 
     numbered = list(enumerate(prompts))
-    results = over_documents(
-        "Free-running text", numbered, ways, lambda document: document, measure, progress=progress
-    )
+    results = over_documents("Free-running text", numbered, ways, lambda each: each, measure)
     about = {"documents": len(prompts), "tokens_each": n_tokens}
-    about |= {"temperature": temperature, "seed": seed, "config": asdict(config), "width": WIDTH}
+    about |= {"temperature": TEMPERATURE, "seed": 0, "config": asdict(config), "width": WIDTH}
     return {**about, "ways": {name: summarise(stacked(each)) for name, each in results.items()}}
 
 

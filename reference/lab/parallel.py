@@ -1,15 +1,13 @@
-"""Decoding along tokens that are known: step by step, and all steps in one pass.
+"""Decoding along tokens that are known, all steps in one pass: for training and the evaluations.
 
-`decode_along` is the plain loop. `decode_at_once` computes the same without a loop, for training
-and for the evaluations, and is tested against it. It needs two streams. The *exact* one is dense
-attention over the text. The *decoded* one holds what decoding computes: at position t it sees exact
-keys and values before its window of drifted tokens, decoded ones from there on, and of all these
-the blocks that a sparse step would select. Many ways of decoding share one exact stream.
+`decode_at_once` computes what the loop of `generate.py` does, and is tested against it. It needs
+two streams. The *exact* one is dense attention over the text. The *decoded* one holds what decoding
+computes: at position t it sees exact keys and values before its window of drifted tokens, decoded
+ones from there on, and of all these the blocks that a sparse step would select. Many ways of
+decoding share one exact stream.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,24 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import block_bounds, select_blocks
-from ..cache import KVCache
-from ..checks import accumulation_dtype, bind_shapes, check_tokens, is_integer, require
+from ..checks import accumulation_dtype
 from ..config import ReSAConfig
-from ..generate import Generation, decode_step
 from ..model import GPT, causal_attention
-
-
-def decode_along(
-    model: GPT, cache: KVCache, tokens: Iterable[int], config: ReSAConfig
-) -> Iterator[tuple[Tensor, Generation]]:
-    """Decode along given tokens; yields the logits [V] after each, and the state, which moves on.
-
-    The cache holds everything before the first of them, exactly.
-    """
-    generation = Generation([], cache)
-    for token in tokens:
-        generation.tokens.append(token)
-        yield decode_step(model, generation, config), generation
 
 
 def windows(n_tokens: int, prompt_tokens: int, config: ReSAConfig) -> tuple[Tensor, Tensor]:
@@ -91,9 +74,6 @@ class Stream:
 
 def exact_stream(model: GPT, tokens: Tensor) -> Stream:
     """Dense attention over tokens [B, T]; differentiable."""
-    n_tokens, context = bind_shapes(tokens=(tokens, "B T"))["T"], model.config.context
-    check_tokens(tokens, model.config.vocab_size)
-    require(n_tokens <= context, "tokens", n_tokens, f"at most context = {context}")
     keys, values = [], []
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -101,7 +81,7 @@ def exact_stream(model: GPT, tokens: Tensor) -> Stream:
         values.append(value)
         return causal_attention(layer, query, key, value)
 
-    positions = torch.arange(n_tokens, device=tokens.device).expand_as(tokens)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     hidden = model.hidden_states(tokens, positions, attend)
     return Stream(tokens, tuple(keys), tuple(values), hidden)
 
@@ -113,15 +93,11 @@ def decode_at_once(
     prompt_tokens: int,
     score: Score = pooled_scores,
 ) -> Stream:
-    """Compute what `decode_along` does along the text, its first `prompt_tokens` being prefilled.
+    """Decode along the text after its first `prompt_tokens`, which are prefilled and not all of it.
 
     Differentiable in both streams. `score` takes the place of eq. 4, for comparison.
     """
     n_tokens = exact.tokens.shape[1]
-    is_inside = is_integer(prompt_tokens, 1) and prompt_tokens <= n_tokens
-    require(is_inside, "prompt_tokens", prompt_tokens, f"1 … {n_tokens}")
-    if prompt_tokens == n_tokens:
-        return Stream(exact.tokens, (), (), exact.hidden)
 
     # Which keys of either stream a step may see. A dense pass finds its own token exact as well.
     at = torch.arange(prompt_tokens, n_tokens, device=exact.tokens.device)  # [S]
@@ -191,9 +167,14 @@ def selected_tokens(
 
     # Every step is a sequence of its own, as long as its cache is then.
     flat = scores.transpose(1, 2).flatten(0, 1)  # [B·S, Hkv, M]
-    indices = select_blocks(flat, (at + 1).to(torch.int32).repeat(batch), config).long()
-    spare = flat.shape[-1]
-    chosen = torch.zeros(*flat.shape[:2], spare + 1, dtype=torch.bool, device=key.device)
-    chosen.scatter_(2, indices.masked_fill(indices < 0, spare), True)
-    by_block = chosen[..., :spare].unflatten(0, (batch, n_steps)).transpose(1, 2)
+    chosen = is_selected(flat, (at + 1).to(torch.int32).repeat(batch), config)
+    by_block = chosen.unflatten(0, (batch, n_steps)).transpose(1, 2)
     return by_block.repeat_interleave(b, dim=-1)[..., :n_tokens]
+
+
+def is_selected(scores: Tensor, lengths: Tensor, config: ReSAConfig) -> Tensor:
+    """Mark the blocks that are selected: scores [B, Hkv, M] → [B, Hkv, M] bool."""
+    indices = select_blocks(scores, lengths, config).long()
+    spare = scores.shape[-1]  # takes the indices of -1
+    chosen = torch.zeros(*scores.shape[:2], spare + 1, dtype=torch.bool, device=scores.device)
+    return chosen.scatter(2, indices.masked_fill(indices < 0, spare), True)[..., :spare]

@@ -11,8 +11,6 @@ else, so an error there is met again by every later line that needs it. Rectific
 remove such errors. Running the text checks every value.
 """
 
-from __future__ import annotations
-
 import builtins
 import keyword
 from dataclasses import dataclass
@@ -21,14 +19,14 @@ from functools import lru_cache
 import numpy as np
 import tiktoken
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..checks import require, require_integer
+from .measure import shown
 
 DIGITS = 10
+DEPTH = 4  # most lines between a name and its digit
 UNSEEN = 1  # ends the seeds of evaluations; those of training end otherwise (zeros do not count)
 ROOTS = (8, 32)  # fewest and most names that are assigned digits
 ROOT_TOKENS, ALIAS_TOKENS, ASSERT_TOKENS = 5, 4, 6  # of `a = 1`, `b = a`, `assert b == 1`
@@ -90,19 +88,16 @@ def words(tokenizer: tiktoken.Encoding) -> Words:
     return Words(tuple(names), digits, *map(single, (" =", " ", "\n", "assert", " ==")))
 
 
-def alias_program(
-    tokenizer: tiktoken.Encoding, rng: np.random.Generator, length: int, *, depth: int = 4
-) -> Program:
+def alias_program(tokenizer: tiktoken.Encoding, rng: np.random.Generator, length: int) -> Program:
     """A program of exactly `length` tokens, its last line perhaps cut short.
 
     `ROOTS` names with digits come first. Then lines that assign a name to a new one and lines that
     assert one are equally frequent, until the new names are about to run out. All names fewer than
-    `depth` lines from a digit are equally likely to be assigned, all new names to be asserted; a
+    `DEPTH` lines from a digit are equally likely to be assigned, all new names to be asserted; a
     tenth of the asserted ones are roots.
     """
     # Assign digits to the roots.
     require_integer("length", length, SHORTEST)
-    require_integer("depth", depth, 1)
     w = words(tokenizer)
     order = rng.permutation(len(w.names)).tolist()
     n_roots = int(rng.integers(ROOTS[0], max(ROOTS[0], min(ROOTS[1], length // 24)), endpoint=True))
@@ -134,7 +129,7 @@ def alias_program(
             assigned.append(len(tokens) - 2)
             values.append(values[source])
             depths.append(depths[source] + 1)
-            if depths[n] < depth:
+            if depths[n] < DEPTH:
                 readable.append(n)
     return Program(tokens[:length], [check for check in checks if check.at < length])
 
@@ -152,12 +147,9 @@ def is_checked(w: Words, tokens: Tensor) -> Tensor:
     return is_digit
 
 
-def program_rows(
-    tokenizer: tiktoken.Encoding, seed: int, count: int, length: int, progress: bool = True
-) -> np.ndarray:
+def program_rows(tokenizer: tiktoken.Encoding, seed: int, count: int, length: int) -> np.ndarray:
     """`count` programs for training: [count, length] uint16."""
     rows = np.zeros((count, length), dtype=np.uint16)
-    console = Console(stderr=True)
-    for index in track(range(count), "Writing programs", console=console, disable=not progress):
+    for index in shown(range(count), "Writing programs"):
         rows[index] = alias_program(tokenizer, np.random.default_rng((seed, index)), length).tokens
     return rows

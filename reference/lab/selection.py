@@ -12,9 +12,7 @@ consequences. Ways to score blocks are compared at the same number of blocks:
 - *best*: the blocks of most mass, averaged over the group: no shared selection can have more.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,13 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..blocks import block_bounds, score_blocks, select_blocks
+from ..blocks import block_bounds, score_blocks
 from ..checks import require_integer
 from ..config import ReSAConfig
 from ..model import GPT, causal_attention
-from .measure import check_documents, over_documents, stacked, with_intervals
-from .parallel import block_upper_bounds
-from .statistics import bootstrap
+from .measure import bootstrap, check_documents, shown, stacked, with_intervals
+from .parallel import block_upper_bounds, is_selected
 
 SLACK = 1e-5  # rounding of float32, on masses of at most 1
 
@@ -54,18 +51,24 @@ class Step:
     @property
     def mass(self) -> Tensor:
         """Share of every head's attention on every block: [B, Hkv, G, M]."""
-        return (self.by_block(self.logits) - self.logits.logsumexp(dim=-1, keepdim=True)).exp()
+        by_block = self.by_block(self.logits)
+        return (by_block - by_block.logsumexp(dim=-1, keepdim=True)).exp()
 
-    def by_block(self, tokens: Tensor) -> Tensor:
+    def in_blocks(self, logits: Tensor) -> Tensor:
+        """Cut logits into blocks, the last one filled up with −∞: [..., T] → [..., M, b]."""
+        padded = pad(logits, (0, -logits.shape[-1] % self.block_size), value=float("-inf"))
+        return padded.unflatten(-1, (-1, self.block_size))
+
+    def by_block(self, logits: Tensor) -> Tensor:
         """Log-sum-exp over the tokens of every block: [..., T] → [..., M]."""
-        padded = pad(tokens, (0, -tokens.shape[-1] % self.block_size), value=float("-inf"))
-        return padded.unflatten(-1, (-1, self.block_size)).logsumexp(dim=-1)
+        return self.in_blocks(logits).logsumexp(dim=-1)
 
 
 def upper_bounds(step: Step, bounds: Tensor) -> Tensor:
     """Upper bounds of every head's logits over every block: [B, Hkv, 2, D, M] → [B, Hkv, G, M]."""
     group = step.query.unflatten(1, (step.keys.shape[1], -1))  # [B, Hkv, G, D]
-    return block_upper_bounds(group, bounds) * step.query.shape[-1] ** -0.5
+    finite = torch.where(bounds.isfinite(), bounds, 0)  # a block past the end has none
+    return block_upper_bounds(group, finite) * step.query.shape[-1] ** -0.5
 
 
 def in_eight_bits(bounds: Tensor) -> Tensor:
@@ -73,59 +76,43 @@ def in_eight_bits(bounds: Tensor) -> Tensor:
 
     Each head and channel has a power of its own. Bounds of ±∞, past the end, stay.
     """
-    largest = torch.where(bounds.isfinite(), bounds, 0).abs().amax(dim=(2, 4), keepdim=True).float()
     # 448 is the largest e4m3 number.
+    finite = torch.where(bounds.isfinite(), bounds, 0).float()
+    largest = finite.abs().amax(dim=(2, 4), keepdim=True)
     scale = torch.exp2(torch.ceil(torch.log2(largest / 448).clamp(min=-120)))
-    lo, hi = (bounds.float() / scale).unbind(dim=2)
-    rounded = torch.stack((-_rounded_up(-lo), _rounded_up(hi)), dim=2) * scale
+    lo, hi = (bound.contiguous() for bound in (finite / scale).unbind(dim=2))
+
+    # Look up the greatest number that is no greater than lo, and the least that is no less than hi.
+    numbers = torch.arange(256, dtype=torch.uint8, device=bounds.device).view(torch.float8_e4m3fn)
+    numbers = numbers.float()[numbers.float().isfinite()].unique()  # ascending
+    below = numbers[torch.searchsorted(numbers, lo, right=True) - 1]
+    above = numbers[torch.searchsorted(numbers, hi)]
+    rounded = torch.stack((below, above), dim=2) * scale
     return torch.where(bounds.isfinite(), rounded.to(bounds.dtype), bounds)
 
 
-def _rounded_up(x: Tensor) -> Tensor:
-    """The least e4m3 number that is no less than x, which lies within their range; float32."""
-    code = x.nan_to_num(0.0, 0.0, 0.0).to(torch.float8_e4m3fn).view(torch.uint8).int()
-    # One step up: away from zero if positive, towards it if negative, from −0 to the least above 0.
-    above = torch.where(code < 0x80, code + 1, torch.where(code == 0x80, 1, code - 1))
-    nearest, next_one = (
-        each.to(torch.uint8).view(torch.float8_e4m3fn).float() for each in (code, above)
-    )
-    return torch.where(nearest >= x, nearest, next_one)
+def mean_logits(step: Step) -> Tensor:
+    """Logits averaged over a group's heads and a block's tokens: [B, Hkv, M].
 
-
-def _mean_keys(step: Step) -> Tensor:
-    """Pooled query · mean key of every block's valid tokens: [B, Hkv, M]."""
-    slots = torch.arange(step.keys.shape[2], device=step.keys.device)
-    visible = (slots < step.lengths[:, None])[:, None, :, None].expand(*step.keys.shape[:3], 1)
-    missing = (0, 0, 0, -step.keys.shape[2] % step.block_size)
-    sums, counts = (
-        pad(part, missing).unflatten(2, (-1, step.block_size)).sum(dim=3)
-        for part in (torch.where(visible, step.keys, 0.0), visible.to(step.keys.dtype))
-    )
-    pooled = step.query.unflatten(1, (step.keys.shape[1], -1)).mean(dim=2)
-    return (pooled[:, :, None] * sums / counts.clamp(min=1)).sum(dim=-1)
+    That is the pooled query times the block's mean key.
+    """
+    logits = step.in_blocks(step.logits.mean(dim=2))  # [B, Hkv, M, b]
+    is_visible = logits.isfinite()
+    return logits.masked_fill(~is_visible, 0.0).sum(dim=-1) / is_visible.sum(dim=-1).clamp(min=1)
 
 
 def scores_by_name(step: Step, mass: Tensor) -> dict[str, Tensor]:
     """Scores [B, Hkv, M] of every way; mass [B, Hkv, G, M] of every head on every block."""
     bounds = block_bounds(step.keys, step.lengths, step.block_size)
-    own = torch.where(bounds.isfinite(), bounds, 0)
     newest = torch.arange(bounds.shape[-1], device=mass.device, dtype=mass.dtype)
     return {
         "pooled": score_blocks(step.query, bounds, step.lengths, step.block_size),
-        "per-head": upper_bounds(step, own).amax(dim=2),
+        "per-head": upper_bounds(step, bounds).amax(dim=2),
         "8-bits": score_blocks(step.query, in_eight_bits(bounds), step.lengths, step.block_size),
-        "mean-key": _mean_keys(step),
+        "mean-key": mean_logits(step),
         "newest": newest.expand(mass.shape[:2] + mass.shape[3:]),
         "best": mass.mean(dim=2),
     }
-
-
-def is_selected(scores: Tensor, lengths: Tensor, config: ReSAConfig) -> Tensor:
-    """Mark the blocks that are selected: scores [B, Hkv, M] → [B, Hkv, M] bool."""
-    indices = select_blocks(scores.to(torch.float32), lengths, config).long()
-    batch, n_kv_head, spare = scores.shape
-    chosen = torch.zeros(batch, n_kv_head, spare + 1, dtype=torch.bool, device=scores.device)
-    return chosen.scatter(2, indices.masked_fill(indices < 0, spare), True)[..., :-1]
 
 
 def certified_bound(step: Step, chosen: Tensor) -> Tensor:
@@ -137,7 +124,7 @@ def certified_bound(step: Step, chosen: Tensor) -> Tensor:
     bounds = block_bounds(step.keys, step.lengths, step.block_size)
     first = torch.arange(bounds.shape[-1], device=chosen.device) * step.block_size
     in_block = (step.lengths[:, None] - first).clamp(0, step.block_size)[:, None, None]
-    upper = upper_bounds(step, torch.where(bounds.isfinite(), bounds, 0)) + in_block.log()
+    upper = upper_bounds(step, bounds) + in_block.log()
     taken = step.by_block(step.logits)
     left, taken = (
         each.masked_fill(hidden[:, :, None], float("-inf")).logsumexp(dim=-1)
@@ -179,12 +166,7 @@ def left_out(
 
 
 def measure_selection(
-    model: GPT,
-    documents: Sequence[Sequence[int]],
-    n_tokens: int,
-    config: ReSAConfig,
-    *,
-    progress: bool = True,
+    model: GPT, documents: Sequence[Sequence[int]], n_tokens: int, config: ReSAConfig
 ) -> dict[str, Any]:
     """Mass left out by every way to score, over all documents and by layer; JSON-ready.
 
@@ -193,13 +175,8 @@ def measure_selection(
     require_integer("n_tokens", n_tokens, 1)
     check_documents(documents, n_tokens + 1, model.config.context)
 
-    def measure(document: Sequence[int], way: ReSAConfig) -> Mapping[str, np.ndarray]:
-        return left_out(model, document, n_tokens, way)
-
-    results = over_documents(
-        "Selection", documents, [config], lambda document: document, measure, progress=progress
-    )
-    found = stacked(results[config])
+    each = shown(documents, "Selection")
+    found = stacked([left_out(model, document, n_tokens, config) for document in each])
     bound = found.pop("bound")
     violations = int((found["pooled"] > bound + SLACK).sum())
     return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,8 @@ from ..checks import require
 from ..config import ReSAConfig
 from ..model import GPT
 from .fidelity import Reading, divergence, read, top_hits
-from .measure import check_documents, over_documents, stacked, with_intervals
+from .measure import check_documents, over_documents, recovered, stacked, with_intervals
 from .parallel import decode_at_once
-from .statistics import bootstrap_ratio
 
 SCORED = 32  # predictions at the end of every document
 LENGTHS = (1, 8, 16, 32, 64, 128, 256)  # of the suffix, and of intervals
@@ -87,18 +87,11 @@ def score(model: GPT, reading: Reading, setting: Setting | None) -> dict[str, fl
 
 
 def measure_sweep(
-    model: GPT,
-    documents: Sequence[Sequence[int]],
-    base: Setting,
-    *,
-    grid: bool = True,
-    progress: bool = True,
+    model: GPT, documents: Sequence[Sequence[int]], base: Setting, *, grid: bool = True
 ) -> dict[str, Any]:
     """Every setting over all documents, which have one length: factor → rows, JSON-ready."""
     check_documents(documents, SCORED + 2, model.config.context + 1)
-    lengths = sorted({len(document) for document in documents})
-    require(len(lengths) == 1, "documents", f"{lengths} tokens", "documents of one length")
-    length = lengths[0]
+    length = len(documents[0])
     allowed = f"{SCORED} … {length - 2} tokens of the documents"
     require(SCORED <= base.suffix <= length - 2, "suffix", base.suffix, allowed)
 
@@ -110,10 +103,7 @@ def measure_sweep(
     def prepare(document: Sequence[int]) -> Reading:
         return read(model, document[:-1], length - 1 - SCORED, after=document[-1])
 
-    def measure(reading: Reading, setting: Setting | None) -> dict[str, float]:
-        return score(model, reading, setting)
-
-    results = over_documents("Sweep", documents, ways, prepare, measure, progress=progress)
+    results = over_documents("Sweep", documents, ways, prepare, partial(score, model))
     found = {setting: stacked(each) for setting, each in results.items()}
     dense = found[None]["accuracy"]
     return {
@@ -151,8 +141,6 @@ def summarise(
         }
     )
     for name, sign in (("accuracy", -1), ("kl", 1)):
-        total, left = (sign * (each[name] - exact[name]) for each in (never, own))
-        is_told = setting.config.interval is not None and total.mean() > 0
-        row[f"{name}_recovered"] = float(1 - left.mean() / total.mean()) if is_told else None
-        row[f"{name}_recovered_95"] = bootstrap_ratio(total - left, total) if is_told else None
+        drift, left = (sign * (each[name] - exact[name]) for each in (never, own))
+        row |= recovered(f"{name}_recovered", drift, left, is_end=setting.config.interval is None)
     return row

@@ -5,12 +5,9 @@ file that is replaced in one step, so a run that is killed at any moment goes on
 been. `corpus.py` and `programs.py` make the text.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
-import os
 import platform
 import shlex
 import sys
@@ -23,8 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from ..checks import checked_device, is_number, require, require_integer
@@ -32,23 +27,20 @@ from ..config import GPTConfig, ReSAConfig
 from ..model import GPT
 from ..weights import checkpoint as files
 from ..weights.files import as_json, write_atomically
-from ..weights.tokenizer import (
-    VOCAB_SIZE,
-    load_tokenizer,
-    make_tokenizer,
-    save_ranks,
-    train_tokenizer,
-)
-from .corpus import STANDARD_LIBRARY, local_corpus, tokenize
+from ..weights.tokenizer import VOCAB_SIZE, load_tokenizer
+from .corpus import local_corpus, tokenize
+from .measure import shown
 from .parallel import decode_at_once, exact_stream
 from .programs import Words, is_checked, program_rows, words
 
 TRAINING_FORMAT = "resa training state"
 FINAL_LEARNING_RATE = 0.1  # as a share of the peak
 BETAS, MOMENTS = (0.9, 0.95), ("exp_avg", "exp_avg_sq")  # of AdamW, and what it calls its averages
+WEIGHT_DECAY = 0.1  # of matrices; norms and biases do not decay
 GRAD_CLIP = 1.0  # largest norm of the whole gradient
 SPARSE_RATIOS, SPARSE_LEAST = (0.05, 0.1, 0.2), (2, 4, 8)  # blocks, in steps that decode
-RHYTHM = ("checkpoint_seconds", "log_every")  # may change on resuming: the result stays the same
+CHECKPOINT_SECONDS = 60.0  # between checkpoints
+LOG_EVERY = 20  # steps per line of the log
 
 # The model that the package ships: 5.7 million parameters. It is deep, with wide heads and small
 # groups: such a model loses least when it attends to selected blocks only.
@@ -64,29 +56,34 @@ SMALL_MODEL = GPTConfig(
 )
 
 
+def setting(default: float, text: str) -> Any:
+    """A field of `TrainConfig`; its text is the help of `resa train`."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a training run."""
 
-    steps: int = 6500
-    batch_tokens: int = 131_072  # per step; a multiple of context
-    context: int = 8192  # tokens per row
+    steps: int = setting(6500, "optimizer steps")
+    batch_tokens: int = setting(131_072, "tokens per step, a multiple of the context")
+    context: int = setting(8192, "tokens per row, and the longest sequence that the model is for")
     # A fresh model attends to everything alike, which over thousands of tokens leaves next to no
     # gradient towards any one of them. So training begins on short rows.
-    short_context: int = 1024  # tokens per row in that first part
-    short_share: float = 0.4  # share of the steps in that part
-    learning_rate: float = 3e-3  # the peak; a small model stands a high one
-    warmup_steps: int = 200
-    weight_decay: float = 0.1  # of matrices; norms and biases do not decay
-    program_fraction: float = 0.2  # share of rows that are programs; a short row is one's beginning
-    program_rows: int = 4096  # distinct programs
-    checked_weight: float = 0.0  # of the mean loss over asserted digits, added to that over all
-    # In the last steps every row is decoded sparsely as well, and both losses are averaged.
-    sparse_share: float = 0.0  # share of the steps
-    sparse_interval: int = 32  # tokens between rectifications in such a step; 0: never
-    seed: int = 0
-    checkpoint_seconds: float = 60.0
-    log_every: int = 20  # steps
+    short_context: int = setting(1024, "tokens per row in the first part of the run")
+    short_share: float = setting(0.4, "that part's share of the steps")
+    learning_rate: float = setting(3e-3, "the peak, after the warm-up")
+    warmup_steps: int = setting(200, "steps up to the peak")
+    program_fraction: float = setting(0.2, "share of rows that are programs, not source code")
+    program_rows: int = setting(4096, "distinct programs; a short row is the beginning of one")
+    checked_weight: float = setting(
+        0.0, "weight of the mean loss over asserted values, added to that over all tokens"
+    )
+    sparse_share: float = setting(
+        0.0, "share of steps, the last ones, that learn from sparse decoding as well"
+    )
+    sparse_interval: int = setting(32, "tokens between rectifications in those steps; 0: never")
+    seed: int = setting(0, "of weights and batches")
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -131,12 +128,12 @@ class TrainData:
     statistics: dict[str, int] = field(default_factory=dict)
 
 
-def prepare_data(config: TrainConfig, *, packages: bool, progress: bool) -> TrainData:
+def prepare_data(config: TrainConfig, *, packages: bool) -> TrainData:
     """Read the local corpus and write the programs of a run."""
-    tokenizer, corpus = load_tokenizer(), local_corpus(packages=packages, progress=progress)
-    tokens = tokenize(corpus.train, tokenizer, progress)
+    tokenizer, corpus = load_tokenizer(), local_corpus(packages=packages)
+    tokens = tokenize(corpus.train, tokenizer)
     count = config.program_rows if config.program_fraction > 0 else 0
-    programs = program_rows(tokenizer, config.seed, count, config.context + 1, progress)
+    programs = program_rows(tokenizer, config.seed, count, config.context + 1)
     sizes = {"train_tokens": len(tokens), "program_tokens": programs.size}
     return TrainData(tokens, programs, {**corpus.statistics, **sizes})
 
@@ -158,25 +155,23 @@ def make_batch(config: TrainConfig, data: TrainData, step: int) -> np.ndarray:
     return batch
 
 
-def prediction_loss(logits: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean cross-entropy, in nats, of logits [R, context, V] for rows [R, context + 1].
+def prediction_loss(logits: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy, in nats, of logits [R, context, V] for rows [R, context + 1].
 
-    `weights` [R, context] of the tokens predicted replace the mean by a weighted sum.
+    It is summed with `weights` [R, context] of the tokens predicted.
     """
     # In float32. Compiled, the conversion happens inside the softmax and is never stored.
-    flat, wanted = logits.flatten(0, 1).float(), rows[:, 1:].flatten()
-    if weights is None:
-        return F.cross_entropy(flat, wanted)
-    return F.cross_entropy(flat, wanted, reduction="none") @ weights.flatten()
+    losses = F.cross_entropy(logits.float().mT, rows[:, 1:], reduction="none")
+    return (losses * weights).sum()
 
 
-def loss_of(model: GPT, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+def loss_of(model: GPT, rows: Tensor, weights: Tensor) -> Tensor:
     """Loss of predicting each token of rows [R, context + 1] from those before it."""
     return prediction_loss(model(rows[:, :-1]), rows, weights)
 
 
 def decoded_loss_of(
-    model: GPT, rows: Tensor, weights: Tensor | None, config: ReSAConfig, prompt_tokens: int
+    model: GPT, rows: Tensor, weights: Tensor, config: ReSAConfig, prompt_tokens: int
 ) -> Tensor:
     """The mean of the losses of dense attention and of decoding with `config`."""
     exact = exact_stream(model, rows[:, :-1])
@@ -192,7 +187,7 @@ def decoding_of(config: TrainConfig, step: int) -> tuple[ReSAConfig, int]:
     ratio, least = float(rng.choice(SPARSE_RATIOS)), int(rng.choice(SPARSE_LEAST))
     interval = config.sparse_interval or None
     decoding = ReSAConfig(active_ratio=ratio, min_blocks=least, interval=interval, schedule="paper")
-    most = min(16 * decoding.block_size, config.row_tokens(step))
+    most = min(16 * decoding.block_size, config.row_tokens(step) - 1)  # at least one is decoded
     return decoding, int(rng.integers(1, most, endpoint=True))
 
 
@@ -203,22 +198,46 @@ def token_weights(rows: Tensor, w: Words, checked_weight: float) -> Tensor:
 
 
 class Trainer:
-    """Model, optimizer and step count of one run, in memory and on disk."""
+    """Model, optimizer and step count of one run, in memory and on disk.
+
+    `init` names a finished model whose weights the run begins with. `compiled` counts on a GPU
+    only; the device is the GPU if there is one.
+    """
 
     def __init__(
-        self, model_config: GPTConfig, config: TrainConfig, device: torch.device, compiled: bool
+        self,
+        model_config: GPTConfig,
+        config: TrainConfig,
+        *,
+        device: str | None = None,
+        compiled: bool = True,
+        init: Path | None = None,
     ) -> None:
-        self.config, self.device = config, device
+        # Make the model.
+        longest, found = model_config.context, "cuda" if torch.cuda.is_available() else "cpu"
+        require(config.context <= longest, "context", config.context, f"≤ {longest}, the model's")
+        self.config, self.device = config, checked_device("device", device or found)
+        self.is_gpu = self.device.type == "cuda"
         with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
             torch.manual_seed(config.seed)
-            self.model = GPT(model_config).to(device)
+            self.model = GPT(model_config)
+        self.init = None  # SHA-256 of the file that the run begins with
+        if init is not None:
+            begun, self.init = files.load_model(init), files.file_digest(init)
+            is_same = replace(begun.config, context=longest) == model_config
+            require(is_same, "init", init, "a model of this shape")  # the context apart
+            self.model.load_state_dict(begun.state_dict())
+        self.model.to(self.device)
+
+        # Make the optimizer.
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        options = {"betas": BETAS, "weight_decay": config.weight_decay}
-        self.optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
-        self.loss_of = torch.compile(loss_of, dynamic=False) if compiled else loss_of
-        self.words = words(load_tokenizer()) if config.checked_weight > 0 else None
+        options = {"betas": BETAS, "weight_decay": WEIGHT_DECAY, "fused": self.is_gpu}
+        self.optimizer = torch.optim.AdamW(groups, **options)
+        is_compiled = compiled and self.is_gpu
+        self.loss_of = torch.compile(loss_of, dynamic=False) if is_compiled else loss_of
+        self.words = words(load_tokenizer())
         self.step = 0  # steps done
         self.seconds = 0.0  # spent on them, by all processes that took part
         self.log: list[dict[str, Any]] = []
@@ -228,9 +247,8 @@ class Trainer:
         config, kind = self.config, self.device.type
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
-        weights, loss_of = None, self.loss_of
-        if self.words is not None:
-            weights = token_weights(rows, self.words, config.checked_weight)
+        weights = token_weights(rows, self.words, config.checked_weight)
+        loss_of = self.loss_of
         if config.decodes(self.step):
             decoding, prompt_tokens = decoding_of(config, self.step)
             loss_of = partial(decoded_loss_of, config=decoding, prompt_tokens=prompt_tokens)
@@ -244,21 +262,16 @@ class Trainer:
         self.step += 1
         return loss.detach()
 
-    def state(self) -> dict[str, Tensor]:
-        """Weights and moments by name; before the first step the moments are zero."""
-        tensors = {}
-        for name, parameter in self.model.named_parameters():
-            weight, moments = parameter.detach(), self.optimizer.state[parameter]
-            tensors[f"model.{name}"] = weight
-            for key in MOMENTS:
-                tensors[f"{key}.{name}"] = moments.get(key, torch.zeros_like(weight))
-        return tensors
-
     def save(self, path: Path, identity: dict[str, Any]) -> None:
         """Write the state to one file in one step. `identity` is what makes it the same run."""
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach()
+            for key in MOMENTS:
+                tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
         progress = {"step": self.step, "seconds": self.seconds, "log": self.log}
         header = {"identity": json.dumps(identity), "progress": json.dumps(progress)}
-        files.save_tensors(path, self.state(), {"format": TRAINING_FORMAT, **header})
+        files.save_tensors(path, tensors, {"format": TRAINING_FORMAT, **header})
 
     def restore(self, path: Path, identity: dict[str, Any]) -> None:
         """Go on from a file; ValueError names the first field in which it is of another run."""
@@ -267,152 +280,81 @@ class Trainer:
         given, expected = json.loads(header["identity"]), json.loads(json.dumps(identity))
         for name in sorted(given.keys() | expected.keys()):
             stored, wanted = given.get(name), expected.get(name)
-            require(stored == wanted, name, wanted, f"{stored}, as in {path}, or a fresh start")
+            require(stored == wanted, name, wanted, f"{stored}, as in {path}, or another folder")
 
         # Take it over. The fused optimizer counts steps on the GPU, the plain one on the CPU.
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.state().items()}
+        parameters, kinds = dict(self.model.named_parameters()), ("model", *MOMENTS)
+        shapes = {f"{k}.{name}": tuple(p.shape) for name, p in parameters.items() for k in kinds}
         tensors, progress = files.read_tensors(path, shapes), json.loads(header["progress"])
         self.step, self.seconds, self.log = (progress[key] for key in ("step", "seconds", "log"))
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in parameters.items():
             parameter.data.copy_(tensors[f"model.{name}"])
             moments = {key: tensors[f"{key}.{name}"].to(self.device) for key in MOMENTS}
             count = torch.tensor(float(self.step), device=self.device)
             self.optimizer.state[parameter] = {"step": count, **moments}
 
+    def log_step(self, loss: float, out: Path) -> None:
+        """Add the step just done to the log, and write log.jsonl."""
+        config, hint = self.config, f"try a learning_rate below {self.config.learning_rate}"
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the loss is {loss} after step {self.step}; {hint}")
+        line = {"step": self.step, "tokens": self.step * config.batch_tokens, "loss": loss}
+        line |= {"lr": learning_rate(config, self.step - 1), "seconds": self.seconds}
+        self.log.append(line)
+        text = "".join(json.dumps(line) + "\n" for line in self.log)
+        write_atomically(out / "log.jsonl", text.encode())
 
-def train(
-    model_config: GPTConfig,
-    config: TrainConfig,
-    data: TrainData,
-    out: str | os.PathLike,
-    *,
-    device: torch.device | str = "cpu",
-    compiled: bool = True,
-    resume: bool = True,
-    init: str | os.PathLike | None = None,
-    progress: bool = True,
-) -> GPT:
-    """Train to the end; go on from `out/checkpoint.safetensors` if it exists and `resume` is set.
 
-    `init` names a finished model whose weights a new run begins with. `compiled` counts on a GPU
-    only. `out` gets the checkpoint, `log.jsonl`, `model.safetensors` and `record.json`.
+def train(trainer: Trainer, data: TrainData, out: Path) -> GPT:
+    """Train to the end; go on from `out/checkpoint.safetensors` if it exists.
+
+    `out` gets the checkpoint, `log.jsonl`, `model.safetensors` and `record.json`.
 
     Errors: RuntimeError if the loss is not finite.
     """
-    # Refuse what does not fit before any work.
-    device, longest = checked_device("device", device), model_config.context
-    require(config.context <= longest, "context", config.context, f"≤ {longest}, the model's")
+    # Begin, or go on.
+    config, model = trainer.config, trainer.model
     allowed = f"more than context = {config.context}"
     require(len(data.tokens) > config.context, "data.tokens", len(data.tokens), allowed)
-    largest, allowed = int(data.tokens.max()), f"< vocab_size = {model_config.vocab_size}"
-    require(largest < model_config.vocab_size, "data.tokens", largest, allowed)
-    weights = None if init is None else initial_weights(init, model_config)
-
-    # Begin, or go on.
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    path, is_gpu = out / "checkpoint.safetensors", device.type == "cuda"
-    trainer = Trainer(model_config, config, device, compiled and is_gpu)
-    if weights is not None:
-        trainer.model.load_state_dict(weights)
+    path = out / "checkpoint.safetensors"
     content = data.tokens.tobytes() + data.programs.tobytes()
-    identity = {f"model.{name}": value for name, value in asdict(model_config).items()}
-    identity |= {f"train.{k}": value for k, value in asdict(config).items() if k not in RHYTHM}
-    identity["init"] = None if init is None else files.file_digest(init)
-    identity["data"] = hashlib.sha256(content).hexdigest()
-    if not resume:
-        path.unlink(missing_ok=True)
+    identity = {f"model.{name}": value for name, value in asdict(model.config).items()}
+    identity |= {f"train.{name}": value for name, value in asdict(config).items()}
+    identity |= {"init": trainer.init, "data": hashlib.sha256(content).hexdigest()}
     if path.is_file():
         trainer.restore(path, identity)
 
     # Take the steps. Lines of the log past the checkpoint are written again on resuming.
     seconds_before = trainer.seconds
     started = saved = time.monotonic()
-    steps, console = range(trainer.step, config.steps), Console(stderr=True)
-    for step in track(steps, "Training", console=console, disable=not progress):
+    for step in shown(range(trainer.step, config.steps), "Training"):
         rows = torch.from_numpy(make_batch(config, data, step))
-        loss = trainer.take_step(rows.to(device))
+        loss = trainer.take_step(rows.to(trainer.device))
         trainer.seconds = seconds_before + time.monotonic() - started
         is_last = trainer.step == config.steps
-        if is_last or trainer.step % config.log_every == 0:
-            log_step(trainer, loss.item(), out)
-        if is_last or time.monotonic() - saved >= config.checkpoint_seconds:
+        if is_last or trainer.step % LOG_EVERY == 0:
+            trainer.log_step(loss.item(), out)
+        if is_last or time.monotonic() - saved >= CHECKPOINT_SECONDS:
             trainer.save(path, identity)
             saved = time.monotonic()
 
     # Write the finished model, and the record of how it came to be.
-    model = trainer.model.eval()
+    model.eval()
     files.save_model(out / "model.safetensors", model, metadata={"train": json.dumps(identity)})
+    gpu = torch.cuda.get_device_name(trainer.device) if trainer.is_gpu else None
     record = {
         "command": shlex.join(["resa", *sys.argv[1:]]),
-        "init_sha256": identity["init"],
-        "model": asdict(model_config),
+        "init_sha256": trainer.init,
+        "model": asdict(model.config),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train": asdict(config),
         "data": {**data.statistics, "sha256": identity["data"]},
         "tokens_seen": config.steps * config.batch_tokens,
         "seconds": round(trainer.seconds, 3),
-        "device": torch.cuda.get_device_name(device) if is_gpu else platform.machine(),
+        "device": gpu or platform.machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "final": trainer.log[-1],
     }
     write_atomically(out / "record.json", (as_json(record) + "\n").encode())
     return model
-
-
-def log_step(trainer: Trainer, loss: float, out: Path) -> None:
-    """Add the step just done to the log, and write log.jsonl."""
-    config = trainer.config
-    hint = f"try a learning_rate below {config.learning_rate}"
-    if not math.isfinite(loss):
-        raise RuntimeError(f"the loss is {loss} after step {trainer.step}; {hint}")
-    line = {"step": trainer.step, "tokens": trainer.step * config.batch_tokens, "loss": loss}
-    line |= {"lr": learning_rate(config, trainer.step - 1), "seconds": trainer.seconds}
-    trainer.log.append(line)
-    text = "".join(json.dumps(line) + "\n" for line in trainer.log)
-    write_atomically(out / "log.jsonl", text.encode())
-
-
-def initial_weights(path: str | os.PathLike, model_config: GPTConfig) -> dict[str, Tensor]:
-    """The weights of a finished model of this shape; no weight depends on the context."""
-    model = files.load_model(path)
-    for name, value in asdict(replace(model_config, context=model.config.context)).items():
-        stored = getattr(model.config, name)
-        require(value == stored, name, value, f"{stored}, as in {path}")
-    return model.state_dict()
-
-
-def run(
-    model_config: GPTConfig,
-    config: TrainConfig,
-    out: str | os.PathLike,
-    *,
-    packages: bool = False,
-    device: torch.device | str | None = None,
-    compiled: bool = True,
-    resume: bool = True,
-    init: str | os.PathLike | None = None,
-    progress: bool = True,
-) -> GPT:
-    """Read the local corpus and train on it; see `train`. The device is the GPU if there is one."""
-    # Refused here or not at all: the corpus takes a minute to read.
-    device = checked_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if init is not None:
-        initial_weights(init, model_config)
-    data = prepare_data(config, packages=packages, progress=progress)
-    how = {"compiled": compiled, "resume": resume, "init": init, "progress": progress}
-    return train(model_config, config, data, out, device=device, **how)
-
-
-def run_tokenizer(out: str | os.PathLike, *, vocab_size: int = VOCAB_SIZE) -> dict[str, float]:
-    """Train a tokenizer on the library and the packages, and write its ranks to `out`.
-
-    Returns its size and the bytes per token on the held-out standard library.
-    """
-    corpus = local_corpus(packages=True)
-    ranks = train_tokenizer([document.text for document in corpus.train], vocab_size)
-    save_ranks(out, ranks)
-    shared = [document for document in corpus.held_out if document.source == STANDARD_LIBRARY]
-    tokens = len(tokenize(shared, make_tokenizer(ranks), progress=False)) - len(shared)
-    size = sum(len(document.text.encode()) for document in shared)
-    return {"vocab_size": len(ranks) + 1, "held_out_bytes_per_token": round(size / tokens, 3)}

@@ -6,8 +6,6 @@ only show in the text it writes. Weights are mapped into memory and go to the de
 tensor, so the folder's size is never held twice.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -18,17 +16,22 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
-from ..checks import FLOATS, checked_device, free_memory, is_integer, refuse, require
+from ..checks import (
+    FLOATS,
+    checked_device,
+    free_memory,
+    is_integer,
+    memory_there_is,
+    refuse,
+    require,
+)
 from ..config import GPTConfig
 from ..model import GPT
 from ..rope import RopeScaling
 from .checkpoint import STORED_DTYPES, check_stored, filled, hollow_model, open_checked
-from .tokenizer import byte_spelling
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-INDEX = "model.safetensors.index.json"
 # Fields that must have one value: any other would change what the model computes.
 FIXED = {
     "add_cross_attention": False, "attention_bias": False, "cross_attention_hidden_size": None,
@@ -81,11 +84,9 @@ def config_from_values(path: str, values: Mapping[str, object]) -> GPTConfig:
         elif name not in READ | IGNORED:
             known = f"fields of dense {', '.join(FAMILIES)} models"
             refuse(f"{path}: {name}", "a field unknown here", known)
-    for name in (*SIZES, "rms_norm_eps"):
-        require(name in values, f"{path}: {name}", "missing", "a complete config.json")
     for name in SIZES:
-        is_size = is_integer(values[name], 1)
-        require(is_size, f"{path}: {name}", repr(values[name]), "an integer ≥ 1")
+        given = values.get(name)
+        require(is_integer(given, 1), f"{path}: {name}", repr(given), "an integer ≥ 1")
     n_layer, kinds = values["num_hidden_layers"], values.get("layer_types")
     is_full = kinds is None or kinds == ["full_attention"] * n_layer
     require(is_full, f"{path}: layer_types", repr(kinds), f"{n_layer} times 'full_attention'")
@@ -110,7 +111,7 @@ def config_from_values(path: str, values: Mapping[str, object]) -> GPTConfig:
             intermediate_size=values["intermediate_size"],
             context=context,
             rope_theta=theta,
-            norm_eps=values["rms_norm_eps"],
+            norm_eps=values.get("rms_norm_eps"),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
             tied_embeddings=stated.get("tie_word_embeddings", False),
@@ -182,7 +183,12 @@ def load_pretrained(
     with ExitStack() as opened:
         # Every tensor must be there once, and no other.
         files = {path: opened.enter_context(open_checked(path)) for path in weight_files(folder)}
-        home = _homes(folder, files)
+        home: dict[str, Path] = {}
+        for path, file in files.items():
+            for name in file.keys():  # noqa: SIM118
+                second = f"a second one beside {home.get(name)}"
+                require(name not in home, f"{path}: tensor {name}", second, "one of each")
+                home[name] = path
         unused = {name for name in home if name.endswith("rotary_emb.inv_freq")}  # computed here
         if config.tied_embeddings:
             unused.add(foreign_name("output.weight"))
@@ -204,24 +210,10 @@ def load_pretrained(
         placed, console = {}, Console(stderr=True)
         for name in track(names, "Reading weights", console=console, disable=not progress):
             path, other = home[names[name]], names[name]
-            tensor = files[path].get_tensor(other).to(device, dtype)
-            placed[name] = _finite(tensor, f"{path}: tensor {other}")
+            placed[name] = tensor = files[path].get_tensor(other).to(device, dtype)
+            is_finite, allowed = bool(tensor.isfinite().all()), f"what is finite in {dtype}"
+            require(is_finite, f"{path}: tensor {other}", "NaN or infinity", allowed)
     return filled(model, placed)
-
-
-def _homes(folder: Path, files: Mapping[Path, object]) -> dict[str, Path]:
-    """Map each tensor to its file: the only one that holds it, and the one that the index names."""
-    home: dict[str, Path] = {}
-    for path, file in files.items():
-        for name in file.keys():  # noqa: SIM118
-            second = f"a second one beside {home.get(name)}"
-            require(name not in home, f"{path}: tensor {name}", second, "one of each")
-            home[name] = path
-    index = folder / INDEX
-    for name, shard in _weight_map(index).items() if len(files) > 1 else ():
-        found = home[name].name if name in home else "missing"
-        require(found == shard, f"{index}: tensor {name}", found, f"in {shard}, as the index says")
-    return home
 
 
 def _check_memory(folder: Path, count: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -230,16 +222,8 @@ def _check_memory(folder: Path, count: int, dtype: torch.dtype, device: torch.de
     if needed > free:
         name, bits = str(dtype).removeprefix("torch."), 8 * free / count
         given = f"{count / 1e9:.2f} billion weights, {needed / 1e9:.1f} GB in {name}"
-        room = f"the {free / 1e9:.1f} GB that {device} has free"
-        allowed = f"{room}, so at most {bits:.1f} bits per weight"
+        allowed = f"{memory_there_is(device, free)}, so at most {bits:.1f} bits per weight"
         raise torch.OutOfMemoryError(f"{folder}: got {given}; allowed: {allowed}")
-
-
-def _finite(tensor: Tensor, where: str) -> Tensor:
-    """Return the tensor unless it holds NaN or infinity, perhaps for want of range in its dtype."""
-    is_finite, allowed = bool(tensor.isfinite().all()), f"what is finite in {tensor.dtype}"
-    require(is_finite, where, "NaN or infinity", allowed)
-    return tensor
 
 
 def foreign_name(name: str) -> str:
@@ -262,21 +246,14 @@ def foreign_name(name: str) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """List the folder's safetensors: model.safetensors, or those that the index file names."""
-    single, index = folder / "model.safetensors", folder / INDEX
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single]
-    return [folder / shard for shard in sorted(set(_weight_map(index).values()))]
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Read the index: the file name of each tensor."""
     shards = read_json(index).get("weight_map")
-    is_map = isinstance(shards, dict) and all(isinstance(shard, str) for shard in shards.values())
-    require(is_map, f"{index}: weight_map", type(shards).__name__, "file names by tensor")
-    for shard in set(shards.values()):
-        is_name = Path(shard).name == shard
-        require(is_name, f"{index}: weight_map", repr(shard), "files of the same folder")
-    return shards
+    names = shards.values() if isinstance(shards, dict) else [None]
+    are_names = all(isinstance(name, str) and Path(name).name == name for name in names)
+    require(are_names, f"{index}: weight_map", repr(shards)[:60], "files of this folder by tensor")
+    return [folder / name for name in sorted(set(names))]
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -303,10 +280,7 @@ def stop_tokens(folder: str | os.PathLike) -> list[int]:
 
 
 class PretrainedTokenizer:
-    """The folder's tokenizer.json, with the methods of `tiktoken.Encoding` that `resa` uses.
-
-    Special tokens in a text are recognised, and the file may add some before it.
-    """
+    """The folder's tokenizer.json, with the methods of `tiktoken.Encoding` that `resa` uses."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
         path = Path(folder) / "tokenizer.json"
@@ -314,11 +288,8 @@ class PretrainedTokenizer:
         kind = decoder.get("type") if isinstance(decoder, dict) else decoder
         allowed = "'ByteLevel', as these families have it"
         require(kind == "ByteLevel", f"{path}: decoder", repr(kind), allowed)
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            hint = "tokenizer.json needs the package `tokenizers`: pip install tokenizers"
-            raise ImportError(hint) from None
+        from tokenizers import Tokenizer  # only folders need this package
+
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
@@ -328,20 +299,11 @@ class PretrainedTokenizer:
         # Fine-tuning may leave both in the file; they would cut or stretch a prompt unasked.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.spelling = byte_spelling()
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.added = {token: special.content for token, special in added.items()}
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text."""
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Tokens of a text. Special ones in it are recognised; the file may add some before it."""
         return self.tokenizer.encode(text).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, special ones included."""
+        """Text of tokens, special ones included; nothing for an id without a token."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token stands for; empty for an id without a token."""
-        if token in self.added:
-            return self.added[token].encode()
-        return bytes(self.spelling[letter] for letter in self.tokenizer.id_to_token(token) or "")

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,17 +14,17 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from resa.reference import ReSAConfig, Sampling, generate, load_model, load_tokenizer, save_model
+from resa.reference import ReSAConfig, Sampling, generate, load_model, save_model
 from resa.reference.cli import generate as generate_command
 from resa.reference.cli import lab
 from resa.reference.cli.main import BACKENDS, REFERENCE, build_parser, main, sparsity
 from resa.reference.lab import evidence, sweep, train
-from resa.reference.lab.corpus import STANDARD_LIBRARY, Corpus, Document
+from resa.reference.lab.corpus import Corpus, Document
 from resa.reference.weights.checkpoint import shipped_checkpoint
 from resa.reference.weights.files import source_digest
 from small_models import Shape
 
-COMMANDS = ["demo", "generate", "train", "tokenizer", "eval", "evidence", "conformance"]
+COMMANDS = ["demo", "generate", "train", "eval", "evidence", "conformance"]
 SPARSE = ["--block-size", "4", "--min-blocks", "2"]
 CodeShape = type("CodeShape", (Shape,), {"vocab": 4096})  # over the shipped tokenizer's vocabulary
 FUNCTIONS = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(4))
@@ -56,11 +55,11 @@ def resa(called):
 def library(monkeypatch):
     """A standard library of a few hundred tokens, for commands that would read the real one for seconds."""
     code = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(40))
-    train_side = [Document("a", code, STANDARD_LIBRARY), Document("b", code.replace("f", "g"), STANDARD_LIBRARY)]
-    held_out = [Document(f"h{i}", code.replace("x", f"y{i}")[i:], STANDARD_LIBRARY) for i in range(3)]
+    train_side = [Document("a", code), Document("b", code.replace("f", "g"))]
+    held_out = [Document(f"h{i}", code.replace("x", f"y{i}")[i:]) for i in range(3)]
     asked = []
 
-    def local_corpus(*, packages=False, progress=True):
+    def local_corpus(*, packages=False):
         asked.append(packages)
         return Corpus(train_side, held_out, {"train_files": 2})
 
@@ -77,36 +76,14 @@ def assert_refused(result, command, *named):
     assert all(re.search(name, err) for name in named), err
 
 
-def assert_refused_by_argparse(result, name=""):
-    """One line that names what is wrong and where help is to be had."""
-    status, out, err = result
-    assert (status, out) == (2, "")
-    assert re.fullmatch(r"resa[ a-z]*: [^\n]+ --help\)\n", err), err
-    assert name in err
-
-
-# ---- Help ------------------------------------------------------------------------------------------------------------
+# Help
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_a_command_explains_and_shows_defaults(resa, command, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # or argparse breaks the lines that are looked at
+def test_every_command_has_help(resa, command):
     status, out, err = resa(command, "--help")
     assert (status, err) == (0, "")
     assert out.startswith(f"usage: resa {command}")
-    some = {
-        "demo": {"--tokens": 512, "--schedule": "paper", "--temperature": 0.5, "--intervals": "[8, 32, 128]"},
-        "generate": {"--interval": 32, "--schedule": "fused", "--min-blocks": 16, "--dense-layers": 0},
-        "train": {"--seed": 0, "--context": 8192},
-        "eval": {"--documents": 16, "--schedule": "paper", "--active-ratio": 0.1, "--device": "cpu"},
-        "evidence": {"--size": "small", "--jobs": 1},
-    }.get(command, {})
-    text = re.sub(r"\s+", " ", out)
-    for flag, default in some.items():
-        assert re.search(rf"{flag} .*?\(default: {re.escape(str(default))}\)", text), flag
-    for nothing in ("==SUPPRESS==", "(default: None)", "(default: [])", "(default: False)"):
-        assert nothing not in out
-    assert not re.search(r"\(default: [^)]*\) \(default:", text), "a default stands there twice"
 
 
 def test_the_defaults_are_those_of_the_configuration():
@@ -115,14 +92,12 @@ def test_the_defaults_are_those_of_the_configuration():
     assert REFERENCE.crossover is None
 
 
-def test_options_of_training_are_fields_with_their_defaults():
-    options = build_parser().parse_args(["train", "--out", "x"])
-    assert train.TrainConfig(**{name: getattr(options, name) for name in lab.TRAINING}) == train.TrainConfig()
-
-
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["generate", "--nonsense"], ["eval"], ["eval", "taste"], ["train"]])
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["generate", "--nonsense"], ["eval", "taste"]])
 def test_unknown_commands_and_options_are_refused(resa, arguments):
-    assert_refused_by_argparse(resa(*arguments))
+    """In one line, which says where help is to be had."""
+    status, out, err = resa(*arguments)
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"resa[ a-z]*: [^\n]+ --help\)\n", err), err
 
 
 def test_the_package_is_a_command_whose_help_lists_the_commands():
@@ -131,7 +106,7 @@ def test_the_package_is_a_command_whose_help_lists_the_commands():
     assert all(re.search(rf"^ +{command}\b", found.stdout, re.MULTILINE) for command in COMMANDS)
 
 
-# ---- generate --------------------------------------------------------------------------------------------------------
+# generate
 
 
 def by_hand(path, tokenizer, text, n_tokens, config, sampling=None):
@@ -201,9 +176,9 @@ def test_a_prompt_file_is_the_prompt(resa, path, tmp_path):
     assert by_file["tokens"] == by_text["tokens"]
 
 
-def test_the_end_of_text_is_the_stop_token(path, tokenizer):
-    _, language = generate_command._load_any(build_parser().parse_args(["generate", "--model", str(path)]))
-    assert language.stop_tokens == [tokenizer.encode_single_token("<|endoftext|>")] == [4095]
+def test_the_end_of_text_is_the_stop_token(path):
+    _, tokenizer, stop = generate_command._load_any(build_parser().parse_args(["generate", "--model", str(path)]))
+    assert stop == [tokenizer.encode_single_token("<|endoftext|>")] == [4095]
 
 
 TEXT_BYTES = st.binary(max_size=4) | st.text(max_size=2).map(str.encode)
@@ -218,8 +193,12 @@ def test_characters_are_written_whole(pieces, cut):
     """Bytes arrive in tokens that may cut a character; what is written is the text of them all."""
     whole = b"".join(pieces)
     tokens = [whole[:cut], *(whole[i : i + 1] for i in range(cut, len(whole)))]
-    writer = generate_command.Writer(lambda index: tokens[index], lambda: None)
     written = []
+
+    def decode(indices):
+        return b"".join(tokens[index] for index in indices).decode(errors="replace")
+
+    writer = generate_command.Writer(decode, lambda: written.append("begun "))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda text, end="\n", flush=False: written.append(text + end))
         for index in range(len(tokens)):
@@ -229,9 +208,20 @@ def test_characters_are_written_whole(pieces, cut):
         expected = whole.decode()
     except UnicodeDecodeError:  # how many marks stand for what is no text is nobody's business
         assert "\ufffd" in "".join(written)
-        assert "".join(written).replace("\ufffd", "") == whole.decode(errors="ignore") + "\n"
+        assert "".join(written).replace("\ufffd", "") == "begun " + whole.decode(errors="ignore") + "\n"
     else:
-        assert "".join(written) == expected + "\n"
+        assert "".join(written) == "begun " + expected + "\n"
+
+
+def test_nothing_is_printed_before_the_backend_takes_the_request(resa, path):
+    """Neither the prompt nor how much is decoded densely, if the backend refuses what the others would take."""
+
+    def refuse(*_, **__):
+        raise ValueError("block_size: got 16; allowed: 17")
+
+    backends = {"reference": replace(REFERENCE, generate=refuse, crossover=lambda: 100)}
+    status, out, err = resa("generate", "--tokens", 3, "--model", path, backends=backends)
+    assert (status, out, err) == (2, "", "resa generate: block_size: got 16; allowed: 17\n")
 
 
 def test_an_interruption_is_one_line(resa, path):
@@ -256,7 +246,7 @@ def test_a_closed_pipe_is_no_error_to_read_about(path):
     assert len(err.splitlines()) <= 1
 
 
-# ---- generate: densely up to the crossover, then sparsely ------------------------------------------------------------
+# generate: densely up to the crossover, then sparsely
 
 N_PROMPT, N_TOKENS = 52, 24  # of FUNCTIONS, and what is written below
 FUSED, PAPER = ["--interval", "4"], ["--interval", "never", "--schedule", "paper"]
@@ -267,7 +257,7 @@ class Watched:
 
     def __init__(self, crossover):
         self.calls, self.told = [], []
-        own = replace(REFERENCE, generate=self.generate, crossover={1: crossover}.get)
+        own = replace(REFERENCE, generate=self.generate, crossover=lambda: crossover)
         self.backends = {"watched": own, **BACKENDS}
 
     def generate(self, model, prompts, n_tokens, config, *, on_token, resume=None, generators, **request):
@@ -341,12 +331,7 @@ def test_a_stop_token_ends_the_text_on_either_side_of_the_seam(decoded, monkeypa
     tokens = [token for _, _, token in decoded(*arguments)[0].told]
     assert tokens.index(tokens[place]) == place, "another seed: a token must not come earlier"
     load_any = generate_command._load_any
-
-    def with_stop(options):
-        model, language = load_any(options)
-        return model, replace(language, stop_tokens=[tokens[place]])
-
-    monkeypatch.setattr(generate_command, "_load_any", with_stop)
+    monkeypatch.setattr(generate_command, "_load_any", lambda options: (*load_any(options)[:2], [tokens[place]]))
     watched, _, err = decoded(*arguments)
     assert [token for _, _, token in watched.told] == tokens[: place + 1]
     assert len(watched.calls) == (2 if place >= n_dense > 0 else 1)
@@ -356,9 +341,8 @@ def test_a_stop_token_ends_the_text_on_either_side_of_the_seam(decoded, monkeypa
 @pytest.mark.parametrize(
     ("crossover", "arguments", "says"),
     [
-        (N_PROMPT + 5, [], "dense up to 57 tokens, where sparse decoding begins to pay on this GPU"),
-        (2048, [], "all of it is dense, below 2,048 tokens, where sparse decoding begins to pay on this GPU"),
-        (2048, ["--dense-below", "60"], "dense up to 60 tokens, as --dense-below says"),
+        (N_PROMPT + 5, [], "dense up to 57 tokens (--dense-below)"),
+        (2048, ["--dense-below", "60"], "dense up to 60 tokens (--dense-below)"),
         (2048, ["--dense-below", "0"], None),
         (N_PROMPT, [], None),  # long enough from the start
         (2048, ["--interval", "1"], None),  # dense anyway
@@ -373,42 +357,32 @@ def test_dense_decoding_is_said(decoded, crossover, arguments, says):
     assert json.loads(out)["tokens"] == [token for _, _, token in watched.told]
 
 
-# ---- Bad input -------------------------------------------------------------------------------------------------------
+# Bad input
 
 
 REFUSED = {
     "generate": {
         "--active-ratio 0": r"active_ratio: got 0\.0; allowed: 0 < active_ratio ≤ 1",
-        "--active-ratio nan": "active_ratio: got nan",
         "--interval 0": "interval: got 0; allowed: .*never",
         "--interval often": "--interval",
-        "--interval 1.5": "--interval",
-        "--block-size 0": "block_size: got 0",
         "--block-size 100000000000": "--block-size: got 100000000000; allowed: 1 … 65536",
-        "--local-blocks 17": "min_blocks: got 16",
         "--dense-below -1": "--dense-below: got -1; allowed: an integer ≥ 0",
-        "--dense-below later": "--dense-below",
         "--tokens -1": "--tokens: got -1; allowed: an integer ≥ 0",
         "--tokens 1000": "tokens.*1000.*context = 128",
         "--tokens many": "--tokens",
         "--temperature -1": r"temperature: got -1\.0",
-        "--temperature inf": "temperature: got inf",
         "--top-p 0": r"top_p: got 0\.0",
         "--device gpu": "--device: got gpu; allowed: cpu",
-        "--device meta": "--device: got meta; allowed: cpu",
         "--seed -1": "--seed: got -1; allowed: 0",
-        "--schedule weekly": "--schedule",
         "--backend triton": "--backend",  # the reference does not know it
         "--prompt-file b": "--prompt-file",  # beside a prompt
     },
     "demo": {
-        "--tokens 1": "tokens: got 1; allowed: an integer ≥ 2",
+        "--tokens 0": "--tokens: got 0; allowed: an integer ≥ 1",
         "--tokens 100": r"--prompt-tokens \+ --tokens: got 140; allowed: ≤ 128",
-        "--intervals 0": r"intervals: got \(0,\); allowed: integers ≥ 1, at least one",
+        "--intervals 0": "interval: got 0; allowed: ",
         "--figure figure.bmp": r"--figure: got figure.bmp; allowed: .*\.png",
-        "--figure figure": "--figure: got figure",
         "--figure folder.png": "--figure: got folder.png; allowed: a file in a folder one may write",
-        "--active-ratio 2": "active_ratio: got 2",
         "--temperature -1": "temperature: got -1",
         "--prompt-tokens 1": "--prompt-tokens: got 1; allowed: an integer ≥ 2",
     },
@@ -416,18 +390,14 @@ REFUSED = {
         "--prompt-tokens 200": r"--prompt-tokens \+ --tokens: got 206; allowed: ≤ 128",
         "--prompt-tokens 0": "--prompt-tokens: got 0",
         "--intervals 0": "interval: got 0",
-        "--active-ratio 0": "active_ratio: got 0",
         "--documents 0": "--documents: got 0; allowed: an integer ≥ 1",
         "--tokens 0": "--tokens: got 0",
-        "--tokens -6": "--tokens: got -6",
     },
     "train": {
         "--steps 0": "steps: got 0",
         "--batch-tokens 100": "batch_tokens: got 100; allowed: a multiple of context = 96",
         "--device tpu": "device: got tpu; allowed: cpu",
-        "--learning-rate nan": "learning_rate: got nan",
     },
-    "tokenizer": {"": "TEXT: got nothing", "--train folder.png": "--train: got folder.png; allowed: a file"},
 }
 
 
@@ -447,7 +417,6 @@ def test_bad_arguments_are_refused_by_name_before_any_work(
         "demo": ["demo", "--prompt-file", "prompt.py", *DEMO, "--model", path],
         "eval": ["eval", "fidelity", "--model", path, "--prompt-tokens", 30, "--tokens", 6],
         "train": training("out"),
-        "tokenizer": ["tokenizer"],
     }[command]
     status, out, err = resa(*valid, *words.split())
     assert (status, out) == (2, "")
@@ -471,36 +440,23 @@ def test_every_command_refuses_a_gpu_that_is_not_there(resa, path, command, libr
 def test_every_command_refuses_a_model_that_is_missing_or_damaged(resa, path, command, tmp_path, library, monkeypatch):
     monkeypatch.chdir(tmp_path)
     damaged = tmp_path / "damaged.safetensors"
-    for kept in (0, 7, 300, path.stat().st_size - 1):
-        damaged.write_bytes(path.read_bytes()[:kept])
-        assert_refused(resa(*command, "--model", damaged), command[0], "damaged.safetensors", "damaged file")
-    damaged.write_text("no model at all\n" * 100)
+    damaged.write_bytes(path.read_bytes()[:-1])
     assert_refused(resa(*command, "--model", damaged), command[0], "damaged.safetensors", "damaged file")
     missing = tmp_path / "missing.safetensors"
     assert_refused(resa(*command, "--model", missing), command[0], "missing.safetensors", "no such file")
     assert_refused(resa(*command, "--model", tmp_path), command[0], "no such file")
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "tokenizer"])
+@pytest.mark.parametrize("command", ["generate", "demo"])
 def test_prompt_files_are_refused_by_name(resa, path, tmp_path, command):
     (tmp_path / "latin.py").write_bytes("größe = 1\n".encode("latin-1"))
     (tmp_path / "empty.py").touch()
-    said = {"missing.py": "missing.py: no such file", "": "got the folder .*; allowed: a file", "latin.py": "not UTF-8"}
-    said |= {} if command == "tokenizer" else {"empty.py": "at least"}
-    for name, named in said.items():
-        model = [] if command == "tokenizer" else ["--model", path]
-        assert_refused(resa(command, "--prompt-file", tmp_path / name, *model), command, "prompt", named)
-    if command == "generate":
-        assert_refused(resa(command, "", "--model", path), command, "prompt: got ''; allowed: at least one character")
+    for name, named in {"missing.py": "No such file", "": "directory", "latin.py": "UTF-8", "empty.py": "got"}.items():
+        result = resa(command, "--prompt-file", tmp_path / name, "--model", path)
+        assert_refused(result, command, named, name.replace("empty.py", "prompt"))
 
 
-def test_a_prompt_comes_through_a_pipe(path):
-    command = [sys.executable, "-m", "resa.reference", "generate", "--prompt-file", "/dev/stdin", "--tokens", "0"]
-    found = subprocess.run([*command, "--model", str(path)], input="y = 1\n", capture_output=True, text=True)
-    assert (found.returncode, found.stdout) == (0, "y = 1\n\n")
-
-
-# ---- demo ------------------------------------------------------------------------------------------------------------
+# demo
 
 DEMO = ["--prompt-tokens", 40, "--tokens", 8, "--intervals", 4, 3, *SPARSE]
 
@@ -510,58 +466,30 @@ def test_the_demo_prints_draws_and_continues_a_given_file(resa, path, tmp_path):
     file.write_text("".join(f"v{i} = {i}\n" for i in range(30)))
     command = ["demo", "--prompt-file", file, *DEMO, "--model", path, "--schedule", "fused", "--seed", 9]
     status, out, err = resa(*command, "--figure", figure)
-    assert status == 0
-    assert "decode-only  KL from dense" in err  # as it goes
+    assert (status, err) == (0, "")
     assert "Continuing prompt.py: 40 tokens read, 8 to write, on cpu (backend reference)." in out
-    names = ["dense", "sparse", "ReSA f=4", "ReSA f=3", "decode-only"]
-    assert all(name in out for name in names)
+    names = ["sparse", "ReSA f=4", "ReSA f=3", "decode-only"]
+    assert all(name in out for name in ["dense", *names])
     assert str(figure) in out.replace("\n", "")
     assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
     figure = tmp_path / "figure.svg"
     status, out, _ = resa(*command, "--figure", figure, "--active-ratio", 0.5, "--json")
     result = json.loads(out)  # nothing but one object
-    assert (status, list(result["rows"])) == (0, names)
-    assert (result["subject"], result["figure"], result["prompt_tokens"]) == ("prompt.py", str(figure), 40)
-    assert (result["backend"], result["torch"]) == ("reference", torch.__version__)
+    assert (status, list(result["rows"]), list(result["curves"])) == (0, names, names)
     wanted = {"block_size": 4, "active_ratio": 0.5, "min_blocks": 2, "schedule": "fused"}
-    assert wanted.items() <= result["options"].pop("config").items()
-    assert result["options"] == {"n_tokens": 8, "intervals": [4, 3], "temperature": 0.5, "seed": 9}
-    assert result["rows"]["sparse"]["cost_model"] == 1 / 4 + 0.5  # half of ten blocks is more than min_blocks
+    assert wanted.items() <= result["config"].items()
+    about = {"subject": "prompt.py", "figure": str(figure), "backend": "reference", "torch": torch.__version__}
+    asked = {"prompt_tokens": 40, "tokens": 8, "intervals": [4, 3], "temperature": 0.5, "seed": 9}
+    assert (about | asked).items() <= result.items()
     assert figure.read_text().lstrip().startswith("<?xml")
 
 
-# ---- tokenizer -------------------------------------------------------------------------------------------------------
-
-
-def test_the_tokenizer_shows_the_tokens_of_a_text(resa, tokenizer, tmp_path):
-    text = "def größe(x):\n    return x"
-    ids = tokenizer.encode_ordinary(text)
-    pieces = [tokenizer.decode_single_token_bytes(token) for token in ids]
-    wanted = " ".join(repr(piece.decode(errors="replace")) for piece in pieces) + "\n"
-    assert resa("tokenizer", text) == (0, wanted, f"{len(text.encode())} bytes, {len(ids)} tokens\n")
-    file = tmp_path / "file.py"
-    file.write_text(text, encoding="utf-8")
-    assert resa("tokenizer", "--prompt-file", file)[:2] == (0, wanted)
-
-
-def test_the_tokenizer_is_trained(resa, library, monkeypatch, tmp_path):
-    pytest.importorskip("tokenizers")
-    out = tmp_path / "new" / "ranks"
-    run = train.run_tokenizer
-    monkeypatch.setattr(train, "run_tokenizer", lambda out: run(out, vocab_size=270))
-    status, text, _ = resa("tokenizer", "--train", out)
-    assert status == 0
-    assert json.loads(text)["vocab_size"] == 270 == load_tokenizer(out).n_vocab
-    assert json.loads(text)["held_out_bytes_per_token"] > 1
-    assert library == [True]
-
-
-# ---- train -----------------------------------------------------------------------------------------------------------
+# train
 
 SMALL = {
     "--steps": 4, "--batch-tokens": 192, "--context": 96, "--short-context": 48, "--warmup-steps": 1,
-    "--program-rows": 2, "--log-every": 2, "--device": "cpu",
+    "--program-rows": 2, "--device": "cpu",
 }  # fmt: skip
 
 
@@ -592,29 +520,6 @@ def test_training_writes_a_model_and_prints_its_record(resa, library, tmp_path):
     assert library == [True, False]
 
 
-def test_training_that_was_stopped_goes_on_by_the_same_command(resa, library, tmp_path, monkeypatch):
-    steps, take_step = [], train.Trainer.take_step
-
-    def stopped_once(trainer, rows):
-        steps.append(trainer.step)
-        if len(steps) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return take_step(trainer, rows)
-
-    monkeypatch.setattr(train.Trainer, "take_step", stopped_once)
-    status, out, err = resa(*training(tmp_path, checkpoint_seconds=1e-9))
-    assert (status, out) == (130, "")
-    assert err.endswith("resa train: interrupted\n")
-    assert resa(*training(tmp_path))[0] == 0
-    assert steps == [0, 1, 2, 2, 3]
-    # Another run in the same folder is refused by the option that differs, or starts afresh when told to.
-    status, _, err = resa(*training(tmp_path, learning_rate=0.01))
-    assert status == 2
-    assert re.match(r"resa train: .*learning_rate: got 0\.01; allowed: .* a fresh start", err.splitlines()[-1])
-    assert resa(*training(tmp_path, learning_rate=0.01), "--fresh")[0] == 0
-    assert steps[5:] == [0, 1, 2, 3]
-
-
 def test_a_diverging_run_is_one_line(resa, library, tmp_path):
     status, _, err = resa(*training(tmp_path, learning_rate=1e30))
     assert status != 0
@@ -622,7 +527,7 @@ def test_a_diverging_run_is_one_line(resa, library, tmp_path):
     assert re.search("^resa train: the loss is (nan|inf) after step .*learning_rate", err, re.MULTILINE)
 
 
-# ---- eval, evidence --------------------------------------------------------------------------------------------------
+# eval, evidence
 
 
 @pytest.fixture

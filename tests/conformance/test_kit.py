@@ -48,12 +48,12 @@ def few(vectors):
     return replace(vectors, manifest={**vectors.manifest, "traces": kept})
 
 
-# ---- The vectors -----------------------------------------------------------------------------------------------------
+# The vectors.
 
 
 def test_the_vectors_are_what_the_oracle_makes():
     """Byte for byte, with the pinned versions."""
-    assert [name for name, data in make_vectors.files().items() if not make_vectors.is_same(name, data)] == []
+    assert list(make_vectors.changed()) == []
 
 
 def meaning(vectors):
@@ -75,37 +75,8 @@ def test_another_meaning_is_another_version(vectors):
     assert meaning(vectors) == MEANINGS[make_vectors.VERSION], said
 
 
-def test_a_change_of_a_number_of_a_law_or_of_an_argument_changes_the_meaning(vectors):
-    """And other words do not."""
-    manifest, before = vectors.manifest, meaning(vectors)
-
-    def changed(**parts):
-        first = manifest["operations"][0] | parts
-        return replace(vectors, manifest={**manifest, "operations": [first, *manifest["operations"][1:]]})
-
-    assert meaning(changed(says="other words")) == before
-    assert meaning(changed(law="2.1 layout")) != before
-    assert meaning(changed(arguments={"block_size": 7})) != before
-    name = "block_bounds/one_block/keys"
-    other = replace(vectors, operations={**vectors.operations, name: vectors.operations[name] + 1})
-    assert meaning(other) != before
-
-
-def test_the_vectors_are_small():
-    assert sum(path.stat().st_size for path in (ROOT / "tests" / "vectors").iterdir() if path.is_file()) < 4_000_000
-
-
-def test_no_step_of_a_generation_is_a_close_call(vectors):
-    assert all(entry["margin"] > 1e-3 for entry in vectors.manifest["traces"])
-    assert len({entry["config"]["interval"] for entry in vectors.manifest["traces"]}) >= 4
-    assert {entry["config"]["schedule"] for entry in vectors.manifest["traces"]} == {"fused", "paper"}
-
-
-def test_every_operation_has_its_cases(vectors):
-    cases = [(entry["operation"], entry["case"]) for entry in vectors.manifest["operations"]]
-    assert len(set(cases)) == len(cases)
-    for operation in kit.OPERATIONS:
-        assert sum(name == operation for name, _ in cases) >= 8, operation
+def test_the_readme_counts_the_cases(vectors):
+    cases = {(entry["operation"], entry["case"]) for entry in vectors.manifest["operations"]}
     said = f"{len(cases)} cases of the five operations and {len(vectors.manifest['traces'])}"
     assert said in " ".join((ROOT / "README.md").read_text().split())
 
@@ -142,9 +113,8 @@ def test_every_law_is_in_the_page_by_its_number_and_its_name(vectors):
 
 def decimal(value, places):
     """The form in which the page writes numbers."""
-    return (
-        re.sub(r"\.?0+$", "", f"{value:.{places}f}").replace("-", "−") if places else f"{value:.0f}".replace("-", "−")
-    )
+    text = f"{value:.{places}f}"
+    return (re.sub(r"\.?0+$", "", text) if places else text).replace("-", "−")
 
 
 def test_the_worked_example_is_right():
@@ -188,7 +158,7 @@ def test_the_worked_example_is_right():
     assert oracle.block_bounds(keys, [3], 2)[0, 0, :, :, 1].tolist() == [[-1, 3], [-1, 3]]
 
 
-# ---- Right ports -----------------------------------------------------------------------------------------------------
+# Right ports.
 
 
 def assert_conforms(port, vectors):
@@ -250,7 +220,7 @@ def test_examples_stand_alone():
                 assert not any(name.split(".")[0] == "resa" for name in names), path.name
 
 
-# ---- Wrong ports -----------------------------------------------------------------------------------------------------
+# Wrong ports.
 
 DENSE_PASS = "            model.dense_pass(fed[start:], start)  # its logits are discarded"
 FUSED_PASS = "logits, indices = model.dense_pass(fed[start:], start), None"
@@ -258,320 +228,186 @@ WRITES = '            self.write(layer, heads["k"], heads["v"], start)\n'
 ATTENDS = '            mixed = attention(layer, heads["q"])  # [Hq, n, D]\n'
 REBUILT = "self.bounds[layer, :, 0, :, i], self.bounds[layer, :, 1, :, i] = block.min(axis=1), block.max(axis=1)"
 BLOCKS_TOUCHED = "for i in range(start // b, math.ceil(end / b)):"
-# Name: what stands there, what stands there instead, and the law that the report must name first.
+# Name: the law that the report must name first, what stands there, what stands there instead.
 MISTAKES = {
-    "max for min": (
+    "bounds in 16 bits": ("2 signatures", "return bounds\n", "return bounds.astype(np.float16)\n"),
+    "NaN keys dropped": ("2.1 NaN keys",
         "block.min(axis=1), block.max(axis=1)\n    return",
-        "block.max(axis=1), block.min(axis=1)\n    return",
-        "2.1 eq. 3",
-    ),
-    "one token too few": (
-        "min((i + 1) * block_size, length)]  # [Hkv",
-        "min((i + 1) * block_size, max(length - 1, i * block_size + 1))]  # [Hkv",
-        "2.1 partial block",
-    ),
-    "last block unmasked in bounds": (
-        "min((i + 1) * block_size, length)]  # [Hkv",
-        "(i + 1) * block_size]  # [Hkv",
-        "2.1 partial block",
-    ),
-    "zeros past the end": (
-        "bounds[:, :, 0], bounds[:, :, 1] = math.inf, -math.inf",
-        "bounds[:] = 0.0",
-        "2.1 past the end",
-    ),
-    "NaN keys dropped": (
+        "np.fmin.reduce(block, axis=1), np.fmax.reduce(block, axis=1)\n    return"),
+    "max for min": ("2.1 eq. 3",
+        "block.min(axis=1), block.max(axis=1)\n    return", "block.max(axis=1), block.min(axis=1)\n    return"),
+    "infinite keys skipped": ("2.1 infinite keys",
         "block.min(axis=1), block.max(axis=1)\n    return",
-        "np.fmin.reduce(block, axis=1), np.fmax.reduce(block, axis=1)\n    return",
-        "2.1 NaN keys",
-    ),
-    "capacity rounded down": (
+        "np.where(np.isinf(block), 9e9, block).min(axis=1), block.max(axis=1)\n    return"),
+    "capacity rounded down": ("2.1 layout",
         "n_blocks = math.ceil(capacity / block_size)\n    bounds = np.empty",
-        "n_blocks = capacity // block_size\n    bounds = np.empty",
-        "2.1 layout",
-    ),
-    "one bound for both signs": (
-        "np.maximum(pooled * bounds[:, :, 0], pooled * bounds[:, :, 1])",
-        "pooled * bounds[:, :, 1]",
-        "2.2 eq. 4",
-    ),
-    "scores scaled": ("0.0, products).sum(axis=2)", "0.0, products).sum(axis=2) * head_dim**-0.5", "2.2 eq. 4"),
-    "sum for mean": (".mean(axis=2)[..., None]", ".sum(axis=2)[..., None]", "2.2 pooling"),
-    "first head for mean": (".mean(axis=2)[..., None]", "[:, :, 0, :, None]", "2.2 pooling"),
-    "h % Hkv in scores": (
-        "kv_heads, -1, head_dim).mean(axis=2)",
-        "-1, kv_heads, head_dim).mean(axis=1)",
-        "2.2 group order",
-    ),
-    "scores past the end": ("return np.where(past_the_end, -math.inf, scores)", "return scores", "2.2 past the end"),
-    "0 times infinity": ("np.where((pooled == 0) & is_infinite, 0.0, products)", "products", "2.2 zero times infinity"),
-    "floor for ceil": ("share = math.ceil(", "share = math.floor(", "2.3 count"),
-    "no allowance in ceil": ("n_blocks - 1e-9)\n", "n_blocks)\n", "2.3 exact products"),
-    "min_blocks forgotten": ('max(config["min_blocks"], share)', "share", "2.3 count"),
-    "newest block not forced": (
-        "taken = best + list(range(oldest_local, total))",
-        "taken = sorted(range(total), key=rank)[:count]",
-        "2.3 local blocks",
-    ),
-    "unsorted": ("= sorted(taken)", "= taken", "2.3 order"),
-    "-1 in front": ("indices[s, h, :count] =", "indices[s, h, len(indices[s, h]) - count :] =", "2.3 padding"),
-    "ties reversed": ("(False, -score[i], i)", "(False, -score[i], -i)", "2.3 ties"),
-    "NaN on top": ("(True, 0.0, i) if math", "(False, -math.inf, i) if math", "2.3 order of scores"),
-    "no scale": (" * query.shape[1] ** -0.5", "", "2.4 eq. 2"),
-    "wrong base": ("np.log(total)", "np.log2(total)", "2.4 log-sum-exp"),
-    "h % Hkv in attention": (
-        "heads = slice(h * group, (h + 1) * group)",
-        "heads = slice(h, None, keys.shape[1])",
-        "2.4 group order",
-    ),
-    "last block unmasked": (
-        "min((i + 1) * block_size, length))]",
-        "(i + 1) * block_size) if t < keys.shape[2]]",
-        "2.4 partial block",
-    ),
-    "-1 read": (
-        "[int(i) for i in indices[s, h] if i >= 0]",
-        "[int(i) % math.ceil(length / block_size) for i in indices[s, h] if length]",
-        "2.4 padding",
-    ),
-    "NaN for nothing": (
-        "return np.zeros(query.shape), np.full(len(query), -math.inf)",
-        "return np.full(query.shape, math.nan), np.full(len(query), math.nan)",
-        "2.4 nothing visible",
-    ),
-    "a finite maximum": (
-        "largest = logits.max(axis=1, keepdims=True)",
-        "largest = np.maximum(logits.max(axis=1, keepdims=True), -1e9)",
-        "2.4 true masks",
-    ),
-    "does not see itself": ("+ i + 1  # sees itself", "+ i  # sees itself", "2.5 causality"),
-    "windows from the left": ("end = lengths[s] - counts[s] + i", "end = lengths[s] - n_queries + i", "2.5 positions"),
-    "rows before the start": ("if end > 0:", "if end != 0:", "2.5 rows that mean nothing"),
-    "RoPE of pairs twice as slow": ("theta ** (-2 * np.arange(half)", "theta ** (-np.arange(half)", "3 model"),
-    "RoPE one position late": (
-        "positions = np.arange(start, start + n)",
-        "positions = np.arange(start, start + n) + (n == 1)",
-        "4.2 pending token",
-    ),
-    "attends before it writes": (WRITES + ATTENDS, ATTENDS + WRITES, "3 model"),
-    "the newest block is stale": (
-        "lengths, b, chosen = [self.length + 1]",
-        "lengths, b, chosen = [self.length]",
-        "4.2 sparse step",
-    ),
-    "bounds not extended": (
-        BLOCKS_TOUCHED,
-        "for i in range(start // b, math.ceil(end / b) if len(key[0]) > 1 else 0):",
-        "law 2 online = rebuilt",
-    ),
-    "bounds not refreshed": (
-        BLOCKS_TOUCHED,
-        "for i in range(start // b, math.ceil(end / b) if end > self.length or not self.length else 0):",
-        "law 2 online = rebuilt",
-    ),
-    "bounds of the first block touched stale": (
-        BLOCKS_TOUCHED,
-        "for i in range(math.ceil(start / b), math.ceil(end / b)):",
-        "law 2 online = rebuilt",
-    ),
-    "never rectified": (DENSE_PASS, "            model.window = 0", "law 6 rectification is exact"),
-    "window one too short": (
-        DENSE_PASS,
-        "            model.dense_pass(fed[start + 1 :], start + 1) if f > 1 else model.dense_pass(fed[start:], start)",
-        "law 6 rectification is exact",
-    ),
-    "window without its last token": (
-        DENSE_PASS,
-        "            model.dense_pass(fed[start:-1] or fed[start:], start)\n            model.length = len(fed)",
-        "law 6 rectification is exact",
-    ),
-    "positions from zero": (
-        "positions = np.arange(start, start + n)",
-        "positions = np.arange(start, start + n) if n in (1, start + n) else np.arange(n)",
-        "4.3 positions",
-    ),
-    "logits not discarded": (DENSE_PASS, DENSE_PASS.replace("model.dense", "logits = model.dense"), "4.4 schedules"),
-    "fused logits dropped": (FUSED_PASS, "_, indices = model.dense_pass(fed[start:], start), None", "4.4 schedules"),
-    "rectified one step late": ("model.window + 1 >= f", "model.window >= f", "4.4 schedules"),
-    "w not reset": ("self.length, self.window = end, 0", "self.length = end", "4.3 window"),
-    "last token fed": ("if len(trace) == n_tokens:", "if len(trace) == n_tokens + 1:", "4.5 end of generation"),
-    "a configuration's numbers in float32": (
-        'math.ceil(config["active_ratio"] * n_blocks - 1e-9)',
-        'math.ceil(np.float32(config["active_ratio"]) * np.float32(n_blocks) - np.float32(1e-9))',
-        "2.3 exact products",
-    ),
-    "too generous an allowance in ceil": ("n_blocks - 1e-9)\n", "n_blocks - 1e-2)\n", "2.3 exact products"),
-    "scores ranked in half precision": (
-        "def rank(i, score=scores[s, h])",
-        "def rank(i, score=scores[s, h].astype(np.float16))",
-        "2.3 order of scores",
-    ),
-    "one newest block, whatever is asked": (
-        'oldest_local = max(0, total - config["local_blocks"])',
-        "oldest_local = max(0, total - 1)",
-        "2.3 local blocks",
-    ),
-    "n of the cache's capacity": (
-        "counts = [count_selected(n, config) for n in n_blocks]",
-        "counts = [min(n, count_selected(scores.shape[2], config)) for n in n_blocks]",
-        "2.3 padding",
-    ),
-    "bounds in 16 bits": ("return bounds\n", "return bounds.astype(np.float16)\n", "2 signatures"),
-    "infinite keys skipped": (
-        "block.min(axis=1), block.max(axis=1)\n    return",
-        "np.where(np.isinf(block), 9e9, block).min(axis=1), block.max(axis=1)\n    return",
-        "2.1 infinite keys",
-    ),
-    "infinities that do not cancel": (
+        "n_blocks = capacity // block_size\n    bounds = np.empty"),
+    "one token too few": ("2.1 partial block",
+        "min((i + 1) * block_size, length)]  # [Hkv",
+        "min((i + 1) * block_size, max(length - 1, i * block_size + 1))]  # [Hkv"),
+    "last block unmasked in bounds": ("2.1 partial block",
+        "min((i + 1) * block_size, length)]  # [Hkv", "(i + 1) * block_size]  # [Hkv"),
+    "zeros past the end": ("2.1 past the end",
+        "bounds[:, :, 0], bounds[:, :, 1] = math.inf, -math.inf", "bounds[:] = 0.0"),
+    "infinities that do not cancel": ("2.2 NaN bounds",
         "0.0, products).sum(axis=2)",
         "0.0, products).sum(axis=2)\n"
-        "    scores = np.where(np.isnan(scores) & ~np.isnan(bounds).any(axis=(2, 3)), math.inf, scores)",
-        "2.2 NaN bounds",
-    ),
-    "an index that leaves 32 bits": (
-        "range(i * block_size, min((i + 1) * block_size, length))]",
-        "range(max(0, int(np.int64(i * block_size).astype(np.int32))), min((i + 1) * block_size, length))]",
-        "2.4 past the end",
-    ),
-    "NaN as the least of numbers": (
-        "(True, 0.0, i) if math.isnan(score[i])",
-        "(False, math.inf, i) if math.isnan(score[i])",
-        "2.3 order of scores",
-    ),
-    "the newest as infinite scores": (
+        "    scores = np.where(np.isnan(scores) & ~np.isnan(bounds).any(axis=(2, 3)), math.inf, scores)"),
+    "one bound for both signs": ("2.2 eq. 4",
+        "np.maximum(pooled * bounds[:, :, 0], pooled * bounds[:, :, 1])", "pooled * bounds[:, :, 1]"),
+    "h % Hkv in scores": ("2.2 group order",
+        "kv_heads, -1, head_dim).mean(axis=2)", "-1, kv_heads, head_dim).mean(axis=1)"),
+    "scores past the end": ("2.2 past the end",
+        "return np.where(past_the_end, -math.inf, scores)", "return scores"),
+    "first head for mean": ("2.2 pooling", ".mean(axis=2)[..., None]", "[:, :, 0, :, None]"),
+    "0 times infinity": ("2.2 zero times infinity",
+        "np.where((pooled == 0) & is_infinite, 0.0, products)", "products"),
+    "floor for ceil": ("2.3 count", "share = math.ceil(", "share = math.floor("),
+    "local blocks on top of min_blocks": ("2.3 count",
+        'max(config["min_blocks"], share)', 'max(config["min_blocks"] + config["local_blocks"] - 1, share)'),
+    "every block in decoding": ("2.3 count",
+        "select_blocks(scores, lengths, self.config)",
+        "select_blocks(scores, lengths, {**self.config, 'active_ratio': 1.0})"),
+    "no allowance in ceil": ("2.3 exact products", "n_blocks - 1e-9)\n", "n_blocks)\n"),
+    "a configuration's numbers in float32": ("2.3 exact products",
+        'math.ceil(config["active_ratio"] * n_blocks - 1e-9)',
+        'math.ceil(np.float32(config["active_ratio"]) * np.float32(n_blocks) - np.float32(1e-9))'),
+    "too generous an allowance in ceil": ("2.3 exact products", "n_blocks - 1e-9)\n", "n_blocks - 1e-2)\n"),
+    "hardly an allowance in ceil": ("2.3 exact products", "n_blocks - 1e-9)\n", "n_blocks - 1e-13)\n"),
+    "newest block not forced": ("2.3 local blocks",
+        "taken = best + list(range(oldest_local, total))", "taken = sorted(range(total), key=rank)[:count]"),
+    "one newest block, whatever is asked": ("2.3 local blocks",
+        'oldest_local = max(0, total - config["local_blocks"])', "oldest_local = max(0, total - 1)"),
+    "no newest block in decoding": ("2.3 local blocks",
+        "chosen.append(select_blocks(scores, lengths, self.config))",
+        "chosen.append(np.argsort(-scores)[..., : select_blocks(scores, lengths, self.config).shape[2]])"),
+    "one newest block in decoding": ("2.3 local blocks",
+        "select_blocks(scores, lengths, self.config)",
+        "select_blocks(scores, lengths, {**self.config, 'local_blocks': 1})"),
+    "unsorted": ("2.3 order", "= sorted(taken)", "= taken"),
+    "scores ranked in half precision": ("2.3 order of scores",
+        "def rank(i, score=scores[s, h])", "def rank(i, score=scores[s, h].astype(np.float16))"),
+    "NaN as the least of numbers": ("2.3 order of scores",
+        "(True, 0.0, i) if math.isnan(score[i])", "(False, math.inf, i) if math.isnan(score[i])"),
+    "the newest as infinite scores": ("2.3 order of scores",
         "taken = best + list(range(oldest_local, total))",
         "local = set(range(oldest_local, total))\n"
         "            taken = sorted(range(total), key=lambda i: (-math.inf if i in local else"
-        " -scores[s, h, i], i))[:count]",
-        "2.3 order of scores",
-    ),
-    "past the end before NaN": (
+        " -scores[s, h, i], i))[:count]"),
+    "-1 in front": ("2.3 padding", "indices[s, h, :count] =", "indices[s, h, len(indices[s, h]) - count :] ="),
+    "n of the cache's capacity": ("2.3 padding",
+        "counts = [count_selected(n, config) for n in n_blocks]",
+        "counts = [min(n, count_selected(scores.shape[2], config)) for n in n_blocks]"),
+    "past the end before NaN": ("2.3 past the end",
         "best = sorted(range(oldest_local), key=rank)",
         "blocks = [*range(oldest_local), *range(total, len(scores[s, h]))]\n"
-        "            best = sorted(blocks, key=lambda i: rank(i) if i < total else (False, math.inf, i))",
-        "2.3 past the end",
-    ),
-    "one more than the floor": (
-        'math.ceil(config["active_ratio"] * n_blocks - 1e-9)',
-        'int(config["active_ratio"] * n_blocks) + 1',
-        "2.3 exact products",
-    ),
-    "hardly an allowance in ceil": ("n_blocks - 1e-9)\n", "n_blocks - 1e-13)\n", "2.3 exact products"),
-    "local blocks on top of min_blocks": (
-        'max(config["min_blocks"], share)',
-        'max(config["min_blocks"] + config["local_blocks"] - 1, share)',
-        "2.3 count",
-    ),
-    "no newest block in decoding": (
-        "chosen.append(select_blocks(scores, lengths, self.config))",
-        "chosen.append(np.argsort(-scores)[..., : select_blocks(scores, lengths, self.config).shape[2]])",
-        "2.3 local blocks",
-    ),
-    "one newest block in decoding": (
-        "select_blocks(scores, lengths, self.config)",
-        "select_blocks(scores, lengths, {**self.config, 'local_blocks': 1})",
-        "2.3 local blocks",
-    ),
-    "an index past the end read": (
-        "min((i + 1) * block_size, length))]",
-        "min((i + 1) * block_size, length if i * block_size < length else keys.shape[2]))]",
-        "2.4 past the end",
-    ),
-    "the maximum not subtracted": (
+        "            best = sorted(blocks, key=lambda i: rank(i) if i < total else (False, math.inf, i))"),
+    "ties reversed": ("2.3 ties", "(False, -score[i], i)", "(False, -score[i], -i)"),
+    "no scale": ("2.4 eq. 2", " * query.shape[1] ** -0.5", ""),
+    "a scale for heads of 16 channels": ("2.4 eq. 2", "query.shape[1] ** -0.5", "0.25"),
+    "h % Hkv in attention": ("2.4 group order",
+        "heads = slice(h * group, (h + 1) * group)", "heads = slice(h, None, keys.shape[1])"),
+    "the maximum not subtracted": ("2.4 large logits",
         "largest = logits.max(axis=1, keepdims=True)",
-        "largest = np.minimum(logits.max(axis=1, keepdims=True), 80)",
-        "2.4 large logits",
-    ),
-    "a scale for heads of 16 channels": ("query.shape[1] ** -0.5", "0.25", "2.4 eq. 2"),
-    "zeros times what is not seen": (
+        "largest = np.minimum(logits.max(axis=1, keepdims=True), 80)"),
+    "wrong base": ("2.4 log-sum-exp", "np.log(total)", "np.log2(total)"),
+    "NaN for nothing": ("2.4 nothing visible",
+        "return np.zeros(query.shape), np.full(len(query), -math.inf)",
+        "return np.full(query.shape, math.nan), np.full(len(query), math.nan)"),
+    "-1 read": ("2.4 padding",
+        "[int(i) for i in indices[s, h] if i >= 0]",
+        "[int(i) % math.ceil(length / block_size) for i in indices[s, h] if length]"),
+    "last block unmasked": ("2.4 partial block",
+        "min((i + 1) * block_size, length))]", "(i + 1) * block_size) if t < keys.shape[2]]"),
+    "an index that leaves 32 bits": ("2.4 past the end",
+        "range(i * block_size, min((i + 1) * block_size, length))]",
+        "range(max(0, int(np.int64(i * block_size).astype(np.int32))), min((i + 1) * block_size, length))]"),
+    "an index past the end read": ("2.4 past the end",
+        "min((i + 1) * block_size, length))]",
+        "min((i + 1) * block_size, length if i * block_size < length else keys.shape[2]))]"),
+    "a finite maximum": ("2.4 true masks",
+        "largest = logits.max(axis=1, keepdims=True)",
+        "largest = np.maximum(logits.max(axis=1, keepdims=True), -1e9)"),
+    "does not see itself": ("2.5 causality", "+ i + 1  # sees itself", "+ i  # sees itself"),
+    "windows from the left": ("2.5 positions",
+        "end = lengths[s] - counts[s] + i", "end = lengths[s] - n_queries + i"),
+    "rows before the start": ("2.5 rows that mean nothing", "if end > 0:", "if end != 0:"),
+    "zeros times what is not seen": ("2.5 rows that mean nothing",
         "out, lse = np.zeros(query.shape), np.full(query.shape[:3], -math.inf)\n    for s in range(batch)",
-        "out, lse = query * 0.0, np.full(query.shape[:3], -math.inf)\n    for s in range(batch)",
-        "2.5 rows that mean nothing",
-    ),
-    "windows cut to the cache": (
+        "out, lse = query * 0.0, np.full(query.shape[:3], -math.inf)\n    for s in range(batch)"),
+    "windows cut to the cache": ("2.5 rows that mean nothing",
         "counts = [n_queries] * batch if query_lengths is None else query_lengths",
-        "counts = [n_queries] * batch if query_lengths is None else np.minimum(query_lengths, lengths)",
-        "2.5 rows that mean nothing",
-    ),
-    "a cache in 16 bits": (
-        "self.keys, self.values = np.full(size, math.nan), np.full(size, math.nan)",
-        "self.keys, self.values = np.full(size, math.nan, np.float16), np.full(size, math.nan, np.float16)",
-        "3 model",
-    ),
-    "another activation": ("gate / (1 + np.exp(-gate))", "gate / (1 + np.exp(-1.702 * gate))", "3 model"),
-    "the prompt's last token sparse": (
+        "counts = [n_queries] * batch if query_lengths is None else np.minimum(query_lengths, lengths)"),
+    "RoPE of pairs twice as slow": ("3 model", "theta ** (-2 * np.arange(half)", "theta ** (-np.arange(half)"),
+    "attends before it writes": ("3 model", WRITES + ATTENDS, ATTENDS + WRITES),
+    "the prompt's last token sparse": ("4.1 prefill",
         "logits, indices, trace = model.dense_pass(fed, 0), None, []",
         "logits, indices, trace = (model.dense_pass(fed[:-1], 0), model.sparse_step(fed[-1])[0])[1], None, []\n"
-        "    model.window = 0",
-        "4.1 prefill",
-    ),
-    "scores of bounds before the append": (
-        BLOCKS_TOUCHED,
-        "for i in range((start - (n := len(key[0])) % 2) // b, math.ceil((end - (n == 1)) / b)):",
-        "law 2 online = rebuilt",
-    ),
-    "every block in decoding": (
-        "select_blocks(scores, lengths, self.config)",
-        "select_blocks(scores, lengths, {**self.config, 'active_ratio': 1.0})",
-        "2.3 count",
-    ),
-    "one selection for all layers": (
+        "    model.window = 0"),
+    "RoPE one position late": ("4.2 pending token",
+        "positions = np.arange(start, start + n)", "positions = np.arange(start, start + n) + (n == 1)"),
+    "one selection for all layers": ("4.2 sparse step",
         "chosen.append(select_blocks(scores, lengths, self.config))",
-        "chosen.append(select_blocks(scores, lengths, self.config) if not chosen else chosen[0])",
-        "4.2 sparse step",
-    ),
-    "does not attend to itself": (
+        "chosen.append(select_blocks(scores, lengths, self.config) if not chosen else chosen[0])"),
+    "does not attend to itself": ("4.2 sparse step",
         "return sparse_attention(query, *cache, chosen[-1], lengths, b)",
-        "return sparse_attention(query, *cache, chosen[-1], [lengths[0] - 1], b)",
-        "4.2 sparse step",
-    ),
-    "bounds extended by a rectification": (
-        REBUILT,
-        "low, high = self.bounds[layer, :, 0, :, i], self.bounds[layer, :, 1, :, i]\n"
-        "            self.bounds[layer, :, 0, :, i] = np.fmin(low, block.min(axis=1))\n"
-        "            self.bounds[layer, :, 1, :, i] = np.fmax(high, block.max(axis=1))",
-        "law 2 online = rebuilt",
-    ),
-    "bounds not refreshed by fused passes": (
-        BLOCKS_TOUCHED,
-        "for i in range(start // b, math.ceil(end / b) if not start or len(key[0]) == 1 or end == self.length else 0):",
-        "law 2 online = rebuilt",
-    ),
-    "bounds of the newest two blocks refreshed": (
-        BLOCKS_TOUCHED,
-        "for i in range(max(start // b, (end - 1) // b - 1) if start else 0, math.ceil(end / b)):",
-        "law 2 online = rebuilt",
-    ),
-    "values kept": (
-        "self.keys[layer, :, start:end], self.values[layer, :, start:end] = key, value",
-        "self.keys[layer, :, start:end] = key\n        kept = min(self.length, end) if start else 0\n"
-        "        self.values[layer, :, max(start, kept) : end] = value[:, max(start, kept) - start :]",
-        "law 6 rectification is exact",
-    ),
-    "rectified by sparse steps": (
-        DENSE_PASS,
-        "            model.length = start\n            [model.sparse_step(token) for token in fed[start:]]\n"
-        "            model.window = 0",
-        "law 6 rectification is exact",
-    ),
-    "never is every 32": (
-        'config["interval"], list(prompt)',
-        'config["interval"] or 32, list(prompt)',
-        "4.4 schedules",
-    ),
-    "rectified once more at the end": (
+        "return sparse_attention(query, *cache, chosen[-1], [lengths[0] - 1], b)"),
+    "positions from zero": ("4.3 positions",
+        "positions = np.arange(start, start + n)",
+        "positions = np.arange(start, start + n) if n in (1, start + n) else np.arange(n)"),
+    "w not reset": ("4.3 window", "self.length, self.window = end, 0", "self.length = end"),
+    "w counts the pending token": ("4.3 window", "self.window += 1", "self.window += 1 + (self.window == 0)"),
+    "logits not discarded": ("4.4 schedules",
+        DENSE_PASS, DENSE_PASS.replace("model.dense", "logits = model.dense")),
+    "fused logits dropped": ("4.4 schedules",
+        FUSED_PASS, "_, indices = model.dense_pass(fed[start:], start), None"),
+    "rectified one step late": ("4.4 schedules", "model.window + 1 >= f", "model.window >= f"),
+    "never is every 32": ("4.4 schedules",
+        'config["interval"], list(prompt)', 'config["interval"] or 32, list(prompt)'),
+    "rectified once more at the end": ("4.4 schedules",
         "        logits, indices = model.sparse_step(pending)\n",
         "        logits, indices = model.sparse_step(pending)\n"
         "        if len(trace) == n_tokens - 1 and f:\n"
         "            model.dense_pass(fed[-model.window :], model.length - model.window)\n"
-        "            model.window = 0\n            continue\n",
-        "4.4 schedules",
-    ),
-    "views for copies": (".copy() for x in (model.keys", " for x in (model.keys", "4.6 the trace"),
-    "w counts the pending token": ("self.window += 1", "self.window += 1 + (self.window == 0)", "4.3 window"),
-    "smallest logit": ("np.argmax(logits)", "np.argmin(logits)", "4.5 greedy choice"),
-    "norm of the first token": ("rms_norm(x[-1]", "rms_norm(x[0]", "4.5 greedy choice"),
-}
+        "            model.window = 0\n            continue\n"),
+    "last token fed": ("4.5 end of generation", "if len(trace) == n_tokens:", "if len(trace) == n_tokens + 1:"),
+    "smallest logit": ("4.5 greedy choice", "np.argmax(logits)", "np.argmin(logits)"),
+    "views for copies": ("4.6 the trace", ".copy() for x in (model.keys", " for x in (model.keys"),
+    "bounds not extended": ("law 2 online = rebuilt",
+        BLOCKS_TOUCHED, "for i in range(start // b, math.ceil(end / b) if len(key[0]) > 1 else 0):"),
+    "bounds not refreshed": ("law 2 online = rebuilt",
+        BLOCKS_TOUCHED,
+        "for i in range(start // b, math.ceil(end / b) if end > self.length or not self.length else 0):"),
+    "scores of bounds before the append": ("law 2 online = rebuilt",
+        BLOCKS_TOUCHED,
+        "for i in range((start - (n := len(key[0])) % 2) // b, math.ceil((end - (n == 1)) / b)):"),
+    "bounds extended by a rectification": ("law 2 online = rebuilt",
+        REBUILT,
+        "low, high = self.bounds[layer, :, 0, :, i], self.bounds[layer, :, 1, :, i]\n"
+        "            self.bounds[layer, :, 0, :, i] = np.fmin(low, block.min(axis=1))\n"
+        "            self.bounds[layer, :, 1, :, i] = np.fmax(high, block.max(axis=1))"),
+    "bounds not refreshed by fused passes": ("law 2 online = rebuilt",
+        BLOCKS_TOUCHED,
+        "appends = len(key[0]) == 1 or not start\n"
+        "        for i in range(start // b, math.ceil(end / b) if appends or end == self.length else 0):"),
+    "bounds of the newest two blocks refreshed": ("law 2 online = rebuilt",
+        BLOCKS_TOUCHED,
+        "for i in range(max(start // b, (end - 1) // b - 1) if start else 0, math.ceil(end / b)):"),
+    "window one too short": ("law 6 rectification is exact",
+        DENSE_PASS,
+        "            model.dense_pass(fed[start + 1 :], start + 1) if f > 1 else model.dense_pass(fed[start:], start)"),
+    "window without its last token": ("law 6 rectification is exact",
+        DENSE_PASS,
+        "            model.dense_pass(fed[start:-1] or fed[start:], start)\n            model.length = len(fed)"),
+    "values kept": ("law 6 rectification is exact",
+        "self.keys[layer, :, start:end], self.values[layer, :, start:end] = key, value",
+        "self.keys[layer, :, start:end] = key\n        kept = min(self.length, end) if start else 0\n"
+        "        self.values[layer, :, max(start, kept) : end] = value[:, max(start, kept) - start :]"),
+    "rectified by sparse steps": ("law 6 rectification is exact",
+        DENSE_PASS,
+        "            model.length = start\n            [model.sparse_step(token) for token in fed[start:]]\n"
+        "            model.window = 0"),
+}  # fmt: skip
 
 
 def edited(old, new):
@@ -586,7 +422,7 @@ def edited(old, new):
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_told_its_law(vectors, name):
     """By the first row of what is to be looked at first; a generation that fails too is said to follow from it."""
-    old, new, law = MISTAKES[name]
+    law, old, new = MISTAKES[name]
     port = edited(old, new)
     failures = first_failures(check_port(port, vectors, ops_only=True)) or first_failures(check_port(port, vectors))
     assert failures, "the mistake passed"
@@ -594,12 +430,6 @@ def test_a_mistake_is_told_its_law(vectors, name):
     assert len(failures[0].says) > 20
     for row in failures[1:]:
         assert row.operation in ("dense_attention", "decode_trace")
-
-
-def test_a_missing_refresh_shows_in_more_than_one_generation(vectors):
-    old, new, law = MISTAKES["bounds not refreshed"]
-    failed = [row.case for row in check_port(edited(old, new), vectors) if row.law == law and row.status == FAIL]
-    assert len(failed) >= 2, failed
 
 
 def port_with(**changes):
@@ -735,9 +565,9 @@ def test_a_port_may_write_into_its_inputs(vectors):
 
 
 def test_a_generation_in_16_bits_is_told_so(vectors):
-    old, new, _ = MISTAKES["a cache in 16 bits"]
-    (row,) = first_failures(check_port(edited(old, new), vectors))
-    assert "narrower than float32" in row.says
+    port = edited("np.full(size, math.nan), np.full", "np.full(size, math.nan, np.float16), np.full")
+    (row,) = first_failures(check_port(port, vectors))
+    assert (row.law, "narrower than float32" in row.says) == ("3 model", True)
 
 
 def entries_with(change):
@@ -789,7 +619,7 @@ def test_memory_that_entries_share(vectors, name):
     assert is_passed(check_port(decoded(None), vectors))
 
 
-# ---- The command -----------------------------------------------------------------------------------------------------
+# The command.
 
 
 def test_the_command_prints_a_table_and_says_so_by_its_exit_status(capsys):
@@ -808,13 +638,6 @@ def wrong(tmp_path):
     return path
 
 
-def test_the_command_names_the_law(wrong, capsys):
-    assert main(["conformance", str(wrong), "--ops-only"]) == 1
-    shown = capsys.readouterr().out
-    assert "sparse_attention, sparse_log_sum_exp: 2.4 log-sum-exp" in shown
-    assert "the log-sum-exp is the natural one" in shown
-
-
 def test_the_command_as_json_from_a_working_directory(wrong):
     """A module found where the command runs, as porters will have it."""
     command = [sys.executable, "-m", "resa.reference", "conformance", "my_port", "--json"]
@@ -827,7 +650,7 @@ def test_the_command_as_json_from_a_working_directory(wrong):
 
 
 def test_the_report_in_the_page_is_what_is_printed(tmp_path, capsys):
-    old, new, _ = MISTAKES["bounds not refreshed"]
+    _, old, new = MISTAKES["bounds not refreshed"]
     path = tmp_path / "my_port.py"
     path.write_text(NUMPY_PORT.read_text().replace(old, new, 1))
     assert main(["conformance", str(path)]) == 1
@@ -839,7 +662,7 @@ def test_the_report_in_the_page_is_what_is_printed(tmp_path, capsys):
 def test_what_a_port_prints_and_imports(tmp_path):
     """Its own modules lie beside it; what it prints goes to standard error; an infinite error is no JSON number."""
     (tmp_path / "helper.py").write_text("import math\nINFINITY = math.inf\nprint('imported')\n")
-    source = "import helper, os\nos.write(1, b'from C')\n" + NUMPY_PORT.read_text().replace(
+    source = "import helper\n" + NUMPY_PORT.read_text().replace(
         "np.where(past_the_end, -math.inf, scores)", "0 * scores"
     )
     path = tmp_path / "port" / "mine.py"
@@ -851,7 +674,7 @@ def test_what_a_port_prints_and_imports(tmp_path):
     result = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert done.returncode == 1
     assert "inf" in [row["error"] for row in result["rows"]]
-    for said in ("imported\n", "a [bold] line\n", "from C"):
+    for said in ("imported\n", "a [bold] line\n"):
         assert said in done.stderr
 
 

@@ -1,6 +1,6 @@
 """Decoding refuses by name, saying what was given and what is allowed, before anything has changed.
 
-Every message has the form "argument: got …; allowed: …". Configurations are in test_refusals_operations.py.
+Every message has the form "argument: got …; allowed: …". The operations are in test_refusals_operations.py.
 """
 
 import re
@@ -16,6 +16,7 @@ from decoders import TRITON
 from resa.reference import (
     GPT,
     Generation,
+    GPTConfig,
     KVCache,
     ReSAConfig,
     RopeScaling,
@@ -54,9 +55,7 @@ def unchanged(generation):
     return check
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Whole requests, on every way to decode
-# --------------------------------------------------------------------------------------------------------------
+# Whole requests, on every way to decode.
 
 WAYS = {
     "generate": SimpleNamespace(decode=generate, shape=SHAPE, config=CONFIG, model=Shape.model),
@@ -121,10 +120,6 @@ def test_a_request_is_refused(way, monkeypatch, changes, argument, given, allowe
     assert calls == []
 
 
-def test_the_request_that_the_refused_ones_differ_from_is_taken(way):
-    assert all(way.decode(way.model(way.shape), **TWO, config=way.config, sampling=Sampling(1.0)))
-
-
 def test_what_one_way_alone_can_do_is_refused_by_the_others():
     for decode in (generate, speculate):
         with refused("config.eight_bit_bounds", "True", "False: only the Triton path rounds bounds"):
@@ -156,9 +151,7 @@ def test_a_generation_that_cannot_be_resumed_is_refused(way, changes, argument, 
     check()
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The steps below a request, and the cache
-# --------------------------------------------------------------------------------------------------------------
+# The steps below a request, and the cache.
 
 AROUND = "a window around the length 9, within the capacity 12"
 AT_LEAST = "at least the 2 tokens of the window, and one"
@@ -189,6 +182,11 @@ STEPS = [  # step(model, cache), and what its refusal says
     *((lambda m, c, n=n: m.new_cache(8, n), "block_size", n, "an integer ≥ 1") for n in (0, None, 2.0)),
     *((lambda m, c, dtype=dtype: KVCache.empty(SHAPE.config(), 8, 2, dtype=dtype), "dtype", dtype,
        "float16, bfloat16, float32 or float64") for dtype in (torch.int64, torch.complex64)),
+    # Fields that depend on each other.
+    (lambda m, c: ReSAConfig(min_blocks=2, local_blocks=3), "min_blocks", 2, "an integer ≥ local_blocks = 3"),
+    (lambda m, c: ReSAConfig(local_blocks=17), "min_blocks", 16, "an integer ≥ local_blocks = 17"),
+    (lambda m, c: replace(m.config, n_kv_head=4), "n_head", 6, "a multiple of n_kv_head = 4"),
+    (lambda m, c: replace(m.config, n_kv_head=12), "n_head", 6, "a multiple of n_kv_head = 12"),
 ]  # fmt: skip
 
 
@@ -213,28 +211,74 @@ def test_a_step_of_a_full_cache_is_refused(interval, argument):
     check()
 
 
-FIELDS = [
-    (Sampling, "temperature", [NAN, -0.1, INF, "hot", None, True], "a finite number ≥ 0"),
-    (Sampling, "top_p", [0, 1.1, -0.5, NAN, "most", True, None], "0 < top_p ≤ 1"),
-    (Sampling, "top_k", [0, 2.0, True, -1], "an integer ≥ 1, or None for all tokens"),
-    (RopeScaling, "kind", ["ntk", None], "'linear' or 'llama3' or 'yarn'"),
-    *((RopeScaling, name, [0, NAN, INF, "2", None], "a finite number > 0") for name in ("factor", "fast", "amplitude")),
-    (RopeScaling, "slow", [4.0, 5.0], "less than fast = 4.0"),
-    (RopeScaling, "original_context", [0, 2.0, None], "an integer ≥ 1"),
-]
+# Configurations.
 
 
-@pytest.mark.parametrize(("kind", "field", "values", "allowed"), FIELDS)
-def test_a_field_is_refused(kind, field, values, allowed):
-    others = {} if kind is Sampling else {"kind": "yarn", "factor": 2.0}
-    for value in values:
-        with refused(field, repr(value) if field == "kind" else value, allowed):
-            kind(**{**others, field: value})
+def test_decoding_defaults_are_the_specifications():
+    config = ReSAConfig()
+    assert (config.block_size, config.active_ratio, config.min_blocks, config.local_blocks) == (16, 0.1, 16, 1)
+    assert (config.interval, config.dense_layers, config.eight_bit_bounds) == (32, 0, False)
+    assert config.schedule in ("paper", "fused")
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Memory
-# --------------------------------------------------------------------------------------------------------------
+REQUIRED = {  # arguments that a valid configuration has besides the field that is tried
+    ReSAConfig: {},
+    Sampling: {},
+    RopeScaling: {"kind": "yarn", "factor": 2.0},
+    GPTConfig: {
+        "vocab_size": 11, "n_layer": 2, "n_head": 6, "n_kv_head": 2, "head_dim": 4, "hidden_size": 24,
+        "intermediate_size": 32,
+    },
+}  # fmt: skip
+POSITIVE, FINITE, SHARE = "an integer ≥ 1", "a finite number > 0", [1.1, -0.5, 0, NAN, INF, True, None, "most"]
+FIELDS = [  # configuration, field, values taken, values refused, allowed
+    (ReSAConfig, "block_size", [1, 16], [0, -1, 16.0, True, None, "16"], POSITIVE),
+    (ReSAConfig, "active_ratio", [1, 1e-9], [*SHARE, 1.0000001], "0 < active_ratio ≤ 1"),
+    (ReSAConfig, "local_blocks", [1, 3, 16], [0, -1, 1.0, True, None], POSITIVE),
+    (ReSAConfig, "min_blocks", [1, 30], [0, -1, 16.0, True, None], "an integer ≥ local_blocks = 1"),
+    (ReSAConfig, "interval", [None, 1, 2], [0, -1, True, False, 32.0, INF, "32"], f"{POSITIVE}, or None for never"),
+    (ReSAConfig, "schedule", ["paper", "fused"], ["Fused", "", "papers", None, 1], "'fused' or 'paper'"),
+    (ReSAConfig, "dense_layers", [0, 3], [-1, 0.5, True, None], "an integer ≥ 0"),
+    (ReSAConfig, "eight_bit_bounds", [True, False], [0, 1, None], "True or False"),
+    *((GPTConfig, size, [], [0, -1, 2.0, True, None], POSITIVE) for size in (*REQUIRED[GPTConfig], "context")),
+    # Heads need not fill the hidden size.
+    *((GPTConfig, size, [7], [], "") for size in ("vocab_size", "hidden_size")),
+    (GPTConfig, "n_kv_head", [1, 6], [], ""),
+    (GPTConfig, "n_head", [2], [5], "a multiple of n_kv_head = 2"),
+    (GPTConfig, "head_dim", [128], [1, 3, 5], "an even number, because RoPE …"),
+    (GPTConfig, "rope_theta", [1, 1e6], [0, -1.0, NAN, INF, None, "1e4"], FINITE),
+    (GPTConfig, "norm_eps", [1e-5], [0.0, -1e-6, NAN, INF, None], FINITE),
+    *((GPTConfig, flag, [True, False], [1, 0, None], "True or False")
+      for flag in ("qkv_bias", "qk_norm", "tied_embeddings")),
+    (GPTConfig, "rope_scaling", [None], ["yarn", 2.0], "a RopeScaling or None"),
+    (Sampling, "temperature", [0, 1.5], [NAN, -0.1, INF, "hot", None, True], "a finite number ≥ 0"),
+    (Sampling, "top_p", [1, 0.5], SHARE, "0 < top_p ≤ 1"),
+    (Sampling, "top_k", [None, 1], [0, 2.0, True, -1], f"{POSITIVE}, or None for all tokens"),
+    (RopeScaling, "kind", ["linear", "llama3"], ["ntk", None], "'linear' or 'llama3' or 'yarn'"),
+    *((RopeScaling, name, [2], [0, NAN, INF, "2", None], FINITE) for name in ("factor", "fast", "amplitude")),
+    (RopeScaling, "slow", [0.5], [4.0, 5.0], "less than fast = 4.0"),
+    (RopeScaling, "original_context", [1], [0, 2.0, None], POSITIVE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "field", "taken", "wrong", "allowed"), FIELDS)
+def test_a_field_is_checked(kind, field, taken, wrong, allowed):
+    for value in taken:
+        assert getattr(kind(**{**REQUIRED[kind], field: value}), field) == value
+    for value in wrong:
+        with refused(field, repr(value) if field in ("kind", "schedule") else value, allowed):
+            kind(**{**REQUIRED[kind], field: value})
+
+
+@pytest.mark.parametrize("kind", REQUIRED)
+def test_a_configuration_cannot_be_changed(kind):
+    """A field set later would escape the checks."""
+    config = kind(**REQUIRED[kind])
+    with pytest.raises(AttributeError):
+        setattr(config, next(iter(vars(config))), 1)
+
+
+# Memory.
 
 
 def test_a_cache_that_memory_cannot_hold_is_refused_with_what_would_fit(monkeypatch):
@@ -257,6 +301,18 @@ def test_a_cache_that_memory_cannot_hold_is_refused_with_what_would_fit(monkeypa
     check()
 
 
+def test_a_cache_that_memory_cannot_hold_costs_no_random_number(way, monkeypatch):
+    """The generator that seeds the sequences' own is asked only when nothing can be refused any more."""
+    model, base = way.model(way.shape), torch.Generator().manual_seed(1)
+    state = base.get_state()
+    monkeypatch.setattr("resa.reference.checks.free_memory", lambda device: 1000)
+    with pytest.raises(torch.OutOfMemoryError, match="KV cache: got"):
+        way.decode(model, **TWO, config=way.config, sampling=Sampling(1.0), generators=base)
+    assert torch.equal(base.get_state(), state)
+
+
 def test_memory_that_no_machine_has_is_refused():
-    with pytest.raises(torch.OutOfMemoryError, match=r"allowed: 1 × [\d,]+ tokens in the [\d.]+ GB that cpu has free"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"allowed: 1 × [\d,]+ tokens in the [\d.]+ GB that this machine has"
+    ):
         SHAPE.model(torch.float32).new_cache(2**50, 16)

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resa.reference import ReSAConfig
-from resa.reference.blocks import active_blocks
 from strategies import DEVICE, examples
 
 pytestmark = pytest.mark.fast
@@ -51,18 +50,6 @@ def test_a_plan_says_who_steps_where_and_how_much_there_is_to_read(config, batch
         share = math.ceil(Fraction(config.active_ratio) * total - Fraction(1, 10**9))
         n = min(total, max(share, config.min_blocks))
         assert row == [1, length, length + 1, length + 1, length // config.block_size * config.block_size, n]
-
-
-@pytest.mark.parametrize("ratio", [0.28, 0.1, 1 / 3, 0.07, 1.0, 1e-6])
-def test_counts_are_the_references_for_every_number_of_blocks(ratio):
-    """Up to 20,000 blocks, a sequence each; 0.28 · 25 is 7."""
-    config = ReSAConfig(active_ratio=ratio, min_blocks=1, interval=None)
-    lengths = torch.arange(20_000, dtype=torch.int32, device=DEVICE) * config.block_size
-    running = torch.ones_like(lengths, dtype=torch.bool)
-    counts = bookkeeping.plan_step(lengths, torch.zeros_like(lengths), running, config).counts
-    assert torch.equal(counts.cpu().long(), active_blocks(lengths.cpu() + 1, config))
-    if ratio == 0.28:
-        assert counts[24] == 7
 
 
 @examples(60)

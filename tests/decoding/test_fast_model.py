@@ -5,7 +5,6 @@ The reference decides what they compute, so plain PyTorch here is `resa.referenc
 
 import copy
 import math
-import sys
 
 import pytest
 import torch
@@ -56,11 +55,11 @@ def assert_as_good_as_plain(actual, exact, plain, terms, what):
     assert_three_way(actual, exact.numpy(), plain, floor, what)
 
 
-# ---- Kernels ---------------------------------------------------------------------------------------------------------
+# --- Kernels ---
 
 
 @examples(30)
-@given(rows=ROWS, size=st.sampled_from([1, 2, 31, 32, 48, 300]), dtype=DTYPES, seed=SEEDS, has_delta=st.booleans())
+@given(rows=ROWS, size=st.sampled_from([1, 2, 31, 32, 300, 3584]), dtype=DTYPES, seed=SEEDS, has_delta=st.booleans())
 def test_residual_and_norm(rows, size, dtype, seed, has_delta):
     """x moves by delta, to the bit; the norm is that of what x is then."""
     x, delta = (randn(seed + i, rows, size, dtype=dtype, scale=3.0) for i in range(2))
@@ -123,7 +122,7 @@ def test_heads_are_split_normed_and_rotated(batch, width, heads, size, is_normed
 
 
 @examples(15)
-@given(rows=ROWS, size=st.sampled_from([1, 20, 1023, 1024, 1025]), dtype=DTYPES, seed=SEEDS)
+@given(rows=ROWS, size=st.sampled_from([1, 20, 1023, 1024, 1025, 18_944]), dtype=DTYPES, seed=SEEDS)
 def test_swiglu(rows, size, dtype, seed):
     gate_up = randn(seed, rows, 2 * size, dtype=dtype, scale=3.0)
     gate_up[0, 0] = -200.0  # exp of what is left overflows
@@ -149,7 +148,7 @@ def test_rows_that_are_not_there(rows):
     assert elementwise.swiglu(x).shape == (rows, 24)
 
 
-# ---- The model -------------------------------------------------------------------------------------------------------
+# --- The model ---
 
 
 def built(shape, dtype=torch.float32):
@@ -235,9 +234,15 @@ def test_a_transformer_of_its_own_is_kept():
     assert isinstance(model_file.accelerated(fused), model_file.FusedGPT)
 
 
-# ---- Weights in 4 bits -----------------------------------------------------------------------------------------------
+# --- Weights in 4 bits ---
 
 WIDE = Shape(seed=7, kv_heads=2, group=4, head_dim=16, hidden=128, qkv_bias=True, tied=False)
+
+
+def need_the_library():
+    """Skip a test that multiplies in 4 bits where the library that does so on a GPU is missing."""
+    if DEVICE == "cuda":
+        pytest.importorskip("humming", reason="the extra `four-bit` has it")
 
 
 def wide_model(dtype=torch.float32):
@@ -272,8 +277,7 @@ def test_four_bits_are_the_nearest(seed, dtype, rows, groups, exponent):
 def test_every_matrix_is_rounded_and_nothing_else():
     """The model's logits and decoded tokens are those of the reference with rounded weights."""
     dtype = torch.float32 if DEVICE == "cpu" else torch.float16
-    if DEVICE == "cuda":
-        pytest.importorskip("humming", reason="the extra `four-bit` has it")
+    need_the_library()
     rounded = wide_model(dtype)
     for name, parameter in rounded.named_parameters():
         if parameter.dim() == 2 and not name.startswith("embed"):
@@ -293,14 +297,8 @@ def test_every_matrix_is_rounded_and_nothing_else():
 
 
 def test_what_can_not_be_rounded_is_refused():
-    model = four_bit.quantise(model_file.FusedGPT(wide_model(torch.float32 if DEVICE == "cpu" else torch.float16)))
-    with pytest.raises(ValueError, match="model: got one in 4 bits"):
-        four_bit.quantise(model)
     with pytest.raises(ValueError, match=r"in: got 130; allowed: a multiple of 128"):
         four_bit.round_to_four_bits(torch.zeros(3, 130))
-    if DEVICE == "cuda":
-        with pytest.raises(ValueError, match=r"weight: got torch.float32; allowed: float16 or bfloat16"):
-            four_bit.quantise(model_file.FusedGPT(wide_model(torch.float32)))
 
 
 @pytest.mark.parametrize("move", [lambda m: m.to(torch.float64), lambda m: m.half(), lambda m: m.cpu()])
@@ -313,16 +311,7 @@ def test_a_fused_model_is_not_moved(move):
 
 def test_a_product_in_four_bits_says_what_it_reads():
     linear = model_file.Linear(randn(1, 64, 256, dtype=torch.float16).to(DEVICE), None)
-    if DEVICE == "cuda":
-        pytest.importorskip("humming", reason="the extra `four-bit` has it")
+    need_the_library()
     rounded = four_bit.FourBitLinear(linear)
     assert rounded.nbytes == 64 * 256 // 2 + 64 * 2 * 2
     assert linear.nbytes == 64 * 256 * 2
-    assert rounded(torch.zeros(3, 0, 256, dtype=torch.float16, device=DEVICE)).shape == (3, 0, 64)
-
-
-def test_without_the_library_the_extra_is_named(monkeypatch):
-    codes, scale = four_bit.round_to_four_bits(torch.ones(8, 128))
-    monkeypatch.setitem(sys.modules, "humming.layer", None)
-    with pytest.raises(ImportError, match=r"pip install humming-kernels"):
-        four_bit.LibraryMatmul(codes, scale, None)

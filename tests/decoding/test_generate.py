@@ -42,9 +42,7 @@ def endless(decoder, n_tokens=14, **changes):
     return tokens_of(generate(decoder.model(), decoder.prompts(), n_tokens, replace(decoder.config, **changes)))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Ends
-# --------------------------------------------------------------------------------------------------------------
+# --- Ends ---
 
 
 @pytest.mark.parametrize("schedule", ["fused", "paper"])
@@ -96,9 +94,7 @@ def test_the_context_is_used_to_its_last_token(decoder, prompt_length, n_tokens)
         decoder.generate(model, *too_many, decoder.config)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Callbacks
-# --------------------------------------------------------------------------------------------------------------
+# --- Callbacks ---
 
 
 def test_on_token_reports_each_token_where_it_will_stand(decoder):
@@ -131,9 +127,7 @@ def test_the_reference_tells_a_token_before_it_computes_the_next(monkeypatch):
     assert events == ["pass", "token"] * 3
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Resuming
-# --------------------------------------------------------------------------------------------------------------
+# --- Resuming ---
 
 
 @share(2)
@@ -181,25 +175,7 @@ def test_resuming_rectifies_the_open_window_and_leaves_its_generation_alone(deco
         assert (begun.tokens, begun.n_drifted) == (before.tokens, before.n_drifted)
 
 
-def test_a_request_of_many_turns(decoder):
-    """No token at first; then densely, where a pause changes nothing; then a stop token, which the next turn feeds."""
-    model, prompt, config = decoder.model(), decoder.prompts()[0], decoder.config
-    dense = replace(config, interval=1)
-    (done,) = decoder.generate(model, [prompt[:9]], 0, config)
-    text = prompt[:9]
-    for turn, n_tokens, own in ((prompt[9:], 3, dense), ([], 3, dense), ([7], 6, config), ([], 2, config)):
-        stop = {greedy_by_forward(model, text + turn, 1)[0]} if n_tokens == 6 else ()
-        (done,) = decoder.generate(model, [turn], n_tokens, own, stop_tokens=stop, resume=done)
-        text = text + turn + done.tokens
-        assert_state(decoder, model, [text], [done], own)
-        assert len(done.tokens) == (1 if stop else n_tokens)
-        if own is dense:
-            assert text == prompt + greedy_by_forward(model, prompt, len(text) - len(prompt))
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Law 9, reruns
-# --------------------------------------------------------------------------------------------------------------
+# --- Law 9, reruns ---
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 0.9)], ids=str)

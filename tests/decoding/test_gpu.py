@@ -62,9 +62,7 @@ def small():
     return SMALL.model(torch.float32).to(DEVICE)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Accuracy
-# --------------------------------------------------------------------------------------------------------------
+# --- Accuracy ---
 
 
 @pytest.mark.parametrize("interval", [8, 32, None])
@@ -91,9 +89,7 @@ def test_rectification_is_exact_in_half_precision(dtype, schedule):
         assert_dense_before_the_window(TRITON, model, (prompt + done.tokens)[:-1], done)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Traffic between device and host
-# --------------------------------------------------------------------------------------------------------------
+# --- Traffic between device and host ---
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
@@ -149,9 +145,7 @@ def test_callbacks_and_stop_tokens_read_back_once_in_a_while(small, interval):
     assert len(calls) == len(PROMPTS) * (68 + 68 + 260)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Memory
-# --------------------------------------------------------------------------------------------------------------
+# --- Memory ---
 
 
 def spoil_free_memory():
@@ -198,6 +192,17 @@ def test_graphs_read_no_memory_that_was_freed(small, schedule, sampling, eight_b
         for one, expected in zip(other, plain, strict=True):
             assert (one.tokens, one.n_drifted) == (expected.tokens, expected.n_drifted)
             assert_untouched(one.cache, expected.cache)
+
+
+@pytest.mark.parametrize("schedule", ["fused", "paper"])
+def test_an_append_beside_the_scoring_changes_no_bit(small, monkeypatch, schedule):
+    """Many sequences append on a stream of their own, few in one kernel with the scoring."""
+    config = replace(SPARSE, schedule=schedule)
+    few = fast.generate(small, PROMPTS, 100, config)
+    monkeypatch.setattr(fast, "MANY_ROWS", 1)
+    for one, other in zip(fast.generate(small, PROMPTS, 100, config), few, strict=True):
+        assert (one.tokens, one.n_drifted) == (other.tokens, other.n_drifted)
+        assert_untouched(one.cache, other.cache)
 
 
 @pytest.mark.parametrize(("interval", "schedule"), [(8, "fused"), (8, "paper"), (None, "fused")])

@@ -23,14 +23,22 @@ from resa.reference import (
 )
 from resa.reference.model import RMSNorm
 from resa.reference.rope import apply_rotary, rotary_angles, rotary_frequencies
-from small_models import EXACT, VISIBLE, Shape, dense_cache, drift, feed, relative, shapes, started, weights
+from small_models import (
+    EXACT,
+    Shape,
+    assert_bounds_rebuilt,
+    dense_cache,
+    drift,
+    greedy_by_forward,
+    relative,
+    shapes,
+    weights,
+)
 
 CONFIG = ReSAConfig(block_size=2, min_blocks=2, interval=3)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Against the oracle
-# --------------------------------------------------------------------------------------------------------------
+# --- Against the oracle ---
 
 
 @given(shapes(), st.integers(1, 18))
@@ -71,9 +79,7 @@ def test_training_reaches_every_parameter():
         assert parameter.grad.abs().max() > 0, name
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Norm and rotary positions
-# --------------------------------------------------------------------------------------------------------------
+# --- Norm and rotary positions ---
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 8, 16]), st.sampled_from([10.0, 1e4, 1e6]))
@@ -135,9 +141,7 @@ def test_norm_is_computed_in_float32_below_float64():
     assert norm(torch.full((4,), 300.0, dtype=torch.float16)).tolist() == [1.0] * 4
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The operations as an argument
-# --------------------------------------------------------------------------------------------------------------
+# --- The operations as an argument ---
 
 
 def oracle_operations():
@@ -189,28 +193,33 @@ def test_decoding_needs_nothing_but_the_operations_it_is_given(monkeypatch):
             generate(model.with_ops(replace(foreign, **{name: refuse})), [prompt], 6, CONFIG)
 
 
-@pytest.mark.parametrize("name", ["score_blocks", "select_blocks", "sparse_attention", "dense_attention"])
-def test_an_operations_result_is_used(name):
-    """An operation called for nothing would let a wrong one pass: change its result and the logits must change."""
-    shape = Shape(seed=3)
-    change = {
-        "score_blocks": lambda scores: -scores,
-        "select_blocks": lambda indices: indices[..., -1:],
-        "sparse_attention": lambda out: 0 * out,
-        "dense_attention": lambda out: 0 * out,
-    }[name]
-    operation = getattr(REFERENCE_OPS, name)
-    altered = replace(REFERENCE_OPS, **{name: lambda *args, **keywords: change(operation(*args, **keywords))})
-    logits = []
-    for ops in (REFERENCE_OPS, altered):
-        model = shape.model(ops=ops)
-        logits.append(feed(model, started(model, shape.tokens(17), 2, 20), CONFIG, 4))
-    assert relative(logits[1], logits[0]) > VISIBLE
+@pytest.mark.parametrize("schedule", ["fused", "paper"])
+@pytest.mark.parametrize("dense_layers", [0, 1, 2, 3, 7])
+def test_the_first_layers_may_attend_to_everything(schedule, dense_layers):
+    """Like a step that selects every block there; with all layers so, sparse decoding is dense decoding."""
+    shape, calls = Shape(seed=11, layers=3), []
+    config, prompt = replace(CONFIG, schedule=schedule), shape.tokens(19)
+
+    def select_blocks(scores, lengths, resa):
+        is_dense = len(calls) % shape.layers < dense_layers
+        calls.append(is_dense)
+        return REFERENCE_OPS.select_blocks(scores, lengths, replace(resa, active_ratio=1.0 if is_dense else 0.1))
+
+    model = shape.model()
+    watched = model.with_ops(replace(REFERENCE_OPS, select_blocks=select_blocks))
+    (expected,) = generate(watched, [prompt], 15, config)
+    (done,) = generate(model, [prompt], 15, replace(config, dense_layers=dense_layers))
+    assert done.tokens == expected.tokens
+    assert drift(done.cache, expected.cache).max() <= EXACT
+    assert_bounds_rebuilt(done.cache)
+    dense = greedy_by_forward(model, prompt, 15)
+    if dense_layers >= shape.layers:
+        assert done.tokens == dense
+    elif dense_layers == 0:
+        assert done.tokens != dense, "nothing was left out: the test would see nothing"
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Dtypes
-# --------------------------------------------------------------------------------------------------------------
+# --- Dtypes ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

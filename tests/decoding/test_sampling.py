@@ -31,9 +31,7 @@ def draw_at_once(probabilities, sampling, n):
     return choose(logits, torch.zeros(n, dtype=torch.int64, device=DEVICE)).tolist()
 
 
-# --------------------------------------------------------------------------------------------------------------
-# From logits
-# --------------------------------------------------------------------------------------------------------------
+# --- From logits ---
 
 FIVE = [0.1, 0.4, 0.3, 0.15, 0.05]
 KEPT = [  # probabilities, top_p, top_k, and the tokens that may be chosen: worked by hand
@@ -164,9 +162,7 @@ def test_ties_of_the_argmax_go_to_the_lower_id(vocabulary):
     assert choose(logits.to(DEVICE), torch.zeros(8, dtype=torch.int64, device=DEVICE)).tolist() == tied.amin(1).tolist()
 
 
-# --------------------------------------------------------------------------------------------------------------
-# A whole generation
-# --------------------------------------------------------------------------------------------------------------
+# --- A whole generation ---
 
 WARM = Sampling(1.0, 0.8)
 
@@ -224,22 +220,6 @@ def test_one_generator_seeds_each_prompt_by_its_index():
     assert same_prompt[1] != same_prompt[0] != same_prompt[2] != same_prompt[1]
     assert seeded(prompts, seed=5) != three
     assert seeded(prompts) == three
-
-
-def test_without_a_generator_torchs_default_decides():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        first, second = (sampled(REFERENCE, 14) for _ in range(2))
-        torch.manual_seed(3)
-        assert sampled(REFERENCE, 14) == first != second
-
-
-def test_every_field_reaches_generation(decoder):
-    """One token kept, by top-k or by a tiny top-p, is the greedy one at every temperature; all kept, it is not."""
-    greedy = sampled(decoder, 4, Sampling(), by=generate)
-    assert sampled(decoder, 4, Sampling(3.0, top_k=1), generators=generator()) == greedy
-    assert sampled(decoder, 4, Sampling(3.0, 1e-6), generators=generator()) == greedy
-    assert sampled(decoder, 4, Sampling(3.0), generators=generator()) != greedy
 
 
 @pytest.mark.fast

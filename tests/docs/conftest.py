@@ -1,6 +1,26 @@
 """A browser's pages that may make no mistake and ask for nothing outside the disk."""
 
+import os
+import shutil
+from importlib.util import find_spec
+
 import pytest
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium without a window; where there is none, a visible skip, and in continuous integration a failure."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None or find_spec("playwright") is None:
+        message = f"{'playwright' if path else 'Chromium'} is missing (docs/contributing.md): no page was looked at"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=[*quiet, "--disable-sync"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture

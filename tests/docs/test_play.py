@@ -1,6 +1,6 @@
 """The interactive page: its data are the shipped model's, and a browser shows what they say.
 
-Tests marked `site` drive Chromium (Debian's, or the one that RESA_CHROMIUM names) over the page as it lies on the disk.
+Tests marked `site` drive the system's Chromium over the page as it lies on the disk.
 """
 
 import hashlib

@@ -122,15 +122,6 @@ def test_pages_in_a_browser(site, visit, size):
             page.screenshot(path=SCREENSHOTS / file, full_page=name != "api.html")
 
 
-def test_solutions_unfold(visit):
-    page = visit((SITE / "tutorials" / "01_cache.html").as_uri())
-    folded = page.locator("details.hide").first
-    code = folded.locator("pre").first
-    assert not code.is_visible()
-    folded.locator("summary").click()
-    assert code.is_visible()
-
-
 def test_search_finds(visit):
     page = visit(f"{(SITE / 'search.html').as_uri()}?q=rectification")
     page.wait_for_selector("#search-results li a", timeout=20_000)

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from resa.reference import ReSAConfig, generate, prefill
-from resa.reference.lab.parallel import decode_along, decode_at_once, exact_stream, pooled_scores, windows
-from small_models import EXACT, VISIBLE, Shape
+from resa.reference import ReSAConfig
+from resa.reference.lab.parallel import decode_at_once, exact_stream, pooled_scores
+from small_models import EXACT, VISIBLE, Shape, decoded_along
 
 T, PROMPT = 86, 24
 CORNERS = [
@@ -30,15 +30,6 @@ def tokens(model):
     return torch.randint(model.config.vocab_size, (2, T), generator=generator)
 
 
-def step_by_step(model, tokens, config, prompt_tokens):
-    """Logits [S, V] of every step, and the states [S] that steps leave behind: (tokens drifted, cache length)."""
-    cache = model.new_cache(len(tokens), config.block_size)
-    prefill(model, tokens[:prompt_tokens], cache)
-    steps = decode_along(model, cache, tokens[prompt_tokens:], config)
-    logits, states = zip(*((logits, (state.n_drifted, state.cache.length)) for logits, state in steps), strict=True)
-    return torch.stack(logits), states
-
-
 @torch.no_grad()
 def at_once(model, tokens, config, prompt_tokens=PROMPT):
     """Logits [B, T, V] of dense attention and of decoding."""
@@ -53,12 +44,12 @@ def assert_same(model, tokens, config, prompt_tokens):
     assert float((dense - model(tokens)).abs().max()) < EXACT
     assert float((decoded - dense)[:, :prompt_tokens].abs().max()) < EXACT
     for row, logits in zip(tokens.tolist(), decoded, strict=True):
-        expected, _ = step_by_step(model, row, config, prompt_tokens)
+        expected = decoded_along(model, row[:prompt_tokens], row[prompt_tokens:], config)
         assert float((logits[prompt_tokens:] - expected).abs().max()) < EXACT
     return float((decoded - dense).abs().max())
 
 
-# ---- The same as steps -----------------------------------------------------------------------------------------------
+# The same as steps.
 
 
 @pytest.mark.parametrize("schedule", ["paper", "fused"])
@@ -79,50 +70,7 @@ def test_a_prompt_may_have_any_length(model, tokens, prompt_tokens, block_size, 
     assert_same(model, tokens[:1], config, prompt_tokens)
 
 
-def test_nothing_is_decoded_after_a_prompt_alone(model, tokens):
-    for corner in CORNERS:
-        dense, decoded = at_once(model, tokens, ReSAConfig(block_size=8, **corner), T)
-        assert torch.equal(decoded, dense)
-
-
-def test_all_blocks_are_dense(model, tokens):
-    dense, decoded = at_once(model, tokens, ReSAConfig(block_size=8, active_ratio=1, interval=None))
-    assert float((decoded - dense).abs().max()) < EXACT
-
-
-@torch.no_grad()
-def test_ways_share_one_exact_stream(model, tokens):
-    exact = exact_stream(model, tokens)
-    for corner in CORNERS:
-        config = ReSAConfig(block_size=8, active_ratio=0.1, min_blocks=2, **corner)
-        decoded = model.output(decode_at_once(model, exact, config, PROMPT).hidden)
-        assert torch.equal(decoded, at_once(model, tokens, config)[1])
-
-
-@pytest.mark.parametrize("corner", CORNERS)
-def test_windows_are_those_of_the_loop(model, tokens, corner):
-    config = ReSAConfig(block_size=8, **corner)
-    begins, is_dense = windows(T, PROMPT, config)
-    _, states = step_by_step(model, tokens[0].tolist(), config, PROMPT)
-    before = [0, *(n_drifted for n_drifted, _ in states[:-1])]
-    assert begins.tolist() == [PROMPT + step - n_drifted for step, n_drifted in enumerate(before)]
-    assert is_dense.tolist() == [config.schedule == "fused" and n_drifted == 0 for n_drifted, _ in states]
-
-
-def test_keys_and_values_are_those_that_steps_write(model, tokens):
-    """Read from the cache where nothing is ever rectified."""
-    config = ReSAConfig(block_size=8, active_ratio=0.2, min_blocks=2, interval=None)
-    cache = model.new_cache(T, 8)
-    prefill(model, tokens[0, :PROMPT].tolist(), cache)
-    list(decode_along(model, cache, tokens[0, PROMPT:].tolist(), config))
-    with torch.no_grad():
-        decoded = decode_at_once(model, exact_stream(model, tokens), config, PROMPT)
-    for name in ("keys", "values"):
-        written = torch.stack(getattr(decoded, name))[:, :1]  # [layer, 1, Hkv, S, D]
-        torch.testing.assert_close(written, getattr(cache, name)[:, :, :, PROMPT:], rtol=0, atol=EXACT)
-
-
-# ---- Training and scores ---------------------------------------------------------------------------------------------
+# Training and scores.
 
 
 def test_gradients_reach_both_streams(model, tokens):
@@ -149,46 +97,3 @@ def test_scores_are_asked_for_decoded_steps_alone_and_in_float32(model, tokens):
     config = ReSAConfig(block_size=8, active_ratio=0.1, min_blocks=2, dense_layers=1)
     decode_at_once(half, exact_stream(half, tokens), config, PROMPT, score)
     assert asked == [(T - PROMPT, torch.float32)] * 4  # of both streams, in the two layers that select
-
-
-# ---- The plain loop --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("corner", CORNERS)
-def test_decoding_along_its_own_tokens_is_generation(model, tokens, corner):
-    config, prompt = ReSAConfig(block_size=8, active_ratio=0.1, min_blocks=2, **corner), tokens[0, :PROMPT].tolist()
-    (wanted,) = generate(model, [prompt], 20, config)
-    cache = model.new_cache(wanted.cache.capacity, 8)
-    chosen = [int(prefill(model, prompt, cache).argmax())]
-    for logits, state in decode_along(model, cache, wanted.tokens[:-1], config):
-        chosen.append(int(logits.argmax()))
-        assert state.cache is cache
-    assert chosen == wanted.tokens
-    assert (state.tokens, state.n_drifted) == (wanted.tokens[:-1], wanted.n_drifted)
-    # Operations and numbers are the same, and so are the bits.
-    assert cache.length == wanted.cache.length
-    assert torch.equal(cache.keys, wanted.cache.keys)
-    assert torch.equal(cache.values, wanted.cache.values)
-
-
-# ---- Refusals --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prompt_tokens", [0, T + 1, 24.0])
-def test_a_prompt_that_is_none_is_refused_by_name(model, tokens, prompt_tokens):
-    with pytest.raises(ValueError, match=rf"prompt_tokens: got {prompt_tokens}; allowed: 1 … 86"):
-        at_once(model, tokens, ReSAConfig(block_size=8), prompt_tokens)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "named"),
-    [
-        (torch.zeros(4, dtype=torch.long), "tokens"),
-        (torch.full((1, 4), 10_000), "tokens: got 10000 … 10000"),
-        (torch.zeros(1, 4), "tokens"),
-        (torch.zeros(1, 257, dtype=torch.long), "tokens: got 257; allowed: at most context = 256"),
-    ],
-)
-def test_tokens_that_are_not_the_models_are_refused_by_name(model, tokens, named):
-    with pytest.raises(ValueError, match=named):
-        exact_stream(model, tokens)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resa.reference import ReSAConfig, block_bounds, score_blocks, select_blocks
+from resa.reference import ReSAConfig, block_bounds, score_blocks
 from resa.reference.lab.selection import (
     Step,
     certified_bound,
@@ -72,20 +72,9 @@ def test_ways_are_what_they_are_called(seed):
                 heads = step.query[s, 3 * h : 3 * h + 3]
                 upper = max(float(torch.maximum(q * block[h].amin(0), q * block[h].amax(0)).sum()) for q in heads)
                 assert found["per-head"][s, h, i] == pytest.approx(upper * 8**-0.5)
-                assert found["mean-key"][s, h, i] == pytest.approx(float(heads.mean(0) @ block[h].mean(0)))
+                mean = float(heads.mean(0) @ block[h].mean(0))
+                assert found["mean-key"][s, h, i] == pytest.approx(mean * 8**-0.5)
         assert (found["newest"][s, 0].diff() > 0).all()
-
-
-@given(SEEDS, st.floats(0.05, 1.0))
-def test_selected_blocks_are_those_of_the_operation(seed, ratio):
-    config = ReSAConfig(4, ratio, 2)
-    scores = torch.randn(3, 2, 10, generator=torch.Generator().manual_seed(seed))
-    lengths = torch.tensor([40, 0, 17], dtype=torch.int32)
-    indices = select_blocks(scores, lengths, config)
-    chosen = is_selected(scores, lengths, config)
-    for s in range(3):
-        for h in range(2):
-            assert chosen[s, h].nonzero()[:, 0].tolist() == [i for i in indices[s, h].tolist() if i >= 0]
 
 
 @given(SEEDS, st.sampled_from([0.1, 1.0, 8.0]))
@@ -117,17 +106,6 @@ def test_eight_bits_round_outward_and_not_far(seed, exponent):
     assert torch.equal(in_eight_bits(rounded), rounded)
 
 
-def test_eight_bits_are_the_next_number_outward():
-    """The least e4m3 number that is no less, and the other way round, looked up in the list of all of them."""
-    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    numbers = numbers[numbers.isfinite()].unique()
-    x = torch.cat([448 * torch.randn(5000, generator=torch.Generator().manual_seed(2)).clamp(-1, 1), numbers])
-    x[0] = 448  # so that the scale is 1
-    lo, hi = in_eight_bits(x.expand(1, 1, 2, 1, len(x)).contiguous())[0, 0, :, 0]
-    assert torch.equal(hi, numbers[torch.searchsorted(numbers, x)])
-    assert torch.equal(lo, numbers[torch.searchsorted(numbers, x, right=True) - 1])
-
-
 @torch.no_grad()
 def test_mass_is_left_out_of_what_a_cache_holds():
     """Queries looked at over the shoulder of dense steps, their attention computed by plain loops."""
@@ -157,7 +135,7 @@ def test_mass_is_left_out_of_what_a_cache_holds():
 
 def test_the_measurement_is_a_mean_over_layers_heads_and_steps():
     model, documents = SHAPE.model(), [SHAPE.tokens(length, stream) for stream, length in enumerate((50, 61, 70))]
-    result = measure_selection(model, documents, 6, CONFIG, progress=False)
+    result = measure_selection(model, documents, 6, CONFIG)
     json.dumps(result, allow_nan=False)
     assert list(result["mass_left_out"]) == WAYS
     assert result["certified_bound"]["violations"] == 0
@@ -174,15 +152,9 @@ def test_the_measurement_is_a_mean_over_layers_heads_and_steps():
     assert means["newest"] == max(means.values())
 
 
-def test_at_ratio_1_nothing_is_left_out():
-    result = measure_selection(SHAPE.model(), [SHAPE.tokens(50)], 3, ReSAConfig(4, 1.0, 2), progress=False)
-    assert all(row["mean"] == 0.0 for row in result["mass_left_out"].values())
-    assert result["certified_bound"]["mean"] == 0.0
-
-
 @pytest.mark.parametrize(
     ("n_tokens", "message"), [(0, "n_tokens: got 0"), (50, "documents: got 50 tokens; allowed: documents of 51 … 96")]
 )
 def test_bad_input_is_named(n_tokens, message):
     with pytest.raises(ValueError, match=message):
-        measure_selection(SHAPE.model(), [SHAPE.tokens(50)], n_tokens, CONFIG, progress=False)
+        measure_selection(SHAPE.model(), [SHAPE.tokens(50)], n_tokens, CONFIG)

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import oracle
+from backends import TRITON
+from judging import all_results, assert_all_same_bits
 from resa import reference
 from resa.reference import ReSAConfig
-from strategies import DEVICE, INF, NAN
+from strategies import DEVICE, INF, NAN, Case
 from tolerances import assert_same_bits, assert_three_way, assert_within, eps, lse_floor, plain_attention
 
 only = "compiled kernels only: set RESA_TEST_DEVICE=cuda where there is a GPU"
@@ -160,7 +162,7 @@ def test_attention_in_the_last_sequence_of_a_huge_cache(ops, huge):
     check_dense(ops, window, huge.keys, huge.values, only_last(length), only_last(4, other=5), "huge", LAST)
 
 
-def test_a_window_into_the_last_sequence_of_a_huge_cache(ops, huge):
+def test_a_window_into_the_last_sequence_of_a_huge_cache(huge):
     width, start = 21, HUGE_LENGTH - 24
     new = [normal(HUGE_BATCH, HUGE_HEADS, width, HUGE_DIM, seed=seed) for seed in (8, 9)]
     expected = [stored[LAST].clone() for stored in (huge.keys, huge.values)]
@@ -169,7 +171,8 @@ def test_a_window_into_the_last_sequence_of_a_huge_cache(ops, huge):
     shape = (HUGE_BATCH, HUGE_HEADS, 2, HUGE_DIM, HUGE_LENGTH // HUGE_BLOCK)
     bounds = torch.full(shape, 77.0, dtype=torch.float16, device=DEVICE)
     ends = only_last(start + width, other=3)
-    ops.write_window(huge.keys, huge.values, bounds, *new, only_last(start, other=3), ends, HUGE_BLOCK)
+    write_window = import_module("resa.fast.cache").write_window
+    write_window(huge.keys, huge.values, bounds, *new, only_last(start, other=3), ends, HUGE_BLOCK)
     for stored, wanted in zip((huge.keys, huge.values), expected, strict=True):
         assert_same_bits(stored[LAST], wanted, "stored")
         assert all(sequence.isnan().all() for sequence in stored[:-1])
@@ -206,60 +209,16 @@ def test_the_target_shape_agrees_three_ways(ops, dtype, scale):
         check_dense(ops, window, keys, values, lengths, int32(*used), f"window of {used}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_compiled_runs_repeat_bit_for_bit(ops, dtype):
+@pytest.mark.parametrize("dtype", TRITON.dtypes, ids=str)
+def test_compiled_runs_repeat_bit_for_bit(dtype):
     """Splits that arrive in any order are merged in one: 100 runs, of lengths that give each sequence its own share."""
-    lengths, used = int32(LENGTH, 1, LENGTH // 3, 0), int32(3, 1, 2, 3)
-    keys, values = (normal(4, KV_HEADS, LENGTH, HEAD_DIM, seed=seed, dtype=dtype) for seed in (13, 14))
-    window, config = normal(4, HEADS, 3, HEAD_DIM, seed=15, dtype=dtype), ReSAConfig(block_size=BLOCK, active_ratio=0.3)
-
-    def run():
-        bounds = ops.block_bounds(keys, lengths, BLOCK)
-        scores = ops.score_blocks(window[:, :, 0], bounds, lengths, BLOCK)
-        indices = ops.select_blocks(scores, lengths, config)
-        sparse = ops.sparse_attention(window[:, :, 0], keys, values, indices, lengths, BLOCK, return_lse=True)
-        dense = ops.dense_attention(window, keys, values, lengths, query_lengths=used, return_lse=True)
-        return bounds, scores, indices, *sparse, *dense
-
-    first = run()
+    group, lengths, used = HEADS // KV_HEADS, (LENGTH, 1, LENGTH // 3, 0), int32(2, 1, 2, 2)
+    x = Case(13, KV_HEADS, group, HEAD_DIM, BLOCK, lengths, capacity=LENGTH).build(dtype)
+    x = x.but(**{name: getattr(x, name).to(DEVICE) for name in ("query", "keys", "values", "lengths")})
+    config = ReSAConfig(block_size=BLOCK, active_ratio=0.3)
+    first = all_results(TRITON, x, config, used)
     for _ in range(100):
-        for found, expected in zip(run(), first, strict=True):
-            assert_same_bits(found, expected, "rerun")
-
-
-def test_one_set_of_split_counters_serves_every_launch(ops):
-    """In a decode loop's graph: sparse and dense kernels in turn, captured once, replayed into spoilt memory."""
-    attention, capture = import_module("resa.fast.attention"), import_module("resa.fast.gpu.graphs").capture
-    lengths, used = int32(LENGTH, 1, LENGTH // 3, 0), int32(32, 1, 20, 0)
-    keys, values = (normal(4, KV_HEADS, LENGTH, HEAD_DIM, seed=seed) for seed in (16, 17))
-    window = normal(4, HEADS, 32, HEAD_DIM, seed=18)
-    query, n_blocks = window[:, :, 0].contiguous(), LENGTH // BLOCK
-    indices = torch.arange(n_blocks, dtype=torch.int32, device=DEVICE).repeat(4, KV_HEADS, 1)
-    counts = int32(n_blocks, 1, n_blocks // 3 + 1, 0)
-    expected = [
-        *ops.sparse_attention(query, keys, values, indices, lengths, BLOCK, return_lse=True),
-        *ops.dense_attention(window, keys, values, lengths, query_lengths=used, return_lse=True),
-    ]
-    needed = max(4 * KV_HEADS, attention.count_split_counters(keys, HEADS // KV_HEADS, 32))
-    shared = {"return_lse": True, "split_counters": torch.zeros(needed, dtype=torch.int32, device=DEVICE)}
-    found = []
-
-    def run():
-        sparse = attention.sparse_attention(query, keys, values, indices, lengths, BLOCK, counts=counts, **shared)
-        found[:] = [*sparse, *attention.dense_attention(window, keys, values, lengths, query_lengths=used, **shared)]
-
-    run()
-    graph = capture(run)
-    for _ in range(100):
-        for tensor in found:
-            tensor.fill_(NAN)
-        graph.replay()
-        assert not shared["split_counters"].any()
-        # A sequence's list is shared among the splits by its count, and the sum rounds by what falls to each.
-        for tensor, other in zip(found[:2], expected[:2], strict=True):
-            assert torch.allclose(tensor.float(), other.float(), rtol=0, atol=4 * eps(torch.float16), equal_nan=False)
-        for tensor, other in zip(found[2:], expected[2:], strict=True):
-            assert_same_bits(tensor, other, "dense")
+        assert_all_same_bits(all_results(TRITON, x, config, used), first, "rerun")
 
 
 @pytest.mark.parametrize("batch", [1, 3, 48])

@@ -111,9 +111,6 @@ def test_the_kernels_decode_them_as_well(family):
     assert tokens_of(fast.generate(model, prompts, 5, config)) == tokens_of(generate(model, prompts, 5, config))
 
 
-# ---- Inside transformers ---------------------------------------------------------------------------------------------
-
-
 def left_padded(prompts, device="cpu"):
     """A ragged batch for the library: rows padded on the left with a token that counts elsewhere, and the mask."""
     longest = max(map(len, prompts))
@@ -226,7 +223,7 @@ def test_sampling_and_stop_tokens_reach_the_decode_loop(family):
     assert set(stopped[place:]) == {end}
 
 
-# ---- Text ------------------------------------------------------------------------------------------------------------
+# Text
 
 END = "<|end|>"
 PROSE = "Ein Käfer läuft über das Blatt, 甲虫, and a beetle walks across the leaf; the leaf is green.\n"
@@ -250,14 +247,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_tokens_one_by_one_are_the_text(folder):
+def test_a_text_comes_back(folder):
     tokenizer = PretrainedTokenizer(folder)
-    tokens = tokenizer.encode(PROSE + END)
+    tokens = tokenizer.encode_ordinary(PROSE + END)
     assert tokens[-1:] == [tokenizer.tokenizer.token_to_id(END)]
-    assert b"".join(map(tokenizer.token_bytes, tokens)) == (PROSE + END).encode()
-    assert tokenizer.decode(tokens) == PROSE + END
-    assert any(len(tokenizer.token_bytes(token)) > 2 for token in tokens), "no merges were learnt"
-    assert tokenizer.token_bytes(tokenizer.tokenizer.get_vocab_size()) == b"", "the vocabulary is padded"
+    assert len(tokens) < len(PROSE.encode()), "no merges were learnt"
+    padding = tokenizer.tokenizer.get_vocab_size()  # the vocabulary is padded: no token has this id
+    assert tokenizer.decode([*tokens, padding]) == PROSE + END
 
 
 def test_generate_reads_a_folder(folder, capsys):
@@ -266,7 +262,7 @@ def test_generate_reads_a_folder(folder, capsys):
     assert main([*options, "--device", "cpu", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     tokenizer = PretrainedTokenizer(folder)
-    prompt = tokenizer.encode(PROSE)
+    prompt = tokenizer.encode_ordinary(PROSE)
     config = ReSAConfig(interval=4, min_blocks=2)
     expected = generate(load_pretrained(folder), [prompt], 9, config, stop_tokens=stop_tokens(folder))[0].tokens
     assert (result["tokens"], result["text"]) == (expected, tokenizer.decode(expected))
@@ -282,9 +278,6 @@ def test_weights_keep_their_dtype_unless_told(folder, tmp_path):
     assert load_pretrained(tmp_path).embed.weight.dtype == torch.bfloat16
 
 
-# ---- What config.json may say ----------------------------------------------------------------------------------------
-
-
 def changed(folder, tmp_path, **changes):
     """A copy of the folder, fields of its config.json replaced, or left out where they are None."""
     copy = tmp_path / "copy"
@@ -297,13 +290,8 @@ def changed(folder, tmp_path, **changes):
 
 REFUSED = [
     ({"model_type": "mamba"}, "model_type: got 'mamba'"),
-    ({"model_type": "qwen2_moe"}, "model_type: got 'qwen2_moe'"),
-    ({"model_type": None}, "model_type: got None"),
     ({"use_sliding_window": True}, "use_sliding_window: got True"),
-    (
-        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-        "layer_types: got .*'sliding_attention'",
-    ),
+    ({"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}, "layer_types: got .*'sliding_attention'"),
     ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
     ({"attention_bias": True}, "attention_bias: got True"),
     ({"quantization_config": {"bits": 4}}, "quantization_config: got {'bits': 4}"),
@@ -313,19 +301,15 @@ REFUSED = [
     ({"rope_parameters": {"rope_type": "yarn"}}, "rope factor|factor"),
     ({"rope_parameters": {**YARN, "mscale": 2.0}}, "rope field mscale: got 2.0"),
     ({"rope_parameters": {"factor": 2.0}}, r"rope: got \['factor'\] without a rope_type"),
-    ({"hidden_size": None}, "hidden_size: got missing"),
+    ({"hidden_size": None}, "hidden_size: got None"),
     ({"num_key_value_heads": 4}, "n_head: got 6; allowed: a multiple of n_kv_head = 4"),
-    ({"vocab_size": "many"}, "vocab_size: got 'many'"),
     ({"hidden_size": "wide"}, "hidden_size: got 'wide'"),
-    ({"num_key_value_heads": 0}, "n_kv_head: got 0"),
     ({"layer_types": 3}, "layer_types: got 3"),
     ({"layer_types": ["full_attention"] * 2}, "layer_types: got .* allowed: 3 times 'full_attention'"),
     ({"rope_parameters": [1]}, r"rope_parameters: got \[1\]"),
-    ({"rope_parameters": "yarn"}, "rope_parameters: got 'yarn'"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: got 0.5"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: got .* beside rope_parameters"),
     ({"use_mrope": True}, "use_mrope: got True"),
-    ({"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config: got a field unknown"),
 ]
 
 
@@ -338,62 +322,48 @@ def test_what_a_config_may_not_say(folder, tmp_path, changes, message):
     assert "; allowed: " in str(refusal.value)
 
 
-# Fields of config.json as the families' own repositories state them, but for those that say nothing here.
-QWEN25_7B = {
-    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
-    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
-    "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
-    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
-    "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "transformers_version": "4.43.1", "use_cache": True, "use_sliding_window": False, "vocab_size": 152064,
+# Fields of config.json as the families' own repositories state them.
+COMMON = {
+    "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.43.1", "use_cache": True,
 }  # fmt: skip
-QWEN25_HALF = {
-    **QWEN25_7B, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24,
-    "num_key_value_heads": 2, "sliding_window": 32768, "tie_word_embeddings": True, "use_mrope": False,
-    "vocab_size": 151936,
+QWEN25_7B = {
+    **COMMON, "architectures": ["Qwen2ForCausalLM"], "bos_token_id": 151643, "eos_token_id": 151645,
+    "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 32768, "max_window_layers": 28,
+    "model_type": "qwen2", "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+    "rope_theta": 1000000.0, "sliding_window": 131072, "use_mrope": False, "use_sliding_window": False,
+    "vocab_size": 152064,
 }  # fmt: skip
 QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
-    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-    "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
-    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
-    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
-    "vocab_size": 151936,
+    **COMMON, "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "bos_token_id": 151643,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_size": 4096, "intermediate_size": 12288,
+    "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3", "num_attention_heads": 32,
+    "num_hidden_layers": 36, "num_key_value_heads": 8, "rope_scaling": None, "rope_theta": 1000000,
+    "sliding_window": None, "use_sliding_window": False, "vocab_size": 151936,
 }  # fmt: skip
 LLAMA31_8B = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-    "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
-    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "transformers_version": "4.42.3", "use_cache": True, "vocab_size": 128256,
+    **COMMON, "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009], "hidden_size": 4096, "intermediate_size": 14336,
+    "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama", "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0, "vocab_size": 128256,
     "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 8192, "rope_type": "llama3"},
 }  # fmt: skip
+STRETCHED = {"factor": 4.0, "original_max_position_embeddings": 32768}  # as the families' pages say
 REPOSITORIES = {
     "Qwen2.5-7B-Instruct": (QWEN25_7B, 32_768),
-    "Qwen2.5-7B-Instruct, stretched as its page says": (
-        QWEN25_7B
-        | {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}},
-        131_072,
-    ),
-    "Qwen2.5-0.5B": (QWEN25_HALF, 32_768),
+    "Qwen2.5-7B-Instruct, stretched": (QWEN25_7B | {"rope_scaling": {**STRETCHED, "type": "yarn"}}, 131_072),
     "Qwen3-8B": (QWEN3_8B, 40_960),
-    "Qwen3-8B, stretched as its page says": (
-        QWEN3_8B
-        | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
-        131_072,
-    ),
-    "Llama-3-8B": ({**LLAMA31_8B, "rope_scaling": None, "max_position_embeddings": 8192}, 8192),
+    "Qwen3-8B, stretched": (QWEN3_8B | {"rope_scaling": {**STRETCHED, "rope_type": "yarn"}}, 131_072),
     "Llama-3.1-8B": (LLAMA31_8B, 131_072),
     "Llama-3.2-1B": (
         {**LLAMA31_8B, "head_dim": 64, "hidden_size": 2048, "num_hidden_layers": 16, "tie_word_embeddings": True},
         131_072,
     ),
     "saved by transformers 5": (
-        {name: value for name, value in QWEN25_HALF.items() if name != "rope_theta"}
-        | {"dtype": "bfloat16", "layer_types": ["full_attention"] * 24, "pad_token_id": None, "sliding_window": None,
+        {name: value for name, value in QWEN25_7B.items() if name != "rope_theta"}
+        | {"dtype": "bfloat16", "layer_types": ["full_attention"] * 28, "pad_token_id": None, "sliding_window": None,
            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}},
         32_768,
     ),
@@ -412,10 +382,8 @@ def test_what_repositories_say_is_understood(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = read_config(tmp_path)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert (config.vocab_size, config.n_layer, config.n_head) == (
-        theirs.vocab_size, theirs.num_hidden_layers, theirs.num_attention_heads,
-    )  # fmt: skip
-    assert config.n_kv_head == theirs.num_key_value_heads
+    sizes = (theirs.vocab_size, theirs.num_hidden_layers, theirs.num_attention_heads, theirs.num_key_value_heads)
+    assert (config.vocab_size, config.n_layer, config.n_head, config.n_kv_head) == sizes
     assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert config.tied_embeddings == theirs.tie_word_embeddings
     assert config.context == context
@@ -433,9 +401,6 @@ def test_what_repositories_say_is_understood(name, tmp_path):
     ):
         off = (found - whole[..., : config.head_dim // 2]).abs().max()
         assert off <= (1e-6 if scaling is None else 0.02)
-
-
-# ---- Damage ----------------------------------------------------------------------------------------------------------
 
 
 def rewritten(folder, tmp_path, change):
@@ -468,23 +433,19 @@ def test_damaged_weights_are_refused(folder, tmp_path, kind):
 def test_values_that_a_dtype_cannot_hold_are_refused(folder, tmp_path):
     copy = rewritten(folder, tmp_path, lambda tensors: tensors[NAME][3].fill_(1e5))
     assert load_pretrained(copy).embed.weight.dtype == torch.float32
-    with pytest.raises(
-        ValueError, match=f"tensor {NAME}: got NaN or infinity; allowed: what is finite in torch.float16"
-    ):
+    with pytest.raises(ValueError, match=f"tensor {NAME}: got NaN .* allowed: what is finite in torch.float16"):
         load_pretrained(copy, dtype=torch.float16)
 
 
-def test_weights_that_memory_cannot_hold_are_refused_before_any_is_read(folder, monkeypatch, capsys):
+def test_weights_that_memory_cannot_hold_are_refused_before_any_is_read(folder, tmp_path, monkeypatch):
     """With what would fit: in half the bytes, they do."""
     size = sum(parameter.numel() for parameter in load_pretrained(folder).parameters())
     monkeypatch.setattr("resa.reference.weights.pretrained.free_memory", lambda device: 3 * size)
     assert load_pretrained(folder, dtype=torch.float16).embed.weight.dtype == torch.float16
-    monkeypatch.setattr("resa.reference.weights.pretrained._finite", lambda *_: pytest.fail("a weight was read"))
-    allowed = r"allowed: the [\d.]+ GB that cpu has free, so at most 24\.0 bits per weight"
+    damaged = rewritten(folder, tmp_path, lambda tensors: tensors[NAME].fill_(math.nan))  # reading it would raise
+    allowed = r"allowed: the [\d.]+ GB that this machine has, so at most 24\.0 bits per weight"
     with pytest.raises(torch.OutOfMemoryError, match=rf"got [\d.]+ billion weights, [\d.]+ GB in float32; {allowed}"):
-        load_pretrained(folder)
-    assert main(["generate", "a", "--model", str(folder), "--device", "cpu"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+        load_pretrained(damaged)
 
 
 def test_truncated_and_absent_files_are_named(folder, tmp_path):
@@ -497,7 +458,7 @@ def test_truncated_and_absent_files_are_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
         load_pretrained(copy)
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
-    with pytest.raises(ValueError, match=r"weight_map: got '\.\./b\.safetensors'"):
+    with pytest.raises(ValueError, match=r"weight_map: got {'a': '\.\./b\.safetensors'}"):
         load_pretrained(copy)
     (copy / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: got no JSON"):
@@ -507,37 +468,27 @@ def test_truncated_and_absent_files_are_named(folder, tmp_path):
         load_pretrained(copy)
 
 
-def test_a_tensor_twice_or_in_another_shard_is_refused(folder, tmp_path):
+def test_a_tensor_twice_is_refused(folder, tmp_path):
     """A download that was half replaced leaves such a folder."""
-    copy = tmp_path / "copy"
-    transformers.Qwen2ForCausalLM.from_pretrained(folder).save_pretrained(copy, max_shard_size="60KB")
-    first, second = sorted(copy.glob("*.safetensors"))[:2]
-    load_pretrained(copy)
-    tensors = safetensors.torch.load_file(second)
-    name = next(iter(safetensors.torch.load_file(first)))
-    tensors[name] = safetensors.torch.load_file(first)[name] + 1
-    safetensors.torch.save_file(tensors, second)
+    transformers.Qwen2ForCausalLM.from_pretrained(folder).save_pretrained(tmp_path, max_shard_size="60KB")
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    load_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(first)
+    name = next(iter(tensors))
+    safetensors.torch.save_file({**safetensors.torch.load_file(second), name: tensors[name]}, second)
     with pytest.raises(ValueError, match=rf"tensor {name}: got a second one beside .*{first.name}"):
-        load_pretrained(copy)
-    del tensors[name]
-    safetensors.torch.save_file(tensors, second)
-    index = copy / "model.safetensors.index.json"
-    values = json.loads(index.read_text())
-    values["weight_map"][name] = second.name
-    index.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=rf"tensor {name}: got (missing|{first.name}); allowed: in {second.name}"):
-        load_pretrained(copy)
+        load_pretrained(tmp_path)
 
 
 def test_prompts_are_neither_cut_nor_stretched(folder, tmp_path):
     """Whatever fine-tuning has left in the file."""
-    plain = PretrainedTokenizer(folder).encode(PROSE)
+    plain = PretrainedTokenizer(folder).encode_ordinary(PROSE)
     copy = changed(folder, tmp_path)
     tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=len(plain) + 20)
     tokenizer.save(str(copy / "tokenizer.json"))
-    assert PretrainedTokenizer(copy).encode(PROSE) == plain
+    assert PretrainedTokenizer(copy).encode_ordinary(PROSE) == plain
 
 
 def test_a_token_that_begins_a_text_is_added(folder, tmp_path):
@@ -554,26 +505,22 @@ def test_a_token_that_begins_a_text_is_added(folder, tmp_path):
     tokenizer.save(str(copy / "tokenizer.json"))
     found = PretrainedTokenizer(copy)
     library = transformers.PreTrainedTokenizerFast(tokenizer_file=str(copy / "tokenizer.json"))
-    tokens = found.encode(PROSE)
+    tokens = found.encode_ordinary(PROSE)
     assert tokens == library(PROSE)["input_ids"]
     assert tokens[0] == end
-    assert b"".join(map(found.token_bytes, tokens[1:])) == PROSE.encode()
+    assert found.decode(tokens[1:]) == PROSE
 
 
-def test_tokenizers_of_other_kinds_are_refused(folder, tmp_path):
-    copy = changed(folder, tmp_path)
-    path = copy / "tokenizer.json"
-    for other in ("Metaspace", 3, None):
-        path.write_text(json.dumps({"decoder": other}))
-        with pytest.raises(ValueError, match=rf"tokenizer\.json: decoder: got {other!r}"):
-            PretrainedTokenizer(copy)
-    shutil.copy(folder / "tokenizer.json", path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder": {"type": "Metaspace"}}))
-    with pytest.raises(ValueError, match=r"tokenizer\.json: decoder: got 'Metaspace'"):
-        PretrainedTokenizer(copy)
-    path.write_text('{"decoder": {"type": "ByteLevel"}}')
-    with pytest.raises(ValueError, match=r"tokenizer\.json: got a damaged file"):
-        PretrainedTokenizer(copy)
-    path.unlink()
+def test_tokenizers_of_other_kinds_are_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such file"):
-        PretrainedTokenizer(copy)
+        PretrainedTokenizer(tmp_path)
+    for decoder, message in (
+        ({"type": "Metaspace"}, "decoder: got 'Metaspace'"),
+        (3, "decoder: got 3"),
+        (None, "decoder: got None"),
+        ({"type": "ByteLevel"}, "got a damaged file"),  # nothing else is in it
+    ):
+        path.write_text(json.dumps({"decoder": decoder}))
+        with pytest.raises(ValueError, match=rf"tokenizer\.json: {message}"):
+            PretrainedTokenizer(tmp_path)

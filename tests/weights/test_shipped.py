@@ -9,9 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from resa.reference import ReSAConfig, generate, load_model, load_tokenizer, prefill, rectify, sparse_step
-from resa.reference.cli.demo import DEMO_MODULE, demo_prompt
-from resa.reference.lab.corpus import held_out_library
+from resa.reference import ReSAConfig, load_model, load_tokenizer, prefill, rectify, sparse_step
+from resa.reference.cli.demo import demo_prompt
 from resa.reference.weights.checkpoint import shipped_checkpoint
 from shipped import digests, record
 
@@ -38,13 +37,6 @@ def test_the_record_describes_the_file(name):
     assert last["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert all(run["command"].startswith("resa train ") for run in told["runs"])
     assert sum(run["tokens_seen"] for run in told["runs"]) == told["tokens_seen"]
-
-
-def test_the_model_of_programs_began_with_the_other():
-    """With the file in 16 bits; the shipped one is rounded from that."""
-    runs = record("carrying")["runs"]
-    assert runs[0]["init_sha256"] == record()["rounded_from"]
-    assert [run["train"]["sparse_share"] for run in runs] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["model", "carrying"])
@@ -75,11 +67,8 @@ def test_the_results_are_of_this_model_and_meet_what_was_asked_of_it():
     assert max(variants[name]["drift_after_rectification"] for name in ("ReSA f=8", "ReSA f=32")) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "name", ["carried", "carried_fused", "carried_scores", "carried_small", "written", "drift_carrying"]
-)
-def test_the_results_about_programs_are_of_that_model(name):
-    result = json.loads((RESULTS / "evidence" / f"{name}.json").read_text())
+def test_the_programs_as_written_are_of_the_other_model():
+    result = json.loads((RESULTS / "evidence" / "written.json").read_text())
     assert result["checkpoint_sha256"] in digests("carrying")
 
 
@@ -97,17 +86,6 @@ def test_its_logits_are_pinned(model, tokenizer):
     expected = [14.1405, 10.4313, 9.3351, 8.8792, 8.4417, 8.2984, 8.0003, 7.7418]
     assert top.values.tolist() == pytest.approx(expected, abs=1e-3)
     assert float(logits.logsumexp(0)) == pytest.approx(14.2020, abs=1e-3)
-
-
-def test_it_has_learned_python(model, tokenizer):
-    (generation,) = generate(model, [tokenizer.encode_ordinary(PROMPT)], 16)
-    assert tokenizer.decode(generation.tokens).startswith('path, "rb") as f:\n        return f.read()')
-
-
-def test_the_file_of_the_demo_is_held_out(tokenizer):
-    _, text = demo_prompt()
-    assert DEMO_MODULE in [document.name for document in held_out_library()]
-    assert len(tokenizer.encode_ordinary(text)) > 4096
 
 
 def test_rectification_is_exact_on_real_weights_and_text(tokenizer):
