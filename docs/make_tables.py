@@ -65,7 +65,8 @@ def measured(result: dict) -> str:
         command = f"Commit {result['commit']}"
     else:  # neither where it ran nor how many sequences at a time says what was measured
         words = without(shlex.split(result["command"]), ["--device", "--out", "--batch"])
-        command = f"`{' '.join(words)}`"
+        command = " ".join(words).replace(" reference/assets/", " reference/weights/assets/")  # moved since
+        command = f"`{command}`"
     return f"{command}; {result['device']}, {result['seconds']:.0f} s."
 
 

@@ -19,7 +19,7 @@ from .gpu.bounds8 import Bounds8, table_and_scale
 from .gpu.launch import let_next_start, overlapped, wait_for_previous
 
 MANY_SCORES = 2**17  # from here on larger tiles pay: there are programs enough to fill the GPU
-# Up to so many scores the time is decided by how warps add up, and they add integers at once.
+# In rows up to this long the reduction dominates; warps add integers in one instruction.
 LONG_ROW = tl.constexpr(4096)
 GUESSES = tl.constexpr(12)  # passes that interpolate; simulated rows of 16,384 scores took 7 to 13
 

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _needs(device: torch.device) -> str | None:
     """Name what the kernels are missing to run on the device; None where they run."""
     if find_spec("triton") is None:
-        return "the package triton, which there is for Linux only"
+        return "the package triton: pip install triton, on Linux"
     from .gpu.limits import INTERPRETED
 
     if INTERPRETED:

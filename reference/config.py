@@ -101,8 +101,7 @@ class GPTConfig:
             require_integer(name, getattr(self, name), 1)
         n_head, n_kv_head = self.n_head, self.n_kv_head
         require(n_head % n_kv_head == 0, "n_head", n_head, f"a multiple of n_kv_head = {n_kv_head}")
-        allowed = "an even number, because RoPE turns pairs"
-        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, allowed)
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even: RoPE rotates pairs")
         for name in ("rope_theta", "norm_eps"):
             require_positive(name, getattr(self, name))
         for name in ("qkv_bias", "qk_norm", "tied_embeddings"):

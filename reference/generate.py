@@ -16,7 +16,7 @@ from .cache import KVCache
 from .checks import check_tokens, require, require_integer
 from .config import ReSAConfig
 from .model import GPT
-from .requests import check_request, open_cache, sequence_generators
+from .requests import check_request, open_caches, sequence_generators
 from .sampling import Sampling
 
 PREFILL_CHUNK = 256  # tokens per dense pass of a prompt, which bounds its memory
@@ -32,7 +32,7 @@ class Generation:
 
 
 def dense_pass(model: GPT, tokens: Sequence[int], cache: KVCache, start: int) -> Tensor:
-    """Feed tokens at positions start, start + 1, …, each attending to all before it; [Q] → [Q, C].
+    """Feed tokens at positions start, start + 1, …; each sees itself and all before; [Q] → [Q, C].
 
     Keys and values that the cache held there are overwritten, layer by layer. No cached token may
     come after these: it would have been computed from the keys that are being replaced.
@@ -80,7 +80,7 @@ def prefill(model: GPT, prompt: Sequence[int], cache: KVCache, chunk_size=PREFIL
 def sparse_step(model: GPT, token: int, cache: KVCache, config: ReSAConfig) -> Tensor:
     """Feed one token that attends to selected blocks alone (eq. 2–5) → logits [V] for the next."""
     position, b, device = cache.length, config.block_size, model.embed.weight.device
-    require(position < cache.capacity, "length after the step", position + 1, f"{cache.capacity}")
+    require(position < cache.capacity, "length after the step", position + 1, f"≤ {cache.capacity}")
     require(b == cache.block_size, "config.block_size", b, f"{cache.block_size}")
     check_tokens([token], model.config.vocab_size)
     ids = torch.tensor([[token]], dtype=torch.int64, device=device)  # [1, 1]
@@ -128,8 +128,7 @@ def decode_step(model: GPT, generation: Generation, config: ReSAConfig) -> Tenso
     f and its logits are not used. Under "fused" the pass itself feeds each f-th token.
     """
     tokens, cache, w = generation.tokens, generation.cache, generation.n_drifted
-    allowed = f"a pending token after the window's {w}"
-    require(len(tokens) > w, "tokens", f"{len(tokens)} tokens", allowed)
+    require(len(tokens) > w, "tokens", f"{len(tokens)} tokens", f"more than the window's {w}")
 
     # Fused: the pass re-encodes the window and feeds the pending token in one go.
     newest = tokens[-w - 1 :]  # of the window, then the pending one
@@ -174,7 +173,7 @@ def generate(
     config = ReSAConfig() if config is None else config
     sampling = Sampling() if sampling is None else sampling
     check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume, generators)
-    opened = [open_cache(model, prompt, max_new_tokens, config, resume) for prompt in prompts]
+    opened = open_caches(model, prompts, max_new_tokens, config, resume)
     own = sequence_generators(len(prompts), sampling, generators)
 
     generations = []

@@ -67,7 +67,7 @@ class Attention(nn.Module):
         key = apply_rotary(self.k_norm(key), cos, sin)
         return query, key, value
 
-    def joined(self, out: Tensor) -> Tensor:
+    def project(self, out: Tensor) -> Tensor:
         """Attention's output [B, Hq, Q, D] → hidden states [B, Q, C]."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -136,7 +136,7 @@ class GPT(nn.Module):
         # Each layer adds attention, then the MLP, to the residual stream.
         for index, layer in enumerate(self.layers):
             query, key, value = layer.attn.heads(layer.attn_norm(x), cos, sin)
-            x = x + layer.attn.joined(attend(index, query, key, value))
+            x = x + layer.attn.project(attend(index, query, key, value))
             x = x + layer.mlp(layer.mlp_norm(x))
         return self.norm(x)
 
@@ -156,7 +156,7 @@ class GPT(nn.Module):
 
 def causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend to the token itself and all before it: the `Attend` of training, by torch's kernel."""
-    # On a GPU torch stores all T × T scores of grouped float32 heads. Copies of KV heads are less.
+    # On a GPU torch stores all T × T scores of grouped float32 heads. Copying KV heads takes less.
     group = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(group, dim=1) for each in (key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)

@@ -21,7 +21,7 @@ from . import attention, blocks, checks
 class Operations:
     """One implementation of the five operations, for `GPT(config, ops=…)` to decode with."""
 
-    block_bounds: Callable[..., Tensor]  # keys → bounds (eq. 3); `KVCache` calls its own import
+    block_bounds: Callable[..., Tensor]  # keys → bounds (eq. 3). Not used in a pass: see `KVCache`
     score_blocks: Callable[..., Tensor]  # query, bounds → scores [B, Hkv, M] (eq. 4)
     select_blocks: Callable[..., Tensor]  # scores → indices [B, Hkv, N] int32 (eq. 5)
     sparse_attention: Callable[..., Any]  # query [B, Hq, D], the cache, indices → out (eq. 2)
@@ -52,10 +52,8 @@ DTYPES = {
     ("indices",): checks.INTEGERS,
 }
 
-Limits = Callable[[str, Mapping[str, Any], Mapping[str, int]], None]
 
-
-def checked(ops: Operations, *, limits: Limits | None = None) -> Operations:
+def checked(ops: Operations, *, limits: Callable[..., None] | None = None) -> Operations:
     """Make operations public: check their arguments first, raising `ValueError` by name.
 
     `limits(operation, arguments by name, sizes by letter)` refuses what one of them cannot do.
@@ -97,7 +95,7 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, int]:
     # Lengths lie within the cache, or within the blocks that there are bounds or scores for.
     block_size = arguments.get("block_size", 1)  # dense attention knows no blocks
     if "config" in arguments:
-        block_size = arguments["config"].block_size
+        block_size = getattr(arguments["config"], "block_size", None)
     checks.require_integer("block_size", block_size, 1)
     capacity = sizes["T_max"] if "T_max" in sizes else sizes["M"] * block_size
     checks.check_lengths("lengths", given["lengths"], capacity)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache import KVCache
-from .checks import check_tokens, is_integer, require
+from .checks import check_cache_memory, check_tokens, is_integer, require
 from .config import ReSAConfig
 from .model import GPT
 from .sampling import Sampling
@@ -75,33 +75,40 @@ def check_resume(model: GPT, config: ReSAConfig, resume: Generation) -> None:
     require(w == 0 or w < n, "resume.n_drifted", w, f"less than its {n} tokens")
 
 
-def open_cache(
+def open_caches(
     model: GPT,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     config: ReSAConfig,
     resume: Generation | None,
-) -> tuple[KVCache, list[int]]:
-    """A cache with room for all that is to come, and the tokens to prefill before the first new
-    one.
+) -> list[tuple[KVCache, list[int]]]:
+    """A cache for each prompt, with room for all that is to come, and the tokens to prefill first.
 
     A generation that is resumed stays as it is: the exact part of its cache is copied. Its open
     window is encoded again, with the pending token and the prompt.
     """
     only = "False: only the Triton path rounds bounds"
     require(not config.eight_bit_bounds, "config.eight_bit_bounds", True, only)
-    room = max(max_new_tokens - 1, 0)  # the last token is never fed
-    if resume is None:
-        return model.new_cache(len(prompt) + room, config.block_size), list(prompt)
+    kept, again = 0, []
+    if resume is not None:
+        kept = resume.cache.length - resume.n_drifted
+        again = resume.tokens[-resume.n_drifted - 1 :]
+    feeds = [[*again, *prompt] for prompt in prompts]
+    room = kept + max(max_new_tokens - 1, 0)  # the last token is never fed
+    capacities = [len(feed) + room for feed in feeds]
 
-    kept = resume.cache.length - resume.n_drifted
-    feed = [*resume.tokens[-resume.n_drifted - 1 :], *prompt]
-    cache = model.new_cache(kept + len(feed) + room, config.block_size)
-    old = zip(resume.cache.keys, resume.cache.values, strict=True)
-    for layer, (keys, values) in enumerate(old):
-        cache.write(layer, 0, keys[:, :, :kept], values[:, :, :kept])
-    cache.length = kept
-    return cache, feed
+    # All of them have to fit, not each by itself.
+    shape, weight, b = model.config, model.embed.weight, config.block_size
+    together = (shape.n_layer, 1, shape.n_kv_head, sum(capacities), shape.head_dim)
+    check_cache_memory(together, b, weight.dtype, weight.device)
+    caches = [model.new_cache(capacity, b) for capacity in capacities]
+
+    if resume is not None:
+        old = zip(resume.cache.keys, resume.cache.values, strict=True)
+        for layer, (keys, values) in enumerate(old):
+            caches[0].write(layer, 0, keys[:, :, :kept], values[:, :, :kept])
+        caches[0].length = kept
+    return list(zip(caches, feeds, strict=True))
 
 
 def check_generators(
@@ -122,14 +129,12 @@ def check_generators(
 
 
 def sequence_generators(
-    batch: int,
-    sampling: Sampling,
-    generators: torch.Generator | Sequence[torch.Generator] | None,
+    batch: int, sampling: Sampling, generators: torch.Generator | Sequence[torch.Generator] | None
 ) -> list[torch.Generator | None]:
     """One generator per sequence, so that none draws from another's (law 9).
 
     generators: one per prompt, or one that seeds them all in prompt order; None is torch's default.
-    Seeds are drawn here, so ask for them when nothing is left that could be refused.
+    Call this after every check: it draws the seeds.
     """
     if isinstance(generators, Sequence):
         return list(generators)

@@ -26,6 +26,7 @@ class Sampling:
 
     def token(self, logits: Tensor, generator: torch.Generator | None) -> int:
         """Choose a token from logits [V]. Uses one uniform number, at temperature 0 none."""
+        require(logits.dim() == 1, "logits", f"shape {list(logits.shape)}", "[V], of one sequence")
         if self.temperature == 0:
             return int(logits.argmax())  # ties: the lower id
         # The uniform number picks by cumulative mass, renormalised to the tokens that are kept.
@@ -52,5 +53,5 @@ def uniform(generator: torch.Generator | None) -> float:
 
 
 def place(mass: Tensor, number: float) -> int:
-    """The first place whose cumulative mass exceeds `number` of the whole."""
+    """First index whose cumulative mass exceeds the share `number` of the total."""
     return min(int(torch.searchsorted(mass, number * mass[-1], right=True)), len(mass) - 1)

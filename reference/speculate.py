@@ -4,7 +4,7 @@
 The pass re-encodes the drafted tokens and so predicts, densely, what should have followed each of
 them. Drafts are kept up to the first that dense decoding would not have chosen. That one is chosen
 anew, what follows it is cut from the cache, and drafting starts again there. Tokens and cache are
-then exact. `generate` keeps every token instead, and repairs the cache alone.
+then exact. `generate` keeps every token instead, and repairs only the cache.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -18,7 +18,7 @@ from .checks import require
 from .config import ReSAConfig
 from .generate import Generation, dense_pass, prefill, sparse_step
 from .model import GPT
-from .requests import check_request, open_cache, sequence_generators
+from .requests import check_request, open_caches, sequence_generators
 from .sampling import Sampling, place, uniform
 
 
@@ -40,14 +40,14 @@ def speculate(
     of dense decoding, sampled output has its distribution. `on_token` is called after each dense
     pass.
 
-    A draft costs one uniform number, its acceptance another, a rejection a third; drafts that are
-    thrown away included.
+    A draft costs one uniform number, its acceptance another, and a rejection a third. Discarded
+    drafts cost theirs too.
     """
     config = ReSAConfig() if config is None else config
     sampling = Sampling() if sampling is None else sampling
     check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume, generators)
     require(config.interval is not None, "config.interval", None, "an integer, to speculate")
-    opened = [open_cache(model, prompt, max_new_tokens, config, resume) for prompt in prompts]
+    opened = open_caches(model, prompts, max_new_tokens, config, resume)
     own = sequence_generators(len(prompts), sampling, generators)
 
     generations = []

@@ -71,7 +71,7 @@ PATH = [
     Mistake("bounds of the last touched block stale", "reference/cache.py", "first, stop = start // b, -(-end // b)", "first, stop = start // b, max(start // b + 1, end // b)"),
     Mistake("truncated tokens stay in the bounds", "reference/cache.py", "self._rebuild_bounds(layer, length, self.length, length)", "self._rebuild_bounds(layer, length, self.length, self.length)"),
     # model.
-    Mistake("residual of the attention lost", "reference/model.py", "x = x + layer.attn.joined(", "x = layer.attn.joined("),
+    Mistake("residual of the attention lost", "reference/model.py", "x = x + layer.attn.project(", "x = layer.attn.project("),
     Mistake("norm without its epsilon", "reference/model.py", "keepdim=True) + self.eps)", "keepdim=True))"),
     Mistake("key heads not normed", "reference/model.py", "apply_rotary(self.k_norm(key), cos, sin)", "apply_rotary(key, cos, sin)"),
     Mistake("interleaved rotation", "reference/rope.py", "first, second = x.to(cos.dtype).chunk(2, dim=-1)", "first, second = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)"),

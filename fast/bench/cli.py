@@ -35,13 +35,13 @@ def add_bench(commands: Commands) -> None:
     layer.option("--query-heads", 28, "query heads")
     layer.option("--kv-heads", 4, "key-value heads")
     layer.option("--head-dim", 128, "channels of a head")
-    layer.option("--dtype", "float16", "of everything", choices=("float16", "bfloat16"))
+    layer.option("--dtype", "float16", "data type of everything", choices=("float16", "bfloat16"))
 
     e2e = add_command(bench, "e2e", run_e2e)
     _add_points(e2e, contexts[2:], [1, 2, 4, 8], "docs/results/end_to_end.json")
     kinds = ("float16", "bfloat16", "int4")
     e2e.option("--weights", ["float16", "int4"], "kinds of weights", choices=kinds)
-    text = "contexts to measure at the largest batch whose true caches fit; no number skips that"
+    text = "contexts to measure at the largest batch whose true caches fit; give none to skip this"
     e2e.option("--true-contexts", [65_536, 262_144], text, nargs="*")
 
 

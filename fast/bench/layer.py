@@ -168,9 +168,8 @@ def measure(
 ) -> dict[str, object]:
     """Time of every part, of a cycle per token, and of dense attention, in µs.
 
-    Beside the parts stands the time for their bytes at `bandwidth` TB/s. As many caches are used,
-    up to a deep model's layers, as it takes for the least of what is read, half the bounds, to pass
-    through the L2 twice before one comes round again.
+    Beside the parts stands the time for their bytes at `bandwidth` TB/s. It rotates over enough
+    caches that half their bounds exceed twice the L2, up to 64.
     """
     cache_bytes = 2 * context * shape.token_bytes(batch)
     half_bounds = cache_bytes / (2 * config.block_size)

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import ctypes
+import os
 import sys
 
 from . import main as cli
@@ -24,7 +26,15 @@ def conformance(options: argparse.Namespace) -> int:
     """
     from ..conformance.kit import check_port, is_passed, load_port, load_vectors, report, show
 
-    with contextlib.redirect_stdout(sys.stderr):
+    # What the port prints goes to standard error, from C and from subprocesses as well.
+    with contextlib.ExitStack() as restore:
+        restore.enter_context(contextlib.redirect_stdout(sys.stderr))
+        kept = os.dup(1)
+        restore.callback(os.close, kept)
+        restore.callback(os.dup2, kept, 1)
+        if os.name == "posix":
+            restore.callback(ctypes.CDLL(None).fflush, None)  # what C code has not written yet
+        os.dup2(2, 1)
         port, vectors = load_port(options.module), load_vectors()
         rows = check_port(port, vectors, ops_only=options.ops_only)
     if options.json:

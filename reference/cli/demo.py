@@ -72,7 +72,7 @@ def add_demo(commands: cli.Commands) -> cli.Parser:
     parser.option("--tokens", 512, "how many tokens to write")
     parser.option("--intervals", [8, 32, 128], "tokens per rectification")
     parser.option("--temperature", 0.5, "0 takes the most likely token")
-    parser.option("--seed", 0, "of the random numbers", type=cli.seed)
+    parser.option("--seed", 0, "seed of the random numbers", type=cli.seed)
     parser.option("--figure", Path("out/demo.png"), "where to draw the figure")
     parser.option("--json", False, "print one JSON object instead of text")
     # Under "paper" every token is decoded sparsely, so the loss of all rows splits alike.

@@ -43,12 +43,13 @@ def add_generate(commands: cli.Commands) -> cli.Parser:
     text += " measured to be faster on a GPU; 0 for the reference)"
     parser.option("--dense-below", None, text, type=int)
     parser.option("--temperature", 0.0, "0 takes the most likely token; more is bolder")
-    parser.option("--top-p", 1.0, "sample from the likeliest tokens of this joint probability")
+    text = "sample from the fewest likeliest tokens whose probabilities add up to this"
+    parser.option("--top-p", 1.0, text)
     text = "sample from this many of the likeliest tokens (default: all)"
     parser.option("--top-k", None, text, type=int)
-    parser.option("--seed", 0, "of the random numbers", type=cli.seed)
+    parser.option("--seed", 0, "seed of the random numbers", type=cli.seed)
     parser.option("--json", False, "print one JSON object at the end instead of text")
-    text = "of weights and cache; auto: as a folder stores its weights, float32 for a file"
+    text = "data type of weights and cache; auto: a folder's own, float32 for a file"
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.option("--dtype", "auto", text, choices=dtypes)
     cli.add_model(parser, "a safetensors file, or the folder of a Qwen2, Qwen3 or Llama 3 model")
@@ -90,7 +91,10 @@ def continue_text(options: argparse.Namespace) -> None:
     def begin() -> None:
         reading.stop()
         if n_dense > 0:
-            print(f"dense up to {dense_below:,} tokens (--dense-below)", file=sys.stderr)
+            how_much = "all of it is dense, below" if n_dense == n_tokens else "dense up to"
+            is_measured = options.dense_below is None
+            why = "measured to be faster" if is_measured else "as --dense-below says"
+            print(f"{how_much} {dense_below:,} tokens, {why}", file=sys.stderr)
         print(text, end="", flush=True)
 
     writer = Writer(tokenizer.decode, begin)

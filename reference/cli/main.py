@@ -38,7 +38,7 @@ DESCRIPTION = (
 SPARSITY = {
     "block_size": "tokens per block; a step reads a block whole or not at all",
     "active_ratio": "share of the cache's blocks that a sparse step reads",
-    "min_blocks": "fewest blocks that a sparse step reads; a cache of no more is read whole",
+    "min_blocks": "fewest blocks that a sparse step reads; a smaller cache is read whole",
     "local_blocks": "newest blocks, which every step reads whatever they score",
     "dense_layers": "first layers that read the whole cache, even in sparse steps",
 }
@@ -123,8 +123,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(commands: Commands, name: str, run: Callable[..., Any], text: str = "") -> Parser:
-    """Add a command. Its help is `text`, by default the docstring of `run`, and begins with what
-    the list of commands shows.
+    """Add a command. Its help is `text`. The first sentence appears in the list of commands.
+
+    By default the text is the docstring of `run`.
     """
     text = text or inspect.getdoc(run) or ""
     first = text.split(". ")[0].rstrip(".")
@@ -197,8 +198,11 @@ def seed(text: str) -> int:
 
 def read_text(path: Path) -> str:
     """Read the file of --prompt-file, whose line ends stay as they are."""
+    require(not path.is_dir(), "--prompt-file", f"{path}, a folder", "a file")
     try:
         return path.read_bytes().decode()
+    except OSError as error:
+        raise OSError(f"--prompt-file: {path}: {error.strerror.lower()}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt-file: {path} is not UTF-8 text ({error})") from None
 
@@ -207,7 +211,7 @@ def writable(argument: str, path: Path) -> Path:
     """Make the folder of a file and check that it can be written: before the work, not after it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_writable = os.access(path.parent, os.W_OK) and not path.is_dir()
-    require(is_writable, argument, path, "a file in a folder one may write")
+    require(is_writable, argument, path, "a file in a writable folder")
     return path
 
 

@@ -23,14 +23,7 @@ from ..checks import require, require_integer
 from ..config import ReSAConfig
 from ..model import GPT
 from .measure import over_documents, recovered, shares_by_kind, with_intervals
-from .parallel import (
-    Score,
-    Stream,
-    block_upper_bounds,
-    decode_at_once,
-    exact_stream,
-    pooled_scores,
-)
+from .parallel import Score, Stream, block_upper_bounds, decode_at_once, exact_stream, pooled_scores
 from .programs import UNSEEN, Program, alias_program
 from .selection import in_eight_bits
 
@@ -98,11 +91,7 @@ class Checks:
 
 
 def marked(
-    model: GPT,
-    programs: Sequence[Program],
-    checks: Checks,
-    ways: Sequence[Way],
-    prompt_tokens: int,
+    model: GPT, programs: Sequence[Program], checks: Checks, ways: Sequence[Way], prompt_tokens: int
 ) -> dict[Way | None, np.ndarray]:
     """Decode along the programs in every way → per way 1.0 for every check that is right, or 0.0.
 

@@ -83,7 +83,7 @@ def without(words: Sequence[str], options: Sequence[str]) -> list[str]:
     >>> without(["eval", "--out", "a.json", "free", "--out=b.json"], ["--out"])
     ['eval', 'free']
     """
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in options:
         parser.add_argument(option)
     return parser.parse_known_args(words)[1]

@@ -87,11 +87,7 @@ def exact_stream(model: GPT, tokens: Tensor) -> Stream:
 
 
 def decode_at_once(
-    model: GPT,
-    exact: Stream,
-    config: ReSAConfig,
-    prompt_tokens: int,
-    score: Score = pooled_scores,
+    model: GPT, exact: Stream, config: ReSAConfig, prompt_tokens: int, score: Score = pooled_scores
 ) -> Stream:
     """Decode along the text after its first `prompt_tokens`, which are prefilled and not all of it.
 

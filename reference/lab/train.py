@@ -83,7 +83,7 @@ class TrainConfig:
         0.0, "share of steps, the last ones, that learn from sparse decoding as well"
     )
     sparse_interval: int = setting(32, "tokens between rectifications in those steps; 0: never")
-    seed: int = setting(0, "of weights and batches")
+    seed: int = setting(0, "seed of weights and batches")
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import safetensors.torch
@@ -92,6 +92,11 @@ def load_model(
     device = checked_device("device", device)
     header = read_header(path, MODEL_FORMAT, EIGHT_BIT_FORMAT)
     config = config_from_json(path, header.get("config", ""))
+    with open_checked(path) as file:
+        n_tensors = len(file.keys())
+    # One layer has several tensors: a damaged count must not make us build a billion layers.
+    allowed = f"at most the file's {n_tensors} tensors"
+    require(config.n_layer <= n_tensors, f"{path}: n_layer", config.n_layer, allowed)
     model = hollow_model(config)
 
     # Read them. Rows in 8 bits have a scale each.
@@ -216,11 +221,24 @@ def open_checked(path: str | os.PathLike) -> safe_open:
 
 
 def config_from_json(path: str | os.PathLike, text: str) -> GPTConfig:
-    """Read the configuration in a file's header; ValueError naming the file and what is wrong."""
+    """Read the configuration in a file's header; ValueError naming the file and the field."""
     try:
-        values = {**json.loads(text)}
-        if values.get("rope_scaling") is not None:
-            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-        return GPTConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: config: {error}") from None
+        values = {"rope_scaling": None, **json.loads(text)}  # files from before there was one
+    except (TypeError, ValueError):
+        refuse(f"{path}: config", repr(text[:60]), "the JSON of a GPTConfig")
+    try:
+        scaling = values["rope_scaling"]
+        if isinstance(scaling, dict):
+            values["rope_scaling"] = from_fields("rope_scaling", RopeScaling, scaling)
+        return from_fields("config", GPTConfig, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def from_fields(argument: str, kind: type, values: Mapping) -> GPTConfig | RopeScaling:
+    """Make a dataclass of all its fields: a default must not replace one that was lost."""
+    known = [item.name for item in fields(kind)]
+    for name in sorted(set(values) ^ set(known)):
+        given = "missing" if name in known else "unknown"
+        refuse(f"{argument} field {name}", given, ", ".join(known))
+    return kind(**values)

@@ -17,21 +17,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from ..checks import (
-    FLOATS,
-    checked_device,
-    free_memory,
-    is_integer,
-    memory_there_is,
-    refuse,
-    require,
-)
+from ..checks import checked_device, free_memory, is_integer, memory_there_is, refuse, require
 from ..config import GPTConfig
 from ..model import GPT
 from ..rope import RopeScaling
 from .checkpoint import STORED_DTYPES, check_stored, filled, hollow_model, open_checked
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+SINGLE = "model.safetensors"  # holds all weights, unless an index beside it names several files
 # Fields that must have one value: any other would change what the model computes.
 FIXED = {
     "add_cross_attention": False, "attention_bias": False, "cross_attention_hidden_size": None,
@@ -40,10 +33,13 @@ FIXED = {
     "sliding_window": None, "use_mrope": False, "use_sliding_window": False,
 }  # fmt: skip
 # Fields that are read, and fields that change nothing in what a pass computes.
+SIZES = (
+    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
+    "num_hidden_layers", "vocab_size",
+)  # fmt: skip
 READ = {
-    "head_dim", "hidden_size", "intermediate_size", "layer_types", "max_position_embeddings",
-    "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
-    "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
+    *SIZES, "head_dim", "layer_types", "model_type", "num_key_value_heads", "rms_norm_eps",
+    "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings",
 }  # fmt: skip
 IGNORED = {
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path",
@@ -54,10 +50,6 @@ IGNORED = {
     "return_dict", "sep_token_id", "task_specific_params", "tie_encoder_decoder", "tokenizer_class",
     "torch_dtype", "torchscript", "transformers_version", "use_bfloat16", "use_cache",
 }  # fmt: skip
-SIZES = (
-    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
-    "num_hidden_layers", "vocab_size",
-)  # fmt: skip
 
 
 def read_config(folder: str | os.PathLike) -> GPTConfig:
@@ -181,13 +173,16 @@ def load_pretrained(
     model = hollow_model(config)
     names = {name: foreign_name(name) for name, _ in model.named_parameters()}
     with ExitStack() as opened:
-        # Every tensor must be there once, and no other.
-        files = {path: opened.enter_context(open_checked(path)) for path in weight_files(folder)}
+        # Every tensor must be there once, where the index names it, and no other.
+        shards = weight_map(folder)
+        paths = [folder / shard for shard in sorted(set(shards.values()) or {SINGLE})]
+        files = {path: opened.enter_context(open_checked(path)) for path in paths}
         home: dict[str, Path] = {}
         for path, file in files.items():
             for name in file.keys():  # noqa: SIM118
-                second = f"a second one beside {home.get(name)}"
-                require(name not in home, f"{path}: tensor {name}", second, "one of each")
+                indexed = shards.get(name, "no file") if shards else path.name
+                where, allowed = f"in {path.name}", f"in {indexed}, as the index says"
+                require(indexed == path.name, f"{folder}: tensor {name}", where, allowed)
                 home[name] = path
         unused = {name for name in home if name.endswith("rotary_emb.inv_freq")}  # computed here
         if config.tied_embeddings:
@@ -203,7 +198,8 @@ def load_pretrained(
         if dtype is None:
             first = names["embed.weight"]
             dtype = STORED_DTYPES[files[home[first]].get_slice(first).get_dtype()]
-        require(dtype in FLOATS, "dtype", dtype, ", ".join(map(str, FLOATS)))
+        dtypes = STORED_DTYPES.values()
+        require(dtype in dtypes, "dtype", dtype, ", ".join(map(str, dtypes)))
         count = sum(parameter.numel() for parameter in model.parameters())
         _check_memory(folder, count, dtype, device)
 
@@ -244,16 +240,17 @@ def foreign_name(name: str) -> str:
     return f"model.{name}"
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """List the folder's safetensors: model.safetensors, or those that the index file names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file() or not index.is_file():
-        return [single]
+def weight_map(folder: Path) -> dict[str, str]:
+    """Read each tensor's file name from the index; empty if model.safetensors holds them all."""
+    index = folder / f"{SINGLE}.index.json"
+    if (folder / SINGLE).is_file() or not index.is_file():
+        return {}
     shards = read_json(index).get("weight_map")
-    names = shards.values() if isinstance(shards, dict) else [None]
-    are_names = all(isinstance(name, str) and Path(name).name == name for name in names)
-    require(are_names, f"{index}: weight_map", repr(shards)[:60], "files of this folder by tensor")
-    return [folder / name for name in sorted(set(names))]
+    require(isinstance(shards, dict), f"{index}: weight_map", repr(shards)[:60], "an object")
+    for name, shard in shards.items():
+        is_name = isinstance(shard, str) and Path(shard).name == shard
+        require(is_name, f"{index}: weight_map: {name}", repr(shard), "a file of this folder")
+    return shards
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -288,8 +285,11 @@ class PretrainedTokenizer:
         kind = decoder.get("type") if isinstance(decoder, dict) else decoder
         allowed = "'ByteLevel', as these families have it"
         require(kind == "ByteLevel", f"{path}: decoder", repr(kind), allowed)
-        from tokenizers import Tokenizer  # only folders need this package
-
+        try:
+            from tokenizers import Tokenizer  # only folders need this package
+        except ImportError:
+            hint = "reading it takes the package `tokenizers`: pip install tokenizers"
+            raise ImportError(f"{path}: {hint}") from None
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower

@@ -341,8 +341,9 @@ def test_a_stop_token_ends_the_text_on_either_side_of_the_seam(decoded, monkeypa
 @pytest.mark.parametrize(
     ("crossover", "arguments", "says"),
     [
-        (N_PROMPT + 5, [], "dense up to 57 tokens (--dense-below)"),
-        (2048, ["--dense-below", "60"], "dense up to 60 tokens (--dense-below)"),
+        (N_PROMPT + 5, [], "dense up to 57 tokens, measured to be faster"),
+        (2048, [], "all of it is dense, below 2,048 tokens, measured to be faster"),
+        (2048, ["--dense-below", "60"], "dense up to 60 tokens, as --dense-below says"),
         (2048, ["--dense-below", "0"], None),
         (N_PROMPT, [], None),  # long enough from the start
         (2048, ["--interval", "1"], None),  # dense anyway
@@ -382,7 +383,7 @@ REFUSED = {
         "--tokens 100": r"--prompt-tokens \+ --tokens: got 140; allowed: ≤ 128",
         "--intervals 0": "interval: got 0; allowed: ",
         "--figure figure.bmp": r"--figure: got figure.bmp; allowed: .*\.png",
-        "--figure folder.png": "--figure: got folder.png; allowed: a file in a folder one may write",
+        "--figure folder.png": "--figure: got folder.png; allowed: a file in a writable folder",
         "--temperature -1": "temperature: got -1",
         "--prompt-tokens 1": "--prompt-tokens: got 1; allowed: an integer ≥ 2",
     },
@@ -451,9 +452,14 @@ def test_every_command_refuses_a_model_that_is_missing_or_damaged(resa, path, co
 def test_prompt_files_are_refused_by_name(resa, path, tmp_path, command):
     (tmp_path / "latin.py").write_bytes("größe = 1\n".encode("latin-1"))
     (tmp_path / "empty.py").touch()
-    for name, named in {"missing.py": "No such file", "": "directory", "latin.py": "UTF-8", "empty.py": "got"}.items():
-        result = resa(command, "--prompt-file", tmp_path / name, "--model", path)
-        assert_refused(result, command, named, name.replace("empty.py", "prompt"))
+    said = {
+        "missing.py": f"--prompt-file: {tmp_path / 'missing.py'}: no such file",
+        "": f"--prompt-file: got {tmp_path}, a folder; allowed: a file",
+        "latin.py": f"--prompt-file: {tmp_path / 'latin.py'} is not UTF-8 text",
+        "empty.py": "prompt.*: got .*; allowed: .*at least",
+    }
+    for name, named in said.items():
+        assert_refused(resa(command, "--prompt-file", tmp_path / name, "--model", path), command, named)
 
 
 # demo

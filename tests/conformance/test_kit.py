@@ -263,6 +263,7 @@ MISTAKES = {
     "0 times infinity": ("2.2 zero times infinity",
         "np.where((pooled == 0) & is_infinite, 0.0, products)", "products"),
     "floor for ceil": ("2.3 count", "share = math.ceil(", "share = math.floor("),
+    "min_blocks forgotten": ("2.3 count", 'max(config["min_blocks"], share)', "share"),
     "local blocks on top of min_blocks": ("2.3 count",
         'max(config["min_blocks"], share)', 'max(config["min_blocks"] + config["local_blocks"] - 1, share)'),
     "every block in decoding": ("2.3 count",
@@ -287,6 +288,7 @@ MISTAKES = {
     "unsorted": ("2.3 order", "= sorted(taken)", "= taken"),
     "scores ranked in half precision": ("2.3 order of scores",
         "def rank(i, score=scores[s, h])", "def rank(i, score=scores[s, h].astype(np.float16))"),
+    "NaN on top": ("2.3 order of scores", "(True, 0.0, i) if math", "(False, -math.inf, i) if math"),
     "NaN as the least of numbers": ("2.3 order of scores",
         "(True, 0.0, i) if math.isnan(score[i])", "(False, math.inf, i) if math.isnan(score[i])"),
     "the newest as infinite scores": ("2.3 order of scores",
@@ -349,6 +351,7 @@ MISTAKES = {
     "one selection for all layers": ("4.2 sparse step",
         "chosen.append(select_blocks(scores, lengths, self.config))",
         "chosen.append(select_blocks(scores, lengths, self.config) if not chosen else chosen[0])"),
+    "the newest block is stale": ("4.2 sparse step", "chosen = [self.length + 1]", "chosen = [self.length]"),
     "does not attend to itself": ("4.2 sparse step",
         "return sparse_attention(query, *cache, chosen[-1], lengths, b)",
         "return sparse_attention(query, *cache, chosen[-1], [lengths[0] - 1], b)"),
@@ -378,6 +381,8 @@ MISTAKES = {
     "bounds not refreshed": ("law 2 online = rebuilt",
         BLOCKS_TOUCHED,
         "for i in range(start // b, math.ceil(end / b) if end > self.length or not self.length else 0):"),
+    "bounds of the first block touched stale": ("law 2 online = rebuilt",
+        BLOCKS_TOUCHED, "for i in range(math.ceil(start / b), math.ceil(end / b)):"),
     "scores of bounds before the append": ("law 2 online = rebuilt",
         BLOCKS_TOUCHED,
         "for i in range((start - (n := len(key[0])) % 2) // b, math.ceil((end - (n == 1)) / b)):"),
@@ -393,6 +398,7 @@ MISTAKES = {
     "bounds of the newest two blocks refreshed": ("law 2 online = rebuilt",
         BLOCKS_TOUCHED,
         "for i in range(max(start // b, (end - 1) // b - 1) if start else 0, math.ceil(end / b)):"),
+    "never rectified": ("law 6 rectification is exact", DENSE_PASS, "            model.window = 0"),
     "window one too short": ("law 6 rectification is exact",
         DENSE_PASS,
         "            model.dense_pass(fed[start + 1 :], start + 1) if f > 1 else model.dense_pass(fed[start:], start)"),
@@ -662,19 +668,21 @@ def test_the_report_in_the_page_is_what_is_printed(tmp_path, capsys):
 def test_what_a_port_prints_and_imports(tmp_path):
     """Its own modules lie beside it; what it prints goes to standard error; an infinite error is no JSON number."""
     (tmp_path / "helper.py").write_text("import math\nINFINITY = math.inf\nprint('imported')\n")
-    source = "import helper\n" + NUMPY_PORT.read_text().replace(
-        "np.where(past_the_end, -math.inf, scores)", "0 * scores"
+    source = (
+        "import ctypes, helper, os\nos.write(1, b'from below')\nctypes.CDLL(None).puts(b'from C')\n"
+        + NUMPY_PORT.read_text().replace("np.where(past_the_end, -math.inf, scores)", "0 * scores")
     )
     path = tmp_path / "port" / "mine.py"
     path.parent.mkdir()
     (tmp_path / "helper.py").rename(path.parent / "helper.py")
     path.write_text(source.replace("def score_blocks", "print('a [bold] line')\n\n\ndef score_blocks"))
     command = [sys.executable, "-m", "resa.reference", "conformance", str(path), "--json", "--ops-only"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # C keeps what it prints to the end
+    done = subprocess.run(command, cwd=tmp_path, env=buffered, capture_output=True, text=True)
     result = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert done.returncode == 1
     assert "inf" in [row["error"] for row in result["rows"]]
-    for said in ("imported\n", "a [bold] line\n"):
+    for said in ("imported\n", "a [bold] line\n", "from below", "from C\n"):
         assert said in done.stderr
 
 

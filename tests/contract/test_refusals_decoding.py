@@ -245,7 +245,7 @@ FIELDS = [  # configuration, field, values taken, values refused, allowed
     *((GPTConfig, size, [7], [], "") for size in ("vocab_size", "hidden_size")),
     (GPTConfig, "n_kv_head", [1, 6], [], ""),
     (GPTConfig, "n_head", [2], [5], "a multiple of n_kv_head = 2"),
-    (GPTConfig, "head_dim", [128], [1, 3, 5], "an even number, because RoPE …"),
+    (GPTConfig, "head_dim", [128], [1, 3, 5], "even: RoPE rotates pairs"),
     (GPTConfig, "rope_theta", [1, 1e6], [0, -1.0, NAN, INF, None, "1e4"], FINITE),
     (GPTConfig, "norm_eps", [1e-5], [0.0, -1e-6, NAN, INF, None], FINITE),
     *((GPTConfig, flag, [True, False], [1, 0, None], "True or False")
@@ -299,6 +299,16 @@ def test_a_cache_that_memory_cannot_hold_is_refused_with_what_would_fit(monkeypa
     with pytest.raises(torch.OutOfMemoryError, match="KV cache: got 1 × "):
         generate(model, [[]], 9, CONFIG, resume=begun)
     check()
+
+
+def test_the_caches_of_all_prompts_have_to_fit_together(monkeypatch):
+    model, prompt = SHAPE.model(torch.float32), SHAPE.tokens(9)
+    cache = model.new_cache(17, CONFIG.block_size)
+    each = sum(tensor.nbytes for tensor in (cache.keys, cache.values, cache.bounds, cache.bounds))
+    monkeypatch.setattr("resa.reference.checks.free_memory", lambda device: 3 * each)
+    assert len(generate(model, [prompt] * 3, 9, CONFIG)) == 3
+    with pytest.raises(torch.OutOfMemoryError, match="KV cache: got 1 × 68 tokens"):
+        generate(model, [prompt] * 4, 9, CONFIG)
 
 
 def test_a_cache_that_memory_cannot_hold_costs_no_random_number(way, monkeypatch):

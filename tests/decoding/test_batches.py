@@ -3,6 +3,7 @@
 That it decodes like the reference, prompt by prompt, is shown beside the reference's laws in the other files.
 """
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from decoders import COMPILED, REFERENCE, TRITON, assert_dense_before_the_window
-from near_ties import agreement
+from near_ties import agreement, near_tie
 from resa import reference
 from resa.reference import Sampling
 from small_models import relative
@@ -57,6 +58,13 @@ def test_bounds_in_eight_bits(monkeypatch):
     text = prompts[0] + done[0].tokens
     (again,) = TRITON.generate(model, [[7]], 2, config, resume=done[0])
     assert_dense_before_the_window(TRITON, model, [*text, 7, again.tokens[0]], again)
+
+
+def test_a_rectification_whose_window_has_several_tiles_per_head():
+    """3 tokens of 16 heads are 48 rows of queries, more than a tile holds; the steps between them need but one."""
+    model, config = TRITON.model(replace(SMALL, group=16)), replace(SPARSE, interval=3)
+    (done,) = TRITON.generate(model, PROMPTS[:1], 5, config)
+    assert_dense_before_the_window(TRITON, model, (PROMPTS[0] + done.tokens)[:-1], done)
 
 
 # --- Reading back ---
@@ -196,3 +204,25 @@ def test_the_judge_condemns_a_token_that_rounding_did_not_choose():
     assert agreement(model, PROMPTS[0], done.tokens, done.tokens, config) == 6
     with pytest.raises(AssertionError, match="they part at token 4"):
         agreement(model, PROMPTS[0], wrong, done.tokens, config)
+
+
+def test_the_judge_tells_near_ties_from_clear_choices():
+    """Rounding may decide between logits that differ by a millionth, not by twenty; and between equal scores."""
+    model, prompt, config = TRITON.model(), PROMPTS[0], replace(SPARSE, interval=None)
+    (done,) = reference.generate(model, [prompt], 8, config)
+    *tokens, last = done.tokens
+    other, rows = (last + 1) % SMALL.vocab, model.output.weight.data
+    assert near_tie(model, prompt, tokens, config, (last, other)) > 10
+    for difference, is_tie in ((2e-5, False), (1e-6, True)):
+        rows[other] = rows[last] * (1 - difference)
+        assert (near_tie(model, prompt, tokens, config, (last, other)) <= 1) == is_tie
+    assert near_tie(model, prompt, tokens, config) > 10, "without rivals only selections count"
+
+    for layer in model.layers:
+        layer.attn.k_proj.weight.data.zero_()  # all keys are equal, so all scores of one query are
+    assert near_tie(model, prompt, tokens, config) <= 1
+    # Where nothing is left out, or every step is dense, there is no selection. The paper's schedule selects first.
+    dense = replace(config, interval=1)
+    assert near_tie(model, prompt, tokens, replace(config, active_ratio=1)) == math.inf
+    assert near_tie(model, prompt, tokens, dense) == math.inf
+    assert near_tie(model, prompt, tokens, replace(dense, schedule="paper")) <= 1

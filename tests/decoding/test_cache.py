@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import oracle
 from resa.reference import Generation, ReSAConfig, prefill, rectify, sparse_step
 from resa.reference.generate import dense_pass
-from resa.reference.requests import open_cache
+from resa.reference.requests import open_caches
 from small_models import (
     EXACT,
     NAN,
@@ -119,13 +119,13 @@ class CacheMachine(RuleBasedStateMachine):
         kept = len(self.tokens) - self.open
         pending = self.fresh(1)
         resume = Generation(self.tokens[kept:] + pending, old, self.open)
-        new, feed = open_cache(self.model, [], CAPACITY - len(self.tokens), self.config, resume)
+        [(new, feed)] = open_caches(self.model, [[]], CAPACITY - len(self.tokens), self.config, resume)
         assert feed == self.tokens[kept:] + pending
         assert new.length == kept
         for stored in (new.keys, new.values, new.bounds):
             stored.add_(1)  # the copy has memory of its own
         assert_untouched(old, before)
-        self.cache, feed = open_cache(self.model, [], CAPACITY - len(self.tokens), self.config, resume)
+        [(self.cache, feed)] = open_caches(self.model, [[]], CAPACITY - len(self.tokens), self.config, resume)
         self.tokens, self.open = self.tokens[:kept], 0
         self.sparse_tokens.clear()
 

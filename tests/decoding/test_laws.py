@@ -158,6 +158,20 @@ def test_below_float64_rectified_caches_differ_like_chunked_prefills(dtype, inte
     assert min(sparse) > 2 * max(rounding), "without rectification the difference must stand out from rounding"
 
 
+def test_no_drift_however_long():
+    """Law 7 over 15 windows: each drifts until its rectification, which leaves none."""
+    scene = Scene(Shape(seed=5, layers=3, context=256), 9, 120)
+    model, config = scene.shape.model(), ReSAConfig(block_size=4, min_blocks=2, interval=8)
+    exact, _ = dense_cache(model, scene.text, 4)
+    generation = scene.start(model, config)
+    for step, token in enumerate(scene.given, start=1):
+        feed(model, generation, config, token)
+        if step % 8 == 0:
+            assert_exact(generation.cache, exact, f"step {step}")
+        elif step % 8 == 7:
+            assert drift(generation.cache, exact)[-1] > VISIBLE
+
+
 # --- The same laws and law 8 through `generate`, on both decoders ---
 
 SMALL, TINY = TRITON.shape, replace(TRITON.shape, kv_heads=2)

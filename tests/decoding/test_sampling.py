@@ -222,6 +222,22 @@ def test_one_generator_seeds_each_prompt_by_its_index():
     assert seeded(prompts) == three
 
 
+def test_without_a_generator_torchs_default_decides():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        first, second = (sampled(REFERENCE, 14) for _ in range(2))
+        torch.manual_seed(3)
+        assert sampled(REFERENCE, 14) == first != second
+
+
+def test_top_k_and_top_p_reach_generation(decoder):
+    """One token kept is the greedy one at every temperature; all kept, it is not."""
+    greedy = sampled(decoder, 4, Sampling(), by=generate)
+    assert sampled(decoder, 4, Sampling(3.0), generators=generator()) != greedy
+    for sampling in (Sampling(3.0, top_k=1), Sampling(3.0, top_p=1e-6)):
+        assert sampled(decoder, 4, sampling, generators=generator()) == greedy
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("kind", ["cpu", "default", *["cuda"] * COMPILED])
 def test_the_triton_path_is_seeded_like_the_reference(kind):

@@ -221,6 +221,34 @@ def test_compiled_runs_repeat_bit_for_bit(dtype):
         assert_all_same_bits(all_results(TRITON, x, config, used), first, "rerun")
 
 
+def test_one_set_of_split_counters_serves_every_launch():
+    """Sparse and dense kernels in turn, captured once like a decode loop's step, replayed into outputs of NaN."""
+    attention, capture = import_module("resa.fast.attention"), import_module("resa.fast.gpu.graphs").capture
+    lengths, used = int32(LENGTH, 1, LENGTH // 3, 0), int32(32, 1, 20, 0)
+    keys, values = (normal(4, KV_HEADS, LENGTH, HEAD_DIM, seed=seed) for seed in (16, 17))
+    window, n_blocks = normal(4, HEADS, 32, HEAD_DIM, seed=18), LENGTH // BLOCK
+    query, counts = window[:, :, 0].contiguous(), int32(n_blocks, 1, n_blocks // 3 + 1, 0)
+    indices = torch.arange(n_blocks, dtype=torch.int32, device=DEVICE).repeat(4, KV_HEADS, 1)
+    needed = attention.count_split_counters(keys, HEADS // KV_HEADS, 32)
+    shared = {"return_lse": True, "split_counters": torch.zeros(needed, dtype=torch.int32, device=DEVICE)}
+    found = []
+
+    def run():
+        found[:] = [
+            *attention.sparse_attention(query, keys, values, indices, lengths, BLOCK, counts=counts, **shared),
+            *attention.dense_attention(window, keys, values, lengths, query_lengths=used, **shared),
+        ]
+
+    run()
+    expected, graph = list(found), capture(run)
+    for _ in range(100):
+        for tensor in found:
+            tensor.fill_(NAN)
+        graph.replay()
+        assert not shared["split_counters"].any()
+        assert_all_same_bits(found, expected, "replayed")
+
+
 @pytest.mark.parametrize("batch", [1, 3, 48])
 def test_from_one_program_to_many_waves(ops, batch):
     """One sequence is shared by every multiprocessor; 48 times 4 KV heads are more than there are."""

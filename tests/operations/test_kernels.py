@@ -1,5 +1,6 @@
 """Only Triton: tiles and splits of the kernels, windows written into the cache, and memory as a kernel meets it."""
 
+import math
 from dataclasses import replace
 from importlib import import_module
 
@@ -234,3 +235,32 @@ def test_an_append_and_scores_in_one_kernel_are_those_of_two(kernels, dtype, is_
 
 
 # --- All operations ---
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="test_gpu.py does this, and more of it, in the GPU's memory")
+def test_offsets_beyond_two_to_the_31(kernels, tmp_path):
+    """2.4e9 numbers in a sparse file, all zeros but for 40 tokens of the last sequence.
+
+    In 32 bits offsets wrap around to the 2**31 zeros in front, where nothing is to be read or written.
+    """
+    shape, n_tokens, last, front = (9, 8, 262_144, 128), 40, slice(8, 9), 2**31
+    file, size = tmp_path / "cache", front + math.prod(shape)
+    with file.open("wb") as sparse_file:
+        sparse_file.truncate(2 * size)
+    keys = torch.from_file(str(file), shared=True, size=size, dtype=torch.float16)[front:].view(shape)
+    file.unlink()
+    x = Case(3, 8, 2, 128, 16, lengths=(n_tokens,), capacity=n_tokens).build(torch.float16)
+    keys[last, :, :n_tokens] = x.keys
+    huge = x.but(query=x.query.expand(9, -1, -1), keys=keys, values=keys, lengths=int32(*[0] * 8, n_tokens))
+    indices = int32(2, 0).expand(9, 8, 2)
+    found, expected = sparse(kernels, huge, indices), sparse(kernels, x.but(values=x.keys), indices[last])
+    assert_all_same_bits([each[last] for each in found], expected, "the last sequence")
+
+    bounds = full(9, 8, 2, 128, 2048, value=UNTOUCHED, dtype=torch.float16)
+    new = torch.randn(9, 8, 2, 128, generator=torch.Generator().manual_seed(0)).half()
+    edges = int32(*[5] * 8, 39), int32(*[5] * 8, 41)
+    import_module("resa.fast.cache").write_window(keys, keys, bounds, new, new, *edges, 128)
+    assert_same_bits(keys[last, :, :41], torch.cat((x.keys[:, :, :39], new[last]), dim=2), "the last sequence")
+    rebuilt = oracle.block_bounds(*arrays(keys[last, :, :41]), [41], 128)
+    np.testing.assert_array_equal(bounds[last, ..., :1].double(), rebuilt)
+    assert (bounds[:8] == UNTOUCHED).all()

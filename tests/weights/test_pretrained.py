@@ -6,7 +6,9 @@ The models are small and random; every weight is away from its neutral value, so
 import importlib
 import json
 import math
+import re
 import shutil
+import sys
 
 import pytest
 import safetensors.torch
@@ -270,6 +272,14 @@ def test_generate_reads_a_folder(folder, capsys):
     assert capsys.readouterr().out.startswith(PROSE)
 
 
+def test_without_the_package_tokenizers_it_says_what_to_install(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert main(["generate", PROSE, "--model", str(folder), "--device", "cpu"]) == 2
+    path = re.escape(str(folder / "tokenizer.json"))
+    message = f"resa generate: {path}: reading it takes the package `tokenizers`: pip install tokenizers\n"
+    assert re.fullmatch(message, capsys.readouterr().err)
+
+
 def test_weights_keep_their_dtype_unless_told(folder, tmp_path):
     assert load_pretrained(folder).embed.weight.dtype == torch.float32
     assert load_pretrained(folder, dtype=torch.float16).output.weight.dtype == torch.float16
@@ -457,9 +467,18 @@ def test_truncated_and_absent_files_are_named(folder, tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
         load_pretrained(copy)
-    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
-    with pytest.raises(ValueError, match=r"weight_map: got {'a': '\.\./b\.safetensors'}"):
-        load_pretrained(copy)
+    names = {f"layers.{index}": "a.safetensors" for index in range(20)}
+    for shards, message in (
+        (
+            {**names, "late": "../b.safetensors"},
+            r"weight_map: late: got '\.\./b\.safetensors'; allowed: a file of this",
+        ),
+        ({**names, "late": 3}, "weight_map: late: got 3; allowed: a file of this folder"),
+        ([1], r"weight_map: got \[1\]; allowed: an object"),
+    ):
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(copy)
     (copy / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: got no JSON"):
         load_pretrained(copy)
@@ -468,15 +487,29 @@ def test_truncated_and_absent_files_are_named(folder, tmp_path):
         load_pretrained(copy)
 
 
-def test_a_tensor_twice_is_refused(folder, tmp_path):
+def test_a_tensor_twice_or_in_another_shard_is_refused(folder, tmp_path):
     """A download that was half replaced leaves such a folder."""
     transformers.Qwen2ForCausalLM.from_pretrained(folder).save_pretrained(tmp_path, max_shard_size="60KB")
     first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
     load_pretrained(tmp_path)
     tensors = safetensors.torch.load_file(first)
     name = next(iter(tensors))
-    safetensors.torch.save_file({**safetensors.torch.load_file(second), name: tensors[name]}, second)
-    with pytest.raises(ValueError, match=rf"tensor {name}: got a second one beside .*{first.name}"):
+    moved = tensors.pop(name)
+    safetensors.torch.save_file({**safetensors.torch.load_file(second), name: moved}, second)
+    message = rf"tensor {name}: got in {second.name}; allowed: in {first.name}, as the index says"
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(tmp_path)
+    safetensors.torch.save_file(tensors, first)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"][name] = second.name
+    index.write_text(json.dumps(values))
+    load_pretrained(tmp_path)
+    del values["weight_map"][name]
+    index.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"tensor {name}: got in {second.name}; allowed: in no file"):
         load_pretrained(tmp_path)
 
 
