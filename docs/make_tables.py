@@ -67,7 +67,10 @@ def measured(result: dict) -> str:
         words = without(shlex.split(result["command"]), ["--device", "--out", "--batch"])
         command = " ".join(words).replace(" reference/assets/", " reference/weights/assets/")  # moved since
         command = f"`{command}`"
-    return f"{command}; {result['device']}, {result['seconds']:.0f} s."
+    shipped = load("reference/weights/assets/record.json")
+    is_wide = result.get("checkpoint_sha256") == shipped["rounded_from"]
+    of_it = "; the model before its weights were rounded to 8 bits" if is_wide else ""
+    return f"{command}{of_it}; {result['device']}, {result['seconds']:.0f} s."
 
 
 def settings_of(config: dict) -> str:
