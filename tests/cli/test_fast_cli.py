@@ -164,7 +164,7 @@ def pays_from(monkeypatch):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("n_dense", [0, 5, 8])
+@pytest.mark.parametrize("n_dense", [0, 5])
 def test_generate_decodes_with_the_kernels_densely_then_sparsely(resa, path, tokenizer, pays_from, on_triton, n_dense):
     """Equal tokens to the library's, one stream of random numbers through both parts."""
     prompt, generators = tokenizer.encode_ordinary(TEXT), [torch.Generator().manual_seed(5)]
@@ -185,7 +185,7 @@ def test_generate_decodes_with_the_kernels_densely_then_sparsely(resa, path, tok
     status, out, err = resa(*arguments, *sampled)
     assert (status, out) == (0, TEXT + result["text"] + "\n")
     assert err.endswith(" s (backend triton)\n")
-    assert ("--dense-below" in err) == (n_dense > 0)
+    assert ("measured to be faster" in err) == (n_dense > 0)
 
 
 @pytest.mark.fast
