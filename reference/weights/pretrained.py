@@ -1,14 +1,15 @@
 """Checkpoint folders as Hugging Face lays them out: config.json, safetensors, tokenizer.json.
 
-The dense models of the Qwen2, Qwen3 and Llama 3 families are one `GPT` with other settings. Every
-field of such a folder is either understood or refused by name: one that this model ignored would
-only show in the text it writes. Weights are mapped into memory and go to the device tensor by
-tensor, so the folder's size is never held twice.
+The dense models of the Qwen2, Qwen3 and Llama 3 families are one `GPT` with other settings. Fields
+that are known to change the computation are checked by value, and one warning names those that are
+unknown. Weights are mapped into memory and go to the device tensor by tensor, so the folder's size
+is never held twice.
 """
 
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,15 +24,25 @@ from ..model import GPT
 from ..rope import RopeScaling
 from .checkpoint import STORED_DTYPES, check_stored, filled, hollow_model, open_checked
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 SINGLE = "model.safetensors"  # holds all weights, unless an index beside it names several files
-# Fields that must have one value: any other would change what the model computes.
+# Fields that must have one value, or be null: any other would change what the model computes.
 FIXED = {
-    "add_cross_attention": False, "attention_bias": False, "cross_attention_hidden_size": None,
-    "hidden_act": "silu", "is_encoder_decoder": False, "mlp_bias": False,
+    "add_cross_attention": False, "alibi": False, "attention_bias": False,
+    "attention_multiplier": 1.0, "attn_logit_softcapping": None, "clip_qkv": None,
+    "cross_attention_hidden_size": None, "embedding_multiplier": 1.0,
+    "final_logit_softcapping": None, "hidden_act": "silu",
+    "is_encoder_decoder": False, "logit_scale": 1.0, "logits_scaling": 1.0, "mlp_bias": False,
+    "no_rope_layers": None, "num_experts": 0, "num_local_experts": 0, "parallel_attn": False,
     "partial_rotary_factor": 1.0, "pretraining_tp": 1, "quantization_config": None,
-    "sliding_window": None, "use_mrope": False, "use_sliding_window": False,
+    "residual_multiplier": 1.0, "rope_interleaved": False, "sliding_window": None,
+    "use_mrope": False, "use_parallel_residual": False, "use_sliding_window": False,
 }  # fmt: skip
+# What a family's model has where its config.json leaves a field out.
+DEFAULTS = {
+    "llama": {},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
 # Fields that are read, and fields that change nothing in what a pass computes.
 SIZES = (
     "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
@@ -45,10 +56,11 @@ IGNORED = {
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path",
     "architectures", "attention_dropout", "attn_implementation", "bos_token_id",
     "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task",
-    "id2label", "initializer_range", "is_decoder", "label2id", "max_window_layers",
-    "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "problem_type",
-    "return_dict", "sep_token_id", "task_specific_params", "tie_encoder_decoder", "tokenizer_class",
-    "torch_dtype", "torchscript", "transformers_version", "use_bfloat16", "use_cache",
+    "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id",
+    "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "prefix",
+    "problem_type", "return_dict", "sep_token_id", "task_specific_params", "tie_encoder_decoder",
+    "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache",
 }  # fmt: skip
 
 
@@ -64,18 +76,19 @@ def read_config(folder: str | os.PathLike) -> GPTConfig:
 
 def config_from_values(path: str, values: Mapping[str, object]) -> GPTConfig:
     """Understand the fields of a config.json; messages call it `path`."""
-    # Refuse what this model cannot honour.
-    values = dict(values)
+    # Refuse what this model cannot honour, and name what it does not know.
     family = values.get("model_type")
-    require(family in FAMILIES, f"{path}: model_type", repr(family), ", ".join(FAMILIES))
+    require(family in DEFAULTS, f"{path}: model_type", repr(family), ", ".join(DEFAULTS))
+    values = {**DEFAULTS[family], **values}
     if family != "llama":
         values.pop("sliding_window", None)  # a width, used only if use_sliding_window says so
-    for name, value in values.items():
-        if name in FIXED:
-            require(value in (FIXED[name], None), f"{path}: {name}", repr(value), repr(FIXED[name]))
-        elif name not in READ | IGNORED:
-            known = f"fields of dense {', '.join(FAMILIES)} models"
-            refuse(f"{path}: {name}", "a field unknown here", known)
+    for name, fixed in FIXED.items():
+        value = values.get(name)
+        require(value in (fixed, None), f"{path}: {name}", repr(value), repr(fixed))
+    unknown = sorted(set(values) - FIXED.keys() - READ - IGNORED)
+    if unknown:
+        text = f"{path}: fields unknown here, taken to change nothing: {', '.join(unknown)}"
+        warnings.warn(text, stacklevel=2)
     for name in SIZES:
         given = values.get(name)
         require(is_integer(given, 1), f"{path}: {name}", repr(given), "an integer ≥ 1")
@@ -103,7 +116,7 @@ def config_from_values(path: str, values: Mapping[str, object]) -> GPTConfig:
             intermediate_size=values["intermediate_size"],
             context=context,
             rope_theta=theta,
-            norm_eps=values.get("rms_norm_eps"),
+            norm_eps=stated.get("rms_norm_eps", 1e-6),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
             tied_embeddings=stated.get("tie_word_embeddings", False),

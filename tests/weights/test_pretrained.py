@@ -306,7 +306,9 @@ REFUSED = [
     ({"attention_bias": True}, "attention_bias: got True"),
     ({"quantization_config": {"bits": 4}}, "quantization_config: got {'bits': 4}"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5"),
-    ({"num_experts": 8}, "num_experts: got a field unknown here"),
+    ({"num_experts": 8}, "num_experts: got 8; allowed: 0"),
+    ({"rope_interleaved": True}, "rope_interleaved: got True; allowed: False"),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: got 50.0; allowed: None"),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope kind: got 'dynamic'"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "rope factor|factor"),
     ({"rope_parameters": {**YARN, "mscale": 2.0}}, "rope field mscale: got 2.0"),
@@ -321,6 +323,34 @@ REFUSED = [
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: got .* beside rope_parameters"),
     ({"use_mrope": True}, "use_mrope: got True"),
 ]
+
+
+def test_fields_that_change_nothing_are_no_reason_to_refuse(folder, tmp_path, recwarn):
+    """Notes of those who made a checkpoint: known ones are passed over, one warning names the others."""
+    known = changed(folder, tmp_path, is_llama_config=True, rope_interleaved=False, unsloth_fixed=True)
+    assert read_config(known) == read_config(folder)
+    assert not recwarn.list
+    shutil.rmtree(known)
+    unknown = changed(folder, tmp_path, made_by="somebody", a_mark=[1])
+    with pytest.warns(UserWarning, match="fields unknown here, taken to change nothing: a_mark, made_by"):
+        assert read_config(unknown) == read_config(folder)
+
+
+@pytest.mark.parametrize("left_out", ["head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_field_left_out_has_its_familys_default(tmp_path, kind, left_out):
+    """As `transformers` reads the same file. Qwen3-0.6B's head_dim is 128, not hidden_size / heads = 64."""
+    values = {
+        "model_type": kind, "vocab_size": 97, "hidden_size": 1024, "intermediate_size": 80, "num_hidden_layers": 2,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    }  # fmt: skip
+    del values[left_out]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    theirs, ours = transformers.AutoConfig.from_pretrained(tmp_path), read_config(tmp_path)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    found = (ours.head_dim, ours.n_kv_head, ours.norm_eps, ours.tied_embeddings)
+    assert found == (head_dim, theirs.num_key_value_heads, theirs.rms_norm_eps, theirs.tie_word_embeddings)
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED, ids=str)
