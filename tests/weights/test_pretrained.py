@@ -339,7 +339,7 @@ def test_fields_that_change_nothing_are_no_reason_to_refuse(folder, tmp_path, re
 @pytest.mark.parametrize("left_out", ["head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_a_field_left_out_has_its_familys_default(tmp_path, kind, left_out):
-    """As `transformers` reads the same file. Qwen3-0.6B's head_dim is 128, not hidden_size / heads = 64."""
+    """Defaults are those of `transformers`. Qwen3-0.6B's head_dim is 128, not hidden_size / heads = 64."""
     values = {
         "model_type": kind, "vocab_size": 97, "hidden_size": 1024, "intermediate_size": 80, "num_hidden_layers": 2,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 512,
