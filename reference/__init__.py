@@ -35,6 +35,7 @@ _LOADERS = {
     "save_model": "weights.checkpoint",
     "load_pretrained": "weights.pretrained",
     "load_tokenizer": "weights.tokenizer",
+    "open_model": "weights.models",
 }
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "load_model",
     "load_pretrained",
     "load_tokenizer",
+    "open_model",
     "prefill",
     "rectify",
     "save_model",

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
+from itertools import product
 from pathlib import Path
 
 import safetensors.torch
@@ -37,8 +38,15 @@ def shipped_checkpoint(name: str = "model") -> Path:
 
 
 def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """SHA-256 of a file, or of a folder's configuration and weights one after another; in hex."""
+    path, digest = Path(path), hashlib.sha256()
+    is_folder = path.is_dir()
+    files = [path / "config.json", *sorted(path.glob("*.safetensors"))] if is_folder else [path]
+    for file in files:
+        with open(file, "rb") as opened:
+            while piece := opened.read(2**20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def save_model(
@@ -123,7 +131,19 @@ def hollow_model(config: GPTConfig) -> GPT:
 
 
 def filled(model: GPT, tensors: dict[str, Tensor]) -> GPT:
-    """Give a hollow model its weights, one per parameter, and put it in eval mode."""
+    """Give a hollow model its weights, one per parameter, and put it in eval mode.
+
+    Projections of one input share a memory, one after the other. So the Triton path can multiply by
+    all of them at once, and holds no copy. `tensors` changes accordingly.
+    """
+    parts = ("attn.q_proj", "attn.k_proj", "attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
+    for index, group, kind in product(range(model.config.n_layer), parts, ("weight", "bias")):
+        names = [f"layers.{index}.{part}.{kind}" for part in group]
+        if names[0] in tensors:
+            rows = [len(tensors[name]) for name in names]
+            whole = torch.cat([tensors[name] for name in names])
+            # `data` gives each a version of its own, so that training sees separate tensors.
+            tensors.update(zip(names, (own.data for own in whole.split(rows)), strict=True))
     model.load_state_dict(tensors, strict=False, assign=True)  # a tied projection has no tensor
     if model.config.tied_embeddings:
         model.output.weight = model.embed.weight

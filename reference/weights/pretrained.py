@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,6 +26,7 @@ from ..rope import RopeScaling
 from .checkpoint import STORED_DTYPES, check_stored, filled, hollow_model, open_checked
 
 SINGLE = "model.safetensors"  # holds all weights, unless an index beside it names several files
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")  # such files are code, and are never opened
 # Fields that must have one value, or be null: any other would change what the model computes.
 FIXED = {
     "add_cross_attention": False, "alibi": False, "attention_bias": False,
@@ -64,6 +66,21 @@ IGNORED = {
 }  # fmt: skip
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a model's weights as safetensors."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        allowed = "the model with the adapter merged into it: peft's merge_and_unload does that"
+        refuse(str(folder), "an adapter without its model", allowed)
+    files = sorted(folder.glob("*.gguf"))
+    if files and not (folder / "config.json").is_file():
+        refuse(str(folder), "a folder of GGUF files", f"one of them, such as {files[0]}")
+    is_readable = any(folder.glob("*.safetensors"))
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
+    if pickled and not is_readable:
+        allowed = "safetensors: transformers' save_pretrained writes them"
+        refuse(str(folder), f"{pickled[0]}, which is pickled code", allowed)
+
+
 def read_config(folder: str | os.PathLike) -> GPTConfig:
     """Read the folder's config.json.
 
@@ -84,7 +101,12 @@ def config_from_values(path: str, values: Mapping[str, object]) -> GPTConfig:
         values.pop("sliding_window", None)  # a width, used only if use_sliding_window says so
     for name, fixed in FIXED.items():
         value = values.get(name)
-        require(value in (fixed, None), f"{path}: {name}", repr(value), repr(fixed))
+        allowed = repr(fixed)
+        if name == "quantization_config":  # GPTQ, AWQ, bitsandbytes, …
+            if isinstance(value, dict) and "quant_method" in value:  # the rest is long
+                value = {"quant_method": value["quant_method"]}
+            allowed = "the model before it was quantised, or a GGUF file of it"
+        require(value in (fixed, None), f"{path}: {name}", repr(value), allowed)
     unknown = sorted(set(values) - FIXED.keys() - READ - IGNORED)
     if unknown:
         text = f"{path}: fields unknown here, taken to change nothing: {', '.join(unknown)}"
@@ -175,13 +197,19 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> GPT:
-    """Read the folder's model, in eval mode; `dtype=None` keeps the one its embedding is stored in.
+    """Read the model of a folder, or of a GGUF file, in eval mode.
 
+    `dtype=None` keeps the one in which the embedding is stored, float32 if that is quantised.
     Names, shapes, types and room are checked before a weight is read. Errors: FileNotFoundError for
     a missing file; ValueError naming the file and the field or tensor that is missing, extra,
     misshapen, of another type or not finite; torch.OutOfMemoryError if the device lacks the room.
     """
+    from .gguf import is_gguf, load_gguf  # it imports this file
+
+    if is_gguf(folder):
+        return load_gguf(folder, dtype=dtype, device=device, progress=progress)
     folder, device = Path(folder), checked_device("device", device)
+    check_folder(folder)
     config = read_config(folder)
     model = hollow_model(config)
     names = {name: foreign_name(name) for name, _ in model.named_parameters()}
@@ -214,7 +242,7 @@ def load_pretrained(
         dtypes = STORED_DTYPES.values()
         require(dtype in dtypes, "dtype", dtype, ", ".join(map(str, dtypes)))
         count = sum(parameter.numel() for parameter in model.parameters())
-        _check_memory(folder, count, dtype, device)
+        check_memory(folder, count, dtype, device)
 
         placed, console = {}, Console(stderr=True)
         for name in track(names, "Reading weights", console=console, disable=not progress):
@@ -225,14 +253,16 @@ def load_pretrained(
     return filled(model, placed)
 
 
-def _check_memory(folder: Path, count: int, dtype: torch.dtype, device: torch.device) -> None:
+def check_memory(
+    path: str | os.PathLike, count: int, dtype: torch.dtype, device: torch.device
+) -> None:
     """Refuse more weights than the device has room for: `torch.OutOfMemoryError`."""
     needed, free = count * dtype.itemsize, free_memory(device)
     if needed > free:
         name, bits = str(dtype).removeprefix("torch."), 8 * free / count
         given = f"{count / 1e9:.2f} billion weights, {needed / 1e9:.1f} GB in {name}"
         allowed = f"{memory_there_is(device, free)}, so at most {bits:.1f} bits per weight"
-        raise torch.OutOfMemoryError(f"{folder}: got {given}; allowed: {allowed}")
+        raise torch.OutOfMemoryError(f"{path}: got {given}; allowed: {allowed}")
 
 
 def foreign_name(name: str) -> str:
@@ -290,33 +320,64 @@ def stop_tokens(folder: str | os.PathLike) -> list[int]:
 
 
 class PretrainedTokenizer:
-    """The folder's tokenizer.json, with the methods of `tiktoken.Encoding` that `resa` uses."""
+    """A tokenizer of the library `tokenizers`, with the methods of `tiktoken.Encoding`."""
 
-    def __init__(self, folder: str | os.PathLike) -> None:
-        path = Path(folder) / "tokenizer.json"
-        decoder = read_json(path).get("decoder")
-        kind = decoder.get("type") if isinstance(decoder, dict) else decoder
-        allowed = "'ByteLevel', as these families have it"
-        require(kind == "ByteLevel", f"{path}: decoder", repr(kind), allowed)
-        try:
-            from tokenizers import Tokenizer  # only folders need this package
-        except ImportError:
-            hint = "reading it takes the package `tokenizers`: pip install tokenizers"
-            raise ImportError(f"{path}: {hint}") from None
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            given = f"got a damaged file ({error})"
-            raise ValueError(f"{path}: {given}; allowed: a tokenizer.json") from None
-
+    def __init__(self, tokenizer: Any) -> None:
         # Fine-tuning may leave both in the file; they would cut or stretch a prompt unasked.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.tokenizer = tokenizer
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens, special ones included."""
+        return self.tokenizer.get_vocab_size()
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Tokens of a text. Special ones in it are recognised; the file may add some before it."""
         return self.tokenizer.encode(text).ids
 
+    def encode_chat(self, text: str) -> list[int]:
+        """Tokens of a text that a chat template has rendered: it holds its special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones included; nothing for an id without a token."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+
+def read_tokenizer(folder: str | os.PathLike) -> PretrainedTokenizer:
+    """Read the folder's tokenizer.json.
+
+    Errors: FileNotFoundError; ImportError without the package `tokenizers`; ValueError for a file
+    that is damaged or of a kind that these families do not have.
+    """
+    path = Path(folder) / "tokenizer.json"
+    decoder = read_json(path).get("decoder")
+    kind = decoder.get("type") if isinstance(decoder, dict) else decoder
+    allowed = "'ByteLevel', as these families have it"
+    require(kind == "ByteLevel", f"{path}: decoder", repr(kind), allowed)
+    try:
+        from tokenizers import Tokenizer  # only folders need this package
+    except ImportError:
+        hint = "reading it takes the package `tokenizers`: pip install tokenizers"
+        raise ImportError(f"{path}: {hint}") from None
+    try:
+        return PretrainedTokenizer(Tokenizer.from_file(str(path)))
+    except Exception as error:  # the library raises nothing narrower
+        given = f"got a damaged file ({error})"
+        raise ValueError(f"{path}: {given}; allowed: a tokenizer.json") from None
+
+
+def read_chat_template(folder: str | os.PathLike) -> str | None:
+    """Read the Jinja template by which the folder's model is spoken to; None if there is none."""
+    file, path = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    given = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(given, list):  # several, by name
+        named = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}
+        given = named.get("default")
+    is_text = given is None or isinstance(given, str)
+    require(is_text, f"{path}: chat_template", type(given).__name__, "a Jinja template")
+    return given

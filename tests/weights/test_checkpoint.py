@@ -119,7 +119,7 @@ CONFIG_FIELDS = [field.name for field in fields(GPTConfig) if field.name != "rop
         ({"config": ""}, "model.safetensors: config: got ''; allowed: the JSON of a GPTConfig"),
         ({"config": "[1]"}, r"model.safetensors: config: got '\[1\]'; allowed: the JSON of a GPTConfig"),
         ({"n_head": 5}, r"n_head: got 5; allowed: a multiple of n_kv_head = 2"),
-        ({"n_head": "6"}, r"n_head: got 6; allowed: an integer"),
+        ({"n_head": "6"}, r"n_head: got '6'; allowed: an integer"),
         ({"n_layer": 3}, r"tensor layers\.2\.[a-z_.]+: got missing"),
         ({"n_layer": 20_000}, r"n_layer: got 20000; allowed: at most the file's \d+ tensors"),
         ({"n_layer": 10**9}, "n_layer: got 1000000000; allowed: at most"),

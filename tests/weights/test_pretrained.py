@@ -15,66 +15,14 @@ import safetensors.torch
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from resa.reference import ReSAConfig, Sampling, generate
+from families import PLAIN, SIZES, YARN, texts, tokens_of
+from resa.reference import ReSAConfig, generate
 from resa.reference.cli.main import main
 from resa.reference.rope import rotary_frequencies
-from resa.reference.weights.pretrained import PretrainedTokenizer, load_pretrained, read_config, stop_tokens
+from resa.reference.weights.pretrained import load_pretrained, read_config, read_tokenizer, stop_tokens
 from strategies import DEVICE, HEAD_DIMS
 
 transformers = pytest.importorskip("transformers", reason="the extra `dev` has it")
-extension = importlib.import_module("resa.reference.weights.extension")  # needs transformers
-
-SIZES = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "max_position_embeddings": 512,
-    "eos_token_id": None,  # every continuation has its full length
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 128}
-LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
-PLAIN = {"rope_type": "default", "rope_theta": 100.0}
-FAMILIES = {
-    "qwen2": ("Qwen2", {"rope_parameters": PLAIN}),
-    "qwen2-tied-yarn": ("Qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", {"rope_parameters": PLAIN, "head_dim": 16}),
-    "qwen3-tied-yarn": (
-        "Qwen3",
-        {"rope_parameters": {**YARN, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": False, "attention_factor": 1.25},
-         "head_dim": 16, "tie_word_embeddings": True},
-    ),
-    "llama": ("Llama", {"rope_parameters": PLAIN}),
-    "llama-3.1": ("Llama", {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
-    "llama-linear": ("Llama", {"rope_parameters": LINEAR, "head_dim": 16, "num_key_value_heads": 6}),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
-    """A random model by `transformers`, and the folder that it saves itself in: several small shards."""
-    name, options = FAMILIES[request.param]
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **options})
-    torch.manual_seed(1)
-    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.3))
-            if parameter.dim() == 1:
-                parameter += 1.0
-    folder = tmp_path_factory.mktemp(request.param)
-    theirs.save_pretrained(folder, max_shard_size="60KB")
-    return theirs, folder
-
-
-def tokens_of(generations):
-    return [generation.tokens for generation in generations]
-
-
-def texts(*sizes):
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randint(0, SIZES["vocab_size"], (size,), generator=generator).tolist() for size in sizes]
 
 
 def test_logits_are_those_of_transformers(family):
@@ -113,118 +61,6 @@ def test_the_kernels_decode_them_as_well(family):
     assert tokens_of(fast.generate(model, prompts, 5, config)) == tokens_of(generate(model, prompts, 5, config))
 
 
-def left_padded(prompts, device="cpu"):
-    """A ragged batch for the library: rows padded on the left with a token that counts elsewhere, and the mask."""
-    longest = max(map(len, prompts))
-    rows = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    return rows, {"attention_mask": mask}
-
-
-@pytest.mark.parametrize("schedule", ["fused", "paper"])
-def test_models_of_transformers_decode_with_resa_by_name(family, schedule):
-    """They give the tokens of this project's own model and loop; the loop gets the whole batch in one call."""
-    theirs, folder = family
-    prompts, sparse = texts(150, 60), {"interval": 8, "block_size": 4, "min_blocks": 3, "schedule": schedule}
-    before, ours, calls = theirs.config._attn_implementation, load_pretrained(folder), []
-
-    def decode(model, prompts, *arguments, **options):
-        calls.append(prompts)
-        return generate(model, prompts, *arguments, **options)
-
-    fed, masked = left_padded(prompts)
-    loop = extension.rectified(decode=decode, **sparse)
-    found = theirs.generate(fed, **masked, max_new_tokens=64, do_sample=False, custom_generate=loop)
-    expected = tokens_of(generate(ours, prompts, 64, ReSAConfig(**sparse)))
-    assert found[:, 150:].tolist() == expected
-    assert torch.equal(found[:, :150], fed)
-    assert calls == [prompts]
-    dense = tokens_of(generate(ours, prompts, 64, ReSAConfig(interval=1)))
-    assert dense != expected, "sparse steps must show, or the loop could be anyone's"
-    assert theirs.config._attn_implementation == before
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("family", FAMILIES if DEVICE == "cuda" else ["qwen3-tied-yarn"], indirect=True)
-@pytest.mark.parametrize("schedule", ["fused", "paper"] if DEVICE == "cuda" else ["fused"])
-def test_they_decode_on_the_kernels_too(family, schedule):
-    """The loop of `resa.fast` in the place of the reference's: through CUDA graphs where there is a GPU."""
-    fast = pytest.importorskip("resa.fast.generate", reason="triton comes for Linux only")
-    theirs, folder = family
-    ours = load_pretrained(folder)
-    if ours.config.head_dim not in HEAD_DIMS:
-        pytest.skip("a head dimension that the kernels don't have")
-    prompts, sparse = texts(18, 5), {"interval": 2, "block_size": 8, "min_blocks": 2, "schedule": schedule}
-    fed, masked = left_padded(prompts, DEVICE)
-    loop = extension.rectified(decode=fast.generate, **sparse)
-    found = theirs.to(DEVICE).generate(fed, **masked, max_new_tokens=6, do_sample=False, custom_generate=loop)
-    theirs.cpu()
-    assert found[:, 18:].tolist() == tokens_of(generate(ours, prompts, 6, ReSAConfig(**sparse)))
-
-
-ONE_FAMILY = pytest.mark.parametrize("family", ["qwen3-tied-yarn"], indirect=True)
-REQUESTS = [
-    ({"repetition_penalty": 1.5}, "logits_processor: got RepetitionPenaltyLogitsProcessor; allowed: "),
-    ({"return_dict_in_generate": True}, "return_dict_in_generate: got True"),
-    ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: got 3"),
-    ({"position_ids": torch.arange(20)[None] + 7}, "position_ids: got others"),
-    (
-        {"inputs_embeds": torch.zeros(1, 20, 48)},
-        "inputs_embeds: got Tensor; allowed: input_ids and attention_mask alone",
-    ),
-    ({"num_beams": 2}, "num_beams: got 2; allowed: 1"),
-]
-
-
-@ONE_FAMILY
-def test_what_the_decode_loop_does_not_do_is_refused(family):
-    theirs, _ = family
-    fed = torch.tensor(texts(20))
-    options = {"attention_mask": torch.ones_like(fed), "max_new_tokens": 4, "custom_generate": extension.rectified()}
-    filled = {"cache": theirs(fed[:, :8], use_cache=True).past_key_values}
-    for request, message in [*REQUESTS, (filled, "cache: got a cache with tokens in it")]:
-        with pytest.raises(ValueError, match=message):
-            theirs.generate(fed, do_sample=False, **request, **options)
-    theirs.set_attn_implementation("resa")
-    with pytest.raises(ValueError, match="attention 'resa': got none outside of generate"):
-        theirs(fed)
-    theirs.set_attn_implementation("sdpa")
-
-
-@ONE_FAMILY
-def test_sampling_and_stop_tokens_reach_the_decode_loop(family):
-    """Temperature, top_k and top_p do what they do in `generate`; a stop token ends its row, which it pads as well."""
-    theirs, folder = family
-    fed = torch.tensor(texts(30, 30))
-    options = {"attention_mask": torch.ones_like(fed), "custom_generate": extension.rectified(interval=4)}
-    warpers = {"temperature": 0.8, "top_p": 0.9, "top_k": 11}
-
-    def sampled(seed, **more):
-        torch.manual_seed(seed)
-        return theirs.generate(fed, max_new_tokens=24, do_sample=True, **options, **(warpers | more))
-
-    def expected(seed, **more):
-        torch.manual_seed(seed)
-        seeds = torch.randint(2**62, (2,)).tolist()
-        own = [torch.Generator().manual_seed(seed) for seed in seeds]
-        sampling = Sampling(**(warpers | more))
-        return tokens_of(generate(ours, fed.tolist(), 24, ReSAConfig(interval=4), sampling, generators=own))
-
-    ours, first = load_pretrained(folder), sampled(1)
-    assert first[:, 30:].tolist() == expected(1)
-    for change in ({"temperature": 1.0}, {"top_p": 1.0}, {"top_k": 97}):  # each matters
-        other = sampled(1, **change)[:, 30:].tolist()
-        assert other == expected(1, **change)
-        assert other != first[:, 30:].tolist(), change
-    assert not torch.equal(first, sampled(2))
-    end = int(first[0, 30 + 5])
-    stopped = sampled(1, eos_token_id=end, pad_token_id=end)[0, 30:].tolist()
-    place = stopped.index(end)
-    assert place <= 5
-    assert stopped[: place + 1] == first[0, 30 : 31 + place].tolist()
-    assert set(stopped[place:]) == {end}
-
-
 # Text
 
 END = "<|end|>"
@@ -250,7 +86,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_text_comes_back(folder):
-    tokenizer = PretrainedTokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     tokens = tokenizer.encode_ordinary(PROSE + END)
     assert tokens[-1:] == [tokenizer.tokenizer.token_to_id(END)]
     assert len(tokens) < len(PROSE.encode()), "no merges were learnt"
@@ -263,7 +99,7 @@ def test_generate_reads_a_folder(folder, capsys):
     options = ["generate", PROSE, "--model", str(folder), "--tokens", "9", "--interval", "4", "--min-blocks", "2"]
     assert main([*options, "--device", "cpu", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    tokenizer = PretrainedTokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     prompt = tokenizer.encode_ordinary(PROSE)
     config = ReSAConfig(interval=4, min_blocks=2)
     expected = generate(load_pretrained(folder), [prompt], 9, config, stop_tokens=stop_tokens(folder))[0].tokens
@@ -305,6 +141,7 @@ REFUSED = [
     ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
     ({"attention_bias": True}, "attention_bias: got True"),
     ({"quantization_config": {"bits": 4}}, "quantization_config: got {'bits': 4}"),
+    ({"quantization_config": "4 bits"}, "quantization_config: got '4 bits'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5"),
     ({"num_experts": 8}, "num_experts: got 8; allowed: 0"),
     ({"rope_interleaved": True}, "rope_interleaved: got True; allowed: False"),
@@ -545,13 +382,13 @@ def test_a_tensor_twice_or_in_another_shard_is_refused(folder, tmp_path):
 
 def test_prompts_are_neither_cut_nor_stretched(folder, tmp_path):
     """Whatever fine-tuning has left in the file."""
-    plain = PretrainedTokenizer(folder).encode_ordinary(PROSE)
+    plain = read_tokenizer(folder).encode_ordinary(PROSE)
     copy = changed(folder, tmp_path)
     tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=len(plain) + 20)
     tokenizer.save(str(copy / "tokenizer.json"))
-    assert PretrainedTokenizer(copy).encode_ordinary(PROSE) == plain
+    assert read_tokenizer(copy).encode_ordinary(PROSE) == plain
 
 
 def test_a_token_that_begins_a_text_is_added(folder, tmp_path):
@@ -566,7 +403,7 @@ def test_a_token_that_begins_a_text_is_added(folder, tmp_path):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), byte_level])
     tokenizer.save(str(copy / "tokenizer.json"))
-    found = PretrainedTokenizer(copy)
+    found = read_tokenizer(copy)
     library = transformers.PreTrainedTokenizerFast(tokenizer_file=str(copy / "tokenizer.json"))
     tokens = found.encode_ordinary(PROSE)
     assert tokens == library(PROSE)["input_ids"]
@@ -577,7 +414,7 @@ def test_a_token_that_begins_a_text_is_added(folder, tmp_path):
 def test_tokenizers_of_other_kinds_are_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such file"):
-        PretrainedTokenizer(tmp_path)
+        read_tokenizer(tmp_path)
     for decoder, message in (
         ({"type": "Metaspace"}, "decoder: got 'Metaspace'"),
         (3, "decoder: got 3"),
@@ -586,4 +423,4 @@ def test_tokenizers_of_other_kinds_are_refused(tmp_path):
     ):
         path.write_text(json.dumps({"decoder": decoder}))
         with pytest.raises(ValueError, match=rf"tokenizer\.json: {message}"):
-            PretrainedTokenizer(tmp_path)
+            read_tokenizer(tmp_path)
