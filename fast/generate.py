@@ -21,6 +21,7 @@ from resa.reference.checks import check_lengths, check_tokens, require, require_
 from resa.reference.config import ReSAConfig
 from resa.reference.generate import Generation
 from resa.reference.model import GPT
+from resa.reference.operations import REFERENCE_OPS
 from resa.reference.requests import check_request, sequence_generators
 from resa.reference.sampling import Sampling
 
@@ -31,7 +32,8 @@ from .gpu.bookkeeping import Plan, note_tokens, plan_step
 from .gpu.bounds8 import Bounds8, compress_bounds
 from .gpu.graphs import capture
 from .gpu.limits import INTERPRETED, check_kernel_dtypes, check_sizes
-from .model import accelerated
+from .model import accelerated, check_plain
+from .operations import TRITON_OPS
 from .sampling import Sampler
 
 NO_TOKEN = -1
@@ -62,6 +64,7 @@ def generate(
     config = ReSAConfig() if config is None else config
     sampling = Sampling() if sampling is None else sampling
     check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume, generators)
+    max_new_tokens = int(max_new_tokens)
     check_model(model, config, len(prompts))
 
     # Prefill the prompts.
@@ -93,10 +96,12 @@ def generate(
 
 def check_model(model: GPT, config: ReSAConfig, batch: int) -> None:
     """Refuse a model, block size or batch that the kernels do not support."""
-    shape = model.config
+    shape, is_known = model.config, model.ops in (REFERENCE_OPS, TRITON_OPS)
+    require(is_known, "model.ops", "operations of its own", "the reference's or the kernels'")
     check_kernel_dtypes(model=model.embed.weight)
     group, rows = shape.n_head // shape.n_kv_head, batch * shape.n_kv_head
     check_sizes(D=shape.head_dim, G=group, block_size=config.block_size, rows=rows)
+    check_plain(model)
 
 
 def padded_capacity(tokens: int, block_size: int) -> int:
@@ -148,7 +153,7 @@ def prefill(
     batch, device = len(cache.lengths), cache.lengths.device
     if chunk_size is None:
         chunk_size = max(1, min(PREFILL_CHUNK, PREFILL_ROWS // max(1, batch)))
-    require_integer("chunk_size", chunk_size, 1)
+    chunk_size = require_integer("chunk_size", chunk_size, 1)
     given, allowed = f"{len(prompts)} lists", f"{batch}, one per sequence of the cache"
     require(len(prompts) == batch, "prompts", given, allowed)
     longest = max(map(len, prompts))

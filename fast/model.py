@@ -8,23 +8,66 @@ there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resa.reference.checks import refuse
+from resa.reference.checks import refuse, require
 from resa.reference.model import GPT, Attend, Layer, RMSNorm
 from resa.reference.rope import rotary_frequencies
+from resa.reference.weights.checkpoint import hollow_model
 
 from .gpu.elementwise import add_norm, split_heads, swiglu
 from .operations import TRITON_OPS
 
 
 def accelerated(model: GPT) -> GPT:
-    """This model for the kernels, its weights shared. A subclass of `GPT` keeps its own layers."""
+    """This model for the kernels; it stays as it is. A subclass of `GPT` keeps its own layers."""
     return FusedGPT(model) if type(model) is GPT else model.with_ops(TRITON_OPS)
+
+
+def check_plain(model: GPT) -> None:
+    """Refuse a model of which the fused layers would ignore something.
+
+    They read weights and call no module. So adapters, hooks, wrapped, subclassed or parametrised
+    projections, and tensors that are more than numbers are refused by name.
+    """
+    if type(model) is not GPT:  # keeps its own layers
+        return
+    example = hollow_model(replace(model.config, n_layer=1)).to(model.embed.weight.dtype)
+    example.layers = nn.ModuleList([example.layers[0]] * model.config.n_layer)
+    _check_module("model", model, example)
+
+
+def _check_module(name: str, module: nn.Module, example: nn.Module) -> None:
+    """Refuse a module that is not like `example` in all but its numbers, and so for its parts."""
+    allowed = f"a plain {type(example).__name__} (resa.reference decodes any model)"
+    require(type(module) is type(example), name, type(module).__name__, allowed)
+    is_hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    require(not is_hooked, name, "a forward hook", allowed)
+
+    # Methods of the class, settings of the configuration, parameters of one type and shape.
+    for field in vars(module).keys() - vars(example).keys() - {"_compiled_call_impl"}:
+        if hasattr(type(module), field):
+            refuse(f"{name}.{field}", "a method of its own", allowed)
+    for field, wanted in vars(example).items():
+        is_setting = isinstance(wanted, (int, float)) and field != "training"
+        if is_setting and getattr(module, field) != wanted:
+            refuse(f"{name}.{field}", getattr(module, field), str(wanted))
+    for field, wanted in example._parameters.items():
+        given, allowed = _description(module._parameters.get(field)), _description(wanted)
+        require(given == allowed, f"{name}.{field}", given, allowed)
+    for field, part in example._modules.items():
+        _check_module(f"{name}.{field}", getattr(module, field), part)
+
+
+def _description(parameter: Tensor | None) -> str:
+    """Say what a parameter is: type, dtype and shape."""
+    if parameter is None:
+        return "None"
+    return f"{type(parameter).__name__} {list(parameter.shape)} {parameter.dtype}"
 
 
 @dataclass(frozen=True)
@@ -36,7 +79,7 @@ class Linear:
 
     @classmethod
     def fused(cls, *layers: nn.Linear) -> Linear:
-        """The layers as one, whose weights become views of one matrix: nothing is held twice."""
+        """The layers as one. Weights that lie one after the other are read where they are."""
         bias = None if layers[0].bias is None else _fuse([layer.bias for layer in layers])
         return cls(_fuse([layer.weight for layer in layers]), bias)
 
@@ -70,9 +113,11 @@ class FusedLayer:
         """The fused form of one of the reference's layers."""
         attn, mlp, norms = layer.attn, layer.mlp, (layer.attn.q_norm, layer.attn.k_norm)
         return cls(
-            attn_norm=layer.attn_norm.weight,
-            mlp_norm=layer.mlp_norm.weight,
-            head_norms=tuple(x.weight if isinstance(x, RMSNorm) else None for x in norms),
+            attn_norm=layer.attn_norm.weight.contiguous(),
+            mlp_norm=layer.mlp_norm.weight.contiguous(),
+            head_norms=tuple(
+                x.weight.contiguous() if isinstance(x, RMSNorm) else None for x in norms
+            ),
             qkv=Linear.fused(attn.q_proj, attn.k_proj, attn.v_proj),
             o=Linear.fused(attn.o_proj),
             gate_up=Linear.fused(mlp.gate_proj, mlp.up_proj),
@@ -81,7 +126,11 @@ class FusedLayer:
 
 
 class FusedGPT(GPT):
-    """A `GPT` for decoding, built from one. It shares its weights and computes the same."""
+    """A `GPT` for decoding, built from one, which stays as it is. It computes the same.
+
+    Weights that lie one after the other are shared, as those of loaded models do; others that are
+    fused are copied.
+    """
 
     def __init__(self, model: GPT) -> None:
         nn.Module.__init__(self)  # no weights of its own
@@ -116,14 +165,11 @@ class FusedGPT(GPT):
             delta = layer.o(out.transpose(1, 2).flatten(2))  # [B, Q, C]
             gate_up = layer.gate_up(add_norm(x, delta, layer.mlp_norm, eps))
             delta = layer.down(swiglu(gate_up))
-        return add_norm(x, delta, self.norm.weight, eps)
+        return add_norm(x, delta, self.norm.weight.contiguous(), eps)
 
 
 def _fuse(parts: Sequence[nn.Parameter]) -> Tensor:
-    """The parameters [n_i, …] as one tensor [Σ n_i, …], which they share from then on.
-
-    Parameters that lie one after the other already stay where they are.
-    """
+    """The parameters [n_i, …] as one tensor [Σ n_i, …]: a view if they lie one after the other."""
     first, rows = parts[0].detach(), sum(len(part) for part in parts)
     place, is_fused = first.data_ptr(), first.is_contiguous()
     for part in parts:
@@ -132,8 +178,4 @@ def _fuse(parts: Sequence[nn.Parameter]) -> Tensor:
         place += part.nbytes
     if is_fused:
         return first.as_strided((rows, *first.shape[1:]), first.stride())
-
-    whole = torch.cat([part.detach() for part in parts])
-    for part, own in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-        part.data = own
-    return whole
+    return torch.cat([part.detach() for part in parts])

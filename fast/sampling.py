@@ -59,4 +59,5 @@ class Sampler:
 
 def _uniforms(generator: torch.Generator, n: int) -> Tensor:
     """Draw n uniform numbers as the reference does, one by one: a single draw of n gives others."""
-    return torch.tensor([uniform(generator) for _ in range(n)], dtype=torch.float64)
+    numbers = [uniform(generator) for _ in range(n)]
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")

@@ -35,8 +35,8 @@ class KVCache:
         cls, config: GPTConfig, capacity: int, block_size: int, *, dtype=torch.float32, device="cpu"
     ) -> KVCache:
         """A cache with room for `capacity` tokens and none in it."""
-        require_integer("capacity", capacity, 0)
-        require_integer("block_size", block_size, 1)
+        capacity = require_integer("capacity", capacity, 0)
+        block_size = require_integer("block_size", block_size, 1)
         require(dtype in FLOATS, "dtype", dtype, "float16, bfloat16, float32 or float64")
         shape = (config.n_layer, 1, config.n_kv_head, capacity, config.head_dim)
         check_cache_memory(shape, block_size, dtype, torch.device(device))
@@ -67,11 +67,11 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget the tokens at and past position `length`."""
         is_shorter = is_integer(length, 0) and length <= self.length
-        require(is_shorter, "length", length, f"an integer 0 … {self.length}")
+        require(is_shorter, "length", repr(length), f"an integer 0 … {self.length}")
         # Keys and values may stay: nothing reads past the length. Bounds must not count them.
         for layer in range(len(self.keys)):
             self._rebuild_bounds(layer, length, self.length, length)
-        self.length = length
+        self.length = int(length)
 
     def _rebuild_bounds(self, layer: int, start: int, end: int, length: int) -> None:
         """Rebuild the bounds of the blocks at positions start … end − 1; `length` keys count."""

@@ -7,6 +7,7 @@ Every message has one form: the argument, what was given, what is allowed.
 import os
 import sys
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import NoReturn
 
 import torch
@@ -30,33 +31,42 @@ def require(condition: bool, argument: str, given: object, allowed: str) -> None
 
 
 def is_integer(value: object, minimum: int) -> bool:
-    """True if `value` is a plain integer (`True` is not) of at least `minimum`.
+    """True if `value` is an integer, NumPy's included (`True` is not), of at least `minimum`.
 
     >>> is_integer(3, 1), is_integer(True, 0), is_integer(2.0, 1)
     (True, False, False)
     """
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum
 
 
 def is_number(value: object) -> bool:
-    """True if `value` is a plain int or float; `True` is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """True if `value` is a real number, NumPy's included; `True` is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def require_integer(argument: str, value: object, minimum: int) -> None:
-    """Require a plain integer of at least `minimum`."""
-    require(is_integer(value, minimum), argument, value, f"an integer ≥ {minimum}")
+def plain_fields(config: object) -> None:
+    """Turn a frozen configuration's numbers into Python's own: NumPy's can overflow."""
+    for name, value in vars(config).items():
+        if is_number(value) and not isinstance(value, (int, float)):
+            plain = int(value) if isinstance(value, Integral) else float(value)
+            object.__setattr__(config, name, plain)
+
+
+def require_integer(argument: str, value: object, minimum: int) -> int:
+    """Require an integer of at least `minimum`, and return it as Python's own."""
+    require(is_integer(value, minimum), argument, repr(value), f"an integer ≥ {minimum}")
+    return int(value)
 
 
 def require_positive(argument: str, value: object) -> None:
     """Require a finite number above 0."""
     is_positive = is_number(value) and 0 < value < float("inf")
-    require(is_positive, argument, value, "a finite number > 0")
+    require(is_positive, argument, repr(value), "a finite number > 0")
 
 
 def require_flag(argument: str, value: object) -> None:
     """Require True or False."""
-    require(isinstance(value, bool), argument, value, "True or False")
+    require(isinstance(value, bool), argument, repr(value), "True or False")
 
 
 def bind_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:

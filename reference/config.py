@@ -6,7 +6,15 @@ them: `config → blocks → attention → operations → cache → model → sa
 
 from dataclasses import dataclass
 
-from .checks import is_integer, is_number, require, require_flag, require_integer, require_positive
+from .checks import (
+    is_integer,
+    is_number,
+    plain_fields,
+    require,
+    require_flag,
+    require_integer,
+    require_positive,
+)
 from .rope import RopeScaling
 
 SCHEDULES = ("fused", "paper")
@@ -39,13 +47,16 @@ class ReSAConfig:
     eight_bit_bounds: bool = False  # bounds rounded outward to 8 bits; the Triton path alone
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         p, n_local, f = self.active_ratio, self.local_blocks, self.interval
         require_integer("block_size", self.block_size, 1)
-        require(is_number(p) and 0 < p <= 1, "active_ratio", p, "0 < active_ratio ≤ 1")
+        require(is_number(p) and 0 < p <= 1, "active_ratio", repr(p), "0 < active_ratio ≤ 1")
         require_integer("local_blocks", n_local, 1)
         is_enough = is_integer(self.min_blocks, n_local)
-        require(is_enough, "min_blocks", self.min_blocks, f"an integer ≥ local_blocks = {n_local}")
-        require(f is None or is_integer(f, 1), "interval", f, "an integer ≥ 1, or None for never")
+        allowed = f"an integer ≥ local_blocks = {n_local}"
+        require(is_enough, "min_blocks", repr(self.min_blocks), allowed)
+        is_interval, allowed = f is None or is_integer(f, 1), "an integer ≥ 1, or None for never"
+        require(is_interval, "interval", repr(f), allowed)
         allowed = " or ".join(map(repr, SCHEDULES))
         require(self.schedule in SCHEDULES, "schedule", repr(self.schedule), allowed)
         require_integer("dense_layers", self.dense_layers, 0)
@@ -96,6 +107,7 @@ class GPTConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         sizes = ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "hidden_size")
         for name in (*sizes, "intermediate_size", "context"):
             require_integer(name, getattr(self, name), 1)
@@ -107,4 +119,4 @@ class GPTConfig:
         for name in ("qkv_bias", "qk_norm", "tied_embeddings"):
             require_flag(name, getattr(self, name))
         is_known = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
-        require(is_known, "rope_scaling", self.rope_scaling, "a RopeScaling or None")
+        require(is_known, "rope_scaling", repr(self.rope_scaling), "a RopeScaling or None")

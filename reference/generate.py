@@ -65,7 +65,7 @@ def prefill(model: GPT, prompt: Sequence[int], cache: KVCache, chunk_size=PREFIL
 
     A chunk attends to all chunks before it, so their size changes results by rounding alone.
     """
-    require_integer("chunk_size", chunk_size, 1)
+    chunk_size = require_integer("chunk_size", chunk_size, 1)
     check_tokens(prompt, model.config.vocab_size)
     end, room = cache.length + len(prompt), min(cache.capacity, model.config.context)
     require(len(prompt) > 0, "prompt", "no tokens", "at least one token")
@@ -114,7 +114,7 @@ def rectify(model: GPT, tokens: Sequence[int], cache: KVCache, n_drifted: int) -
     dense prefill (law 6). Before the window it is exact already: prefill is dense, and every older
     window was rectified. The pass computes from that and from token ids alone.
     """
-    require_integer("n_drifted", n_drifted, 0)
+    n_drifted = require_integer("n_drifted", n_drifted, 0)
     allowed = f"at least the {n_drifted} tokens of the window, and one"
     require(len(tokens) >= max(n_drifted, 1), "tokens", f"{len(tokens)} tokens", allowed)
     hidden = dense_pass(model, tokens, cache, cache.length - n_drifted)
@@ -173,6 +173,7 @@ def generate(
     config = ReSAConfig() if config is None else config
     sampling = Sampling() if sampling is None else sampling
     check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume, generators)
+    max_new_tokens = int(max_new_tokens)
     opened = open_caches(model, prompts, max_new_tokens, config, resume)
     own = sequence_generators(len(prompts), sampling, generators)
 

@@ -66,11 +66,14 @@ def checked(ops: Operations, *, limits: Callable[..., None] | None = None) -> Op
         # Positional and keyword arguments are checked alike, by their names.
         @wraps(operation)
         def call(*args: Any, **kwargs: Any) -> Any:
-            arguments = parameters.bind(*args, **kwargs).arguments
+            bound = parameters.bind(*args, **kwargs)
+            arguments = bound.arguments
             sizes = check_arguments(name, arguments)
             if limits is not None:
                 limits(name, arguments, sizes)
-            return operation(*args, **kwargs)
+            if "block_size" in arguments:  # kernels take Python's own integers
+                arguments["block_size"] = int(arguments["block_size"])
+            return operation(*bound.args, **bound.kwargs)
 
         return call
 

@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from .cache import KVCache
-from .checks import check_cache_memory, check_tokens, is_integer, require
+from .checks import check_cache_memory, check_tokens, is_integer, require, require_integer
 from .config import ReSAConfig
 from .model import GPT
 from .sampling import Sampling
@@ -30,7 +31,8 @@ def check_request(
     """Refuse by name what decoding cannot work with, before any work starts."""
     require(isinstance(config, ReSAConfig), "config", type(config).__name__, "a ReSAConfig")
     require(isinstance(sampling, Sampling), "sampling", type(sampling).__name__, "a Sampling")
-    require(is_integer(max_new_tokens, 0), "max_new_tokens", max_new_tokens, "an integer ≥ 0")
+    max_new_tokens = require_integer("max_new_tokens", max_new_tokens, 0)
+    check_weights(model)
     is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
     require(is_list, "prompts", repr(prompts)[:60], "a non-empty list of token lists")
     held = 0
@@ -58,8 +60,27 @@ def check_request(
     require(is_list, "stop_tokens", stop_tokens, "a list or set of token ids")
     for token in stop_tokens:
         is_known, allowed = is_integer(token, 0) and token < vocabulary, f"0 … {vocabulary - 1}"
-        require(is_known, "stop_tokens", token, f"token ids {allowed}")
+        require(is_known, "stop_tokens", repr(token), f"token ids {allowed}")
     check_generators(len(prompts), generators)
+
+
+def check_weights(model: GPT) -> None:
+    """Refuse weights that are not all on one device, and hooks that decoding would never call."""
+    weight = getattr(model.embed, "weight", None)
+    given, allowed = type(model.embed).__name__, "a module with a weight [V, C]"
+    require(isinstance(weight, Tensor), "model.embed", given, allowed)
+    devices = sorted({str(each.device) for each in (*model.parameters(), *model.buffers())})
+    given = f"device{'s' * (len(devices) > 1)} {', '.join(devices)}"
+    is_one = len(devices) == 1 and devices != ["meta"]
+    require(is_one, "model", given, "all weights in the memory of one device")
+
+    # Decoding calls a model's parts, but neither the model nor modules that only hold parts.
+    for name, module in model.named_modules():
+        is_called = name != "" and type(module).forward is not nn.Module.forward
+        is_hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+        where = f"model.{name}".rstrip(".")
+        allowed = "hooks on modules that decoding calls: embeddings, projections, norms, MLPs"
+        require(is_called or not is_hooked, where, "a forward hook", allowed)
 
 
 def check_resume(model: GPT, config: ReSAConfig, resume: Generation) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import require, require_integer, require_positive
+from .checks import plain_fields, require, require_integer, require_positive
 
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
 
@@ -32,6 +32,7 @@ class RopeScaling:
     whole_pairs: bool = True  # yarn's ramp begins and ends at whole pairs
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         kinds = " or ".join(map(repr, ROPE_SCALINGS))
         require(self.kind in ROPE_SCALINGS, "kind", repr(self.kind), kinds)
         for name in ("factor", "slow", "fast", "amplitude"):

@@ -89,6 +89,11 @@ PATH = [
     Mistake("the last token is fed", "reference/generate.py", "if token in stop_tokens or len(generation.tokens) == max_new_tokens:", "if token in stop_tokens:"),
     Mistake("resumed without its open window", "reference/requests.py", "kept = resume.cache.length - resume.n_drifted\n", "kept = resume.cache.length\n"),
     Mistake("one generator for all prompts", "reference/requests.py", "return [torch.Generator().manual_seed(int(seed)) for seed in draw]", "return [base for _ in draw]"),
+    Mistake("a model spread over devices passes", "reference/requests.py", "len(devices) == 1 and ", "", "tests/contract/test_given_models.py"),
+    # transformers: nothing set on the caller's model, objects by their value.
+    Mistake("our attention on the caller's configuration", "reference/weights/extension.py", "own = copy(value)", "own = value", "tests/weights/test_extension.py"),
+    Mistake("the longest of the lengths", "reference/weights/extension.py", "return min(lengths), ends", "return max(lengths), ends", "tests/weights/test_extension.py"),
+    Mistake("no share at all is everything", "reference/weights/extension.py", "not is_sampled or top_p == 0", "not is_sampled", "tests/weights/test_extension.py"),
     # speculation.
     Mistake("every draft is accepted", "reference/speculate.py", "< dense[draft.token]:", "<= 1.0:"),
     Mistake("rejected drafts stay cached", "reference/speculate.py", "        cache.truncate(start + len(kept))\n", ""),
@@ -124,6 +129,7 @@ KERNELS = [
     Mistake("kernel: the window's last block is not written", "fast/cache.py", "touched = (width + block_size - 2) // block_size + 1", "touched = max(1, (width + block_size - 2) // block_size)", f"{OPERATIONS} {DECODING}"),
     Mistake("kernel: a sparse step where a pass is due", "fast/gpu/bookkeeping.py", "(n_drifted < drift_limit)", "(n_drifted <= drift_limit)"),
     Mistake("kernel: a stop token goes on", "fast/gpu/bookkeeping.py", "        has_ended |= token == tl.load(stop_ptr + i)\n", "        has_ended |= token < 0\n"),
+    Mistake("hooks on fused modules pass", "fast/model.py", "is_hooked = bool(module._forward_hooks or module._forward_pre_hooks)", "is_hooked = False", "tests/contract/test_given_models.py"),
     Mistake("batched top-p without its allowance", "fast/sampling.py", "self.sampling.top_p - 1e-12", "self.sampling.top_p"),
     Mistake("8-bit bounds rounded inward", "fast/gpu/bounds8.py", "is_outward = (x > 0) == is_hi", "is_outward = (x > 0) != is_hi", OPERATIONS),
 ]  # fmt: skip

@@ -222,7 +222,9 @@ def floors(shape: Shape, config: ReSAConfig, batch: int, context: int) -> dict[s
     """Bytes that each part must move: half the bounds, scores, selected blocks, the cache."""
     token, itemsize = shape.token_bytes(batch), getattr(torch, shape.dtype).itemsize
     n_blocks, cache = math.ceil(context / config.block_size), 2 * context * token
-    selected = int(plain_blocks.active_blocks(torch.tensor([context]), config)) / n_blocks
+    selected = (
+        int(plain_blocks.active_blocks(torch.tensor([context], device="cpu"), config)) / n_blocks
+    )
     return {
         "score": n_blocks * token,
         "score, 8-bit bounds": n_blocks * token // itemsize,

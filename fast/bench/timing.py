@@ -25,8 +25,8 @@ class Time:
     @classmethod
     def of(cls, samples: Sequence[float]) -> Time:
         """Median and quartiles of samples in µs."""
-        points = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
-        found = torch.tensor(samples, dtype=torch.float64).quantile(points)
+        points = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64, device="cpu")
+        found = torch.tensor(samples, dtype=torch.float64, device="cpu").quantile(points)
         return cls(*(round(each, 3) for each in found.tolist()))
 
 

@@ -55,13 +55,13 @@ def compress_bounds(bounds: Tensor) -> Bounds8:
     batch, n_kv_head, _, head_dim, n_blocks = bounds.shape
     codes = torch.empty_like(bounds, dtype=torch.uint8)
     if not codes.numel():
-        return Bounds8(codes, torch.ones(batch, n_kv_head, head_dim, device=bounds.device))
+        return Bounds8(codes, bounds.new_ones(batch, n_kv_head, head_dim, dtype=torch.float32))
     finite = torch.where(bounds.isfinite(), bounds, 0)
     largest = finite.abs().amax(dim=(2, 4)).float()  # [B, Hkv, D]
     largest = torch.maximum(16 * largest, largest.amax(dim=2, keepdim=True))
     mantissa, exponent = torch.frexp(largest)  # mantissa · 2^exponent, mantissa from ½ to 1
     exponent = torch.where(mantissa > 0.875, exponent - 8, exponent - 9).clamp(-120, 120)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    scale = ((exponent + 127) << 23).view(torch.float32)  # 2^exponent, by its bits
     grid = (bounds[..., 0].numel(), triton.cdiv(n_blocks, 1024))
     _compress_kernel[grid](bounds, scale, codes, n_blocks, head_dim, 1024)
     return Bounds8(codes, scale)

@@ -60,7 +60,7 @@ def wheel(tmp_path_factory):
     return built
 
 
-def test_the_wheel_holds_the_two_folders_and_nothing_else(wheel):
+def test_the_wheel_holds_the_two_folders_the_command_and_nothing_else(wheel):
     """Every source, asset and py.typed, byte for byte; no tests, no caches."""
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -108,26 +108,61 @@ def link_torch(folder):
                 wanted += [re.match(r"[\w.-]+", each)[0] for each in found.requires or [] if "extra ==" not in each]
 
 
-def test_the_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
-    """Installed without the editable copy in reach: PYTHONPATH lends the dependencies, but runs no .pth file there.
-
-    The reference decodes where there is nothing but torch.
-    """
-    environment, torch_alone = tmp_path / "environment", tmp_path / "torch"
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """An environment that holds the wheel alone → its interpreter, and variables without the editable copy in reach."""
+    environment = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", environment)
     python = next(path for path in (environment / "bin/python", environment / "Scripts/python.exe") if path.exists())
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     options = ["--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]
-    run(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel, env=clean, cwd=tmp_path)
-    torch_alone.mkdir()
-    link_torch(torch_alone)
-    run(python, "-c", DECODED, env={**clean, "PYTHONPATH": str(torch_alone)}, cwd=tmp_path)
-    lent = os.pathsep.join(path for path in sys.path if Path(path).name in ("site-packages", "dist-packages"))
-    told = json.loads(run(python, "-c", IMPORTED, env={**clean, "PYTHONPATH": lent}, cwd=tmp_path))
-    inside = environment.resolve()
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel, env=clean, cwd=environment)
+    return python, clean
+
+
+def lent():
+    """PYTHONPATH that lends the dependencies: no .pth file runs there, so the editable copy stays out."""
+    return os.pathsep.join(path for path in sys.path if Path(path).name in ("site-packages", "dist-packages"))
+
+
+def test_the_wheel_works_in_an_environment_of_its_own(installed, tmp_path):
+    """The reference decodes where there is nothing but torch."""
+    python, clean = installed
+    link_torch(tmp_path)
+    run(python, "-c", DECODED, env={**clean, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
+    told = json.loads(run(python, "-c", IMPORTED, env={**clean, "PYTHONPATH": lent()}, cwd=tmp_path))
+    inside = python.parents[1].resolve()
     assert Path(told["prefix"]).resolve() == inside
     for place in [*told["folders"], *told["path"]]:
         assert inside in Path(place).resolve().parents, f"{place} is not the installed copy"
+    (script,) = python.parent.glob("resa*")
+    help_text = run(script, "--help", env={**clean, "PYTHONPATH": lent()}, cwd=tmp_path)
+    assert all(command in help_text for command in ("generate", "bench"))
+
+
+def test_tutorials_of_a_clone_run_with_an_installed_package(installed, tmp_path):
+    """From any folder. The shortest of those that read recorded results stands for all; see below."""
+    python, clean = installed
+    environment = {**clean, "PYTHONPATH": lent(), "MPLBACKEND": "Agg"}
+    assert "µs" in run(python, ROOT / "tutorials" / "08_roofline.py", env=environment, cwd=tmp_path)
+
+
+FINDING = re.compile(r"^folder = .*\n(results|RESULTS) = .*\n", re.MULTILINE)
+TUTORIALS = sorted(ROOT.glob("tutorials/*.py"))
+
+
+@pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
+def test_tutorials_find_the_recorded_results_beside_themselves(tutorial, tmp_path, monkeypatch):
+    """A script runs from anywhere; a notebook, which knows no file, from anywhere in the clone."""
+    source = tutorial.read_text(encoding="utf-8")
+    assert not re.search(r"\bresa[.\w]*\.__(file|path)__", source), "the package may be installed elsewhere"
+    found = FINDING.search(source)
+    assert bool(found) == bool(re.search(r"\((results|RESULTS) / ", source))
+    for folder, names in (tmp_path, {"__file__": str(tutorial)}), (ROOT, {}), (ROOT / "tutorials", {}):
+        monkeypatch.chdir(folder)
+        if found:
+            exec("from pathlib import Path\n" + found[0], names)
+            assert names[found[1]] == ROOT / "docs" / "results"
 
 
 @pytest.mark.parametrize("folder", ["reference", "fast"])
@@ -204,11 +239,12 @@ def test_an_older_python_is_told_what_is_needed(tmp_path):
 
 @needs_make
 def test_the_demo_installs_less_than_the_tests(tmp_path):
-    """Read from the commands that make would run."""
-    for target, extras in (("demo", "."), ("test", ".[dev]"), ("lint", ".[dev]"), ("docs", ".[dev]")):
+    """Read from the commands that make would run. The real model needs packages to be read with."""
+    demo, tests = [".", ".[models]"], [".", ".[dev]"]
+    for target, extras in (("install", ["."]), ("demo", demo), ("test", [*tests, ".[models]"]), ("lint", tests)):
         told = make("--dry-run", target, f"VENV={tmp_path / 'new'}").stdout
         installs = re.findall(r"pip install .*--constraint constraints.txt --editable '(.*)'", told)
-        assert installs[-1] == extras, target
+        assert list(dict.fromkeys(installs)) == extras, target
 
 
 def test_sanitize_looks_at_every_kernel():

@@ -90,7 +90,7 @@ TWINS = [torch.Generator()] * 2
         ({"prompts": [np.arange(3), [1]]}, "prompts[0]", "array…", LIST),
         ({"prompts": [[1], [2] * 22]}, "prompts[1]", "22 tokens and max_new_tokens = 4", FULL),
         ({"prompts": [[1] * 25, [2]], "max_new_tokens": 0}, "prompts[0]", "25 tokens and max_new_tokens = 0", FULL),
-        *(({"max_new_tokens": n}, "max_new_tokens", n, "an integer ≥ 0") for n in (-1, 2.0, True, None, "4")),
+        *(({"max_new_tokens": n}, "max_new_tokens", repr(n), "an integer ≥ 0") for n in (-1, 2.0, True, None, "4")),
         ({"config": {"interval": 3}}, "config", "dict", "a ReSAConfig"),
         ({"sampling": 0.7}, "sampling", "float", "a Sampling"),
         *(({"generators": wrong}, "generators", f"{len(wrong)} generators", "one, or 2") for wrong in ([], TWINS[:1])),
@@ -232,17 +232,17 @@ REQUIRED = {  # arguments that a valid configuration has besides the field that 
 }  # fmt: skip
 POSITIVE, FINITE, SHARE = "an integer ≥ 1", "a finite number > 0", [1.1, -0.5, 0, NAN, INF, True, None, "most"]
 FIELDS = [  # configuration, field, values taken, values refused, allowed
-    (ReSAConfig, "block_size", [1, 16], [0, -1, 16.0, True, None, "16"], POSITIVE),
-    (ReSAConfig, "active_ratio", [1, 1e-9], [*SHARE, 1.0000001], "0 < active_ratio ≤ 1"),
+    (ReSAConfig, "block_size", [1, 16, np.int64(16)], [0, -1, 16.0, True, None, "16", np.True_], POSITIVE),
+    (ReSAConfig, "active_ratio", [1, 1e-9, np.float32(0.5)], [*SHARE, 1.0000001, np.True_], "0 < active_ratio ≤ 1"),
     (ReSAConfig, "local_blocks", [1, 3, 16], [0, -1, 1.0, True, None], POSITIVE),
     (ReSAConfig, "min_blocks", [1, 30], [0, -1, 16.0, True, None], "an integer ≥ local_blocks = 1"),
-    (ReSAConfig, "interval", [None, 1, 2], [0, -1, True, False, 32.0, INF, "32"], f"{POSITIVE}, or None for never"),
+    (ReSAConfig, "interval", [None, 1, np.int8(2)], [0, -1, True, 32.0, INF, "32"], f"{POSITIVE}, or None for never"),
     (ReSAConfig, "schedule", ["paper", "fused"], ["Fused", "", "papers", None, 1], "'fused' or 'paper'"),
     (ReSAConfig, "dense_layers", [0, 3], [-1, 0.5, True, None], "an integer ≥ 0"),
     (ReSAConfig, "eight_bit_bounds", [True, False], [0, 1, None], "True or False"),
     *((GPTConfig, size, [], [0, -1, 2.0, True, None], POSITIVE) for size in (*REQUIRED[GPTConfig], "context")),
     # Heads need not fill the hidden size.
-    *((GPTConfig, size, [7], [], "") for size in ("vocab_size", "hidden_size")),
+    *((GPTConfig, size, [7, np.int32(7)], [], "") for size in ("vocab_size", "hidden_size")),
     (GPTConfig, "n_kv_head", [1, 6], [], ""),
     (GPTConfig, "n_head", [2], [5], "a multiple of n_kv_head = 2"),
     (GPTConfig, "head_dim", [128], [1, 3, 5], "even: RoPE rotates pairs"),
@@ -253,20 +253,22 @@ FIELDS = [  # configuration, field, values taken, values refused, allowed
     (GPTConfig, "rope_scaling", [None], ["yarn", 2.0], "a RopeScaling or None"),
     (Sampling, "temperature", [0, 1.5], [NAN, -0.1, INF, "hot", None, True], "a finite number ≥ 0"),
     (Sampling, "top_p", [1, 0.5], SHARE, "0 < top_p ≤ 1"),
-    (Sampling, "top_k", [None, 1], [0, 2.0, True, -1], f"{POSITIVE}, or None for all tokens"),
+    (Sampling, "top_k", [None, 1, np.int64(3)], [0, 2.0, True, -1], f"{POSITIVE}, or None for all tokens"),
     (RopeScaling, "kind", ["linear", "llama3"], ["ntk", None], "'linear' or 'llama3' or 'yarn'"),
     *((RopeScaling, name, [2], [0, NAN, INF, "2", None], FINITE) for name in ("factor", "fast", "amplitude")),
     (RopeScaling, "slow", [0.5], [4.0, 5.0], "less than fast = 4.0"),
-    (RopeScaling, "original_context", [1], [0, 2.0, None], POSITIVE),
+    (RopeScaling, "original_context", [1, np.int64(1)], [0, 2.0, None], POSITIVE),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "field", "taken", "wrong", "allowed"), FIELDS)
 def test_a_field_is_checked(kind, field, taken, wrong, allowed):
     for value in taken:
-        assert getattr(kind(**{**REQUIRED[kind], field: value}), field) == value
+        kept = getattr(kind(**{**REQUIRED[kind], field: value}), field)
+        assert kept == value
+        assert not isinstance(kept, np.generic) or isinstance(kept, float)  # NumPy's integers overflow
     for value in wrong:
-        with refused(field, repr(value) if field in ("kind", "schedule") else value, allowed):
+        with refused(field, repr(value), allowed):
             kind(**{**REQUIRED[kind], field: value})
 
 
