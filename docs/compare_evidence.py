@@ -1,8 +1,8 @@
 """Say how much of the recorded evidence a new run gives again: python docs/compare_evidence.py out/evidence
 
 Every number that has an interval of confidence in docs/results/evidence is compared with that number of the new run. It
-is given again if it lies in the interval. Held-out source code is the library of the Python that runs. Another version
-has other documents: then a number is given again if the two intervals meet, and not if the new one has none. The exit
+is given again if it lies in the interval. Documents are the library of the Python that runs. Another version has other
+documents: then a number is given again if the two intervals meet, and not if the new one has none. The exit
 status is 1 if more than one in twenty is not given again, or if there are none.
 """
 
@@ -55,8 +55,8 @@ def interval(ends: object) -> list[float]:
 
 
 def is_of_same_text(before: dict, now: dict) -> bool:
-    """Tell whether both measured the same text: programs come from seeds alone, all else from the library."""
-    return before.get("question") == "carried" or before.get("python") == now.get("python")
+    """Tell whether both measured the same text: programs and questions come from seeds, all else from the library."""
+    return before.get("question") in ("carried", "retrieval") or before.get("python") == now.get("python")
 
 
 def main(folder: Path, recorded: Path = RECORDED) -> int:

@@ -15,13 +15,13 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import tiktoken
 import torch
 from torch import Tensor
 
 from ..checks import require, require_integer
 from ..config import ReSAConfig
 from ..model import GPT
+from ..weights.models import Tokenizer
 from .measure import over_documents, recovered, shares_by_kind, with_intervals
 from .parallel import Score, Stream, block_upper_bounds, decode_at_once, exact_stream, pooled_scores
 from .programs import UNSEEN, Program, alias_program
@@ -122,7 +122,7 @@ def marked(
 
 def measure_carried(
     model: GPT,
-    tokenizer: tiktoken.Encoding,
+    tokenizer: Tokenizer,
     n_programs: int,
     length: int,
     prompt_tokens: int,

@@ -1,25 +1,32 @@
-"""Training text that every machine with Python already has: Python source code.
+"""Text that every machine with Python already has, for training and for the evaluations.
 
-The corpus is the standard library and, on request, the installed packages. A file is held out by
-its dotted name alone, so every machine and every version of Python holds out the same modules.
-Training then loses whatever is nearly a copy of something held out.
+Training reads source code: the standard library and, on request, the installed packages. A file is
+held out by its dotted name alone, so every machine and every version of Python holds out the same
+modules. Training then loses whatever is nearly a copy of something held out.
+
+Evaluations read held-out source code or English prose, cut into documents.
 """
 
+import ast
 import hashlib
 import os
+import re
 import sysconfig
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
+from ..checks import require
+from ..weights.models import Tokenizer
 from ..weights.tokenizer import END_OF_TEXT
 from .measure import shown
 
 HELD_OUT_PERCENT = 8
+EXAMPLE = "plistlib"  # held out, 8,000 tokens, in every Python since 2.6
 # Distributions differ in whether they ship tests; `_sysconfigdata` describes one machine.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SKIPPED_FILES = "_sysconfigdata"
@@ -32,6 +39,10 @@ SHINGLE_LINES = 5
 # a bundle may hold a whole held-out file and still be mostly other code.
 COPY_SHINGLES = 40
 COPY_SHARE = 0.25
+
+TEXTS = ("code", "english")  # what evaluations read
+TABLES = "encodings."  # modules that are tables of characters
+LONG_DOCSTRING = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -69,13 +80,25 @@ def local_corpus(*, packages: bool = False) -> Corpus:
     return corpus
 
 
-def held_out_library() -> list[Document]:
-    """The standard library's held-out modules, sorted by name: no model trained here read them."""
+def library() -> list[Document]:
+    """The standard library's modules, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = {module_name(path, root): path for path in python_files(root)}
-    held_out = sorted(name for name in paths if is_held_out(name))
-    documents = [Document(name, read_source(paths[name])) for name in held_out]
+    documents = [Document(name, read_source(paths[name])) for name in sorted(paths)]
     return [document for document in documents if document.text.strip()]
+
+
+def held_out_library() -> list[Document]:
+    """The library's held-out modules, sorted by name: no model trained here read them."""
+    return [document for document in library() if is_held_out(document.name)]
+
+
+def example_module() -> tuple[str, str]:
+    """Name and text of a held-out module that every Python has: what the tutorials read."""
+    for document in held_out_library():
+        if document.name == EXAMPLE:
+            return f"the standard library's {EXAMPLE}.py (held out of training)", document.text
+    raise FileNotFoundError(f"this Python has no source of {EXAMPLE}")
 
 
 def python_files(root: Path) -> list[Path]:
@@ -156,3 +179,62 @@ def tokenize(documents: Sequence[Document], tokenizer: tiktoken.Encoding) -> np.
     for document in shown(documents, "Tokenizing"):
         pieces.append(np.array([*tokenizer.encode_ordinary(document.text), end], dtype=np.uint16))
     return np.concatenate(pieces)
+
+
+# ---- Documents of the evaluations ----------------------------------------------------------------
+
+
+def library_texts(kind: str) -> Iterator[str]:
+    """Texts of one of TEXTS, in an order that is always the same.
+
+    Code is the library's modules, first those that are held out. English is its language
+    reference, then its long docstrings. These repeat each other: a paragraph that was there before
+    is left out.
+    """
+    if kind == "code":
+        modules = [each for each in library() if not each.name.startswith(TABLES)]
+        yield from (
+            each.text for each in sorted(modules, key=lambda each: not is_held_out(each.name))
+        )
+        return
+    seen: set[str] = set()
+    for text in english_texts():
+        for paragraph in re.split(r"\n\s*\n", text):
+            words = " ".join(paragraph.split())
+            if words and words not in seen:
+                seen.add(words)
+                yield paragraph + "\n\n"
+
+
+def english_texts() -> Iterator[str]:
+    """The topics of Python's own help, then long docstrings, which take seconds to find."""
+    from pydoc_data.topics import topics  # half a megabyte
+
+    yield from (topics[name] for name in sorted(topics))
+    for path in python_files(Path(sysconfig.get_path("stdlib"))):
+        try:
+            nodes = ast.walk(ast.parse(read_source(path)))
+        except SyntaxError:  # some modules are there to be refused
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = (ast.get_docstring(node) for node in nodes if isinstance(node, kinds))
+        yield from (text for text in found if text and len(text) >= LONG_DOCSTRING)
+
+
+def read_documents(kind: str, tokenizer: Tokenizer, n: int, length: int) -> list[list[int]]:
+    """Cut the joined texts of a kind into the first `n` documents of `length` tokens.
+
+    Documents are disjoint. One may begin and end anywhere in a text, and hold several.
+    """
+    documents: list[list[int]] = []
+    left: list[int] = []
+    for text in library_texts(kind):
+        left += tokenizer.encode_ordinary(text)
+        while len(left) >= length and len(documents) < n:
+            documents.append(left[:length])
+            left = left[length:]
+        if len(documents) == n:
+            return documents
+    allowed = f"≤ {len(documents)}, for {length:,} tokens of {kind} each"
+    require(len(documents) == n, "documents", n, allowed)
+    return documents

@@ -19,40 +19,53 @@ from pathlib import Path
 
 from ..checks import require_integer
 
-CODE = "--prompt-tokens 1024 --min-blocks 2"
-DOCUMENTS, MORE_DOCUMENTS = f"--documents 8 {CODE}", f"--documents 24 {CODE}"
+LONG = "--documents 16 --prompt-tokens 4096 --tokens 4096 --scored 2048"
+WIDE = "--documents 8 --prompt-tokens 4096 --tokens 1024 --min-blocks 2"
+WRITTEN = "--documents 16 --prompt-tokens 1024 --tokens 1024 --min-blocks 4 --seeds 8"
+SHORT = "--documents 8 --prompt-tokens 1024"
+MASS = "--min-blocks 2 --tokens 16"
 PROGRAMS = "--prompt-tokens 256 --min-blocks 4"
-SHORT, LONG = f"{PROGRAMS} --documents 8 --tokens 1792", f"{PROGRAMS} --documents 48 --tokens 3840"
+FEW, MANY = f"{PROGRAMS} --documents 8 --tokens 1792", f"{PROGRAMS} --documents 48 --tokens 3840"
 INTERVALS, RATIOS = "8 16 32 64 128 256", "0.02 0.05 0.1 0.2 0.5 1"
-DRIFT = f"fidelity {MORE_DOCUMENTS} --tokens 257 --intervals 32 128"
+LENGTHS = (8192, 4096, 2048, 1024)
+ASKED = "retrieval --documents 12 --min-blocks 4 --intervals 32"
 BY_SCORE = "--scores pooled per-head 8-bits --intervals 32 --ratios 0.1"
-SELECTION = "--min-blocks 2 --tokens 16"
-# Name of the part: the shipped model that is measured, and the words after `resa eval`. The longest
-# come first, so that none is left running alone at the end.
-PARTS = {
-    "free": ("model", f"free {MORE_DOCUMENTS} --tokens 257 --intervals 32 128"),
-    "carried": ("carrying", f"carried {LONG} --intervals {INTERVALS} --ratios {RATIOS}"),
-    "carried_scores": ("carrying", f"carried {LONG} {BY_SCORE}"),
+
+
+def on_texts(**parts: str) -> dict[str, tuple[str, str]]:
+    """Make every part two, one on English and one on source code."""
+    return {
+        f"{name}_{text}": ("real", f"{words} --text {text}")
+        for name, words in parts.items()
+        for text in ("english", "code")
+    }
+
+
+# Name of the part: the model that is measured, and the words after `resa eval`. The longest come
+# first, so that none is left running alone at the end.
+SMALL = {  # minutes on two CPU cores
+    **on_texts(fidelity_small=f"fidelity {SHORT} --tokens 512 --min-blocks 4 --intervals 8 32 128"),
+    "carried_small": ("carrying", f"carried {FEW} --intervals 8 32 --ratios 0.1"),
+}
+PARTS = {  # on one GPU
+    **{f"retrieval_{length}": ("real", f"{ASKED} --lengths {length}") for length in LENGTHS},
+    "carried": ("carrying", f"carried {MANY} --intervals {INTERVALS} --ratios {RATIOS}"),
+    **on_texts(
+        fidelity=f"fidelity {LONG} --intervals 8 16 32 128 256",
+        fidelity_ratios=f"fidelity {LONG} --intervals 32 --ratios 0.05 0.2",
+        free=f"free {WRITTEN} --intervals 32",
+        sweep=f"sweep {WIDE} --intervals 32 --ratios 0.02 0.05 0.1 0.2 0.5",
+        fidelity_fused=f"fidelity {LONG} --schedule fused --intervals 8 32 128",
+        selection=f"selection --documents 16 --prompt-tokens 4096 {MASS}",
+    ),
+    "carried_scores": ("carrying", f"carried {MANY} {BY_SCORE}"),
     "carried_fused": (
         "carrying",
-        f"carried {LONG} --schedule fused --intervals 8 32 128 --ratios 0.1",
+        f"carried {MANY} --schedule fused --intervals 8 32 128 --ratios 0.1",
     ),
-    "sweep_wide": ("model", f"sweep {MORE_DOCUMENTS} --tokens 257"),
-    "drift": ("model", DRIFT),
-    "drift_carrying": ("carrying", DRIFT),
-    "sweep": ("model", f"sweep {DOCUMENTS} --tokens 129 --no-grid"),
-    "carried_small": ("carrying", f"carried {SHORT} --intervals 8 32 --ratios 0.1"),
-    "selection_4096": ("model", f"selection --documents 8 --prompt-tokens 4096 {SELECTION}"),
-    "selection": ("model", f"selection {DOCUMENTS} --tokens 16"),
+    **SMALL,
 }
-# Plain PyTorch that decodes token by token keeps a GPU waiting, and processes that share it wait
-# for each other: these parts run on the CPU.
-ON_CPU = {"free"}
-SMALL = ("drift", "drift_carrying", "sweep", "carried_small", "selection")
-SIZES = {
-    "small": {name: PARTS[name] for name in SMALL},  # minutes on two CPU cores
-    "full": PARTS,  # on one GPU and the CPU beside it
-}
+SIZES = {"small": SMALL, "full": PARTS}
 
 
 @dataclass(frozen=True)
@@ -89,10 +102,11 @@ def without(words: Sequence[str], options: Sequence[str]) -> list[str]:
     return parser.parse_known_args(words)[1]
 
 
-def run_parts(parts: Mapping[str, Part], out: Path, *, jobs: int = 1) -> None:
+def run_parts(parts: Mapping[str, Part], out: Path, package: str, *, jobs: int = 1) -> None:
     """Run every part that is not done in a process of its own, `jobs` of them side by side.
 
-    After a failure no other part begins, those that run end, and what was written stays.
+    `package` is the command line that runs them: resa.reference, or one with more backends. After a
+    failure no other part begins, those that run end, and what was written stays.
 
     Errors: subprocess.CalledProcessError where a part fails.
     """
@@ -110,7 +124,7 @@ def run_parts(parts: Mapping[str, Part], out: Path, *, jobs: int = 1) -> None:
         print(f"{title} (resa eval {part.words})", file=sys.stderr)
         words = ["eval", *shlex.split(part.words), *part.more, "--out", str(files[name])]
         try:
-            run_part(words, is_alone=jobs == 1)
+            run_part([package, *words], is_alone=jobs == 1)
         except BaseException:
             failed.set()
             raise
@@ -121,11 +135,11 @@ def run_parts(parts: Mapping[str, Part], out: Path, *, jobs: int = 1) -> None:
 
 
 def run_part(words: Sequence[str], *, is_alone: bool) -> None:
-    """Run one command. What it says is shown at once if it is alone, else only if it fails."""
-    # Single tokens are too little work for two threads, which wait for each other.
+    """Run a package with words. What it says is shown at once if it is alone, else if it fails."""
+    # One thread: parts side by side use all cores, and their numbers do not depend on how many.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     output = {"stdout": subprocess.DEVNULL, "stderr": None if is_alone else subprocess.PIPE}
-    command = [sys.executable, "-m", "resa.reference", *words]
+    command = [sys.executable, "-m", *words]
     done = subprocess.run(command, env=environment, text=True, **output)
     if done.returncode != 0:
         print(done.stderr or "", file=sys.stderr, end="")

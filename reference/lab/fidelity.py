@@ -5,8 +5,7 @@ be compared with the dense ones token by token:
 
 - *KL*: Kullback-Leibler divergence of the next-token distributions, KL(dense ‖ other), in nats;
 - *agreement*: how often both find the same token most likely;
-- *top-3 accuracy*: how often the token that truly follows is among the three found most likely
-  (paper, Fig. 1);
+- *cross-entropy*: −log of the probability of the token that truly follows, in nats;
 - *drift* of token j: max over layers and KV heads of ‖k_j − k*_j‖ / ‖k*_j‖, and the same for v;
   k* and v* come from dense attention over the same tokens.
 
@@ -14,8 +13,9 @@ be compared with the dense ones token by token:
 beyond that is due to drift.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,15 @@ import torch
 from torch import Tensor
 
 from ..cache import KVCache
-from ..checks import require_integer
+from ..checks import require, require_integer
 from ..config import ReSAConfig
 from ..model import GPT
-from .measure import check_documents, over_documents, stacked, with_intervals
+from .measure import check_documents, over_documents, recovered, stacked, stretches, with_intervals
 from .parallel import Stream, decode_at_once, exact_stream, windows
 
-WIDTH = 64  # tokens per point of the curves along the text
+Key = tuple[int, float, str]  # block size, active ratio, name of the way
 NO_TOKEN = -1  # follows a text that ends
+CHUNK = 256  # predictions compared together: each takes as many numbers as there are tokens
 
 
 def decoding_variants(config: ReSAConfig, intervals: Sequence[int]) -> dict[str, ReSAConfig]:
@@ -81,7 +82,7 @@ class Reading:
     prompt_tokens: int  # the N = T − prompt_tokens others are decoded
     log_probs: Tensor  # [N, V] after each decoded token
     following: Tensor  # [N] the tokens that truly follow
-    hits: Tensor  # [N] bool: is that one of dense decoding's three likeliest?
+    cross_entropy: Tensor  # [N]
 
 
 @torch.no_grad()
@@ -93,14 +94,13 @@ def read(
     exact = exact_stream(model, text)
     log_probs = model.output(exact.hidden[0, prompt_tokens:]).log_softmax(dim=-1)
     following = torch.cat((text[0, prompt_tokens + 1 :], text.new_tensor([after])))
-    hits = top_hits(log_probs, following)
-    return Reading(exact, prompt_tokens, log_probs, following, hits)
+    return Reading(exact, prompt_tokens, log_probs, following, surprise(log_probs, following))
 
 
-def top_hits(scores: Tensor, wanted: Tensor) -> Tensor:
-    """Mark where the three highest scores [..., V] include the token wanted [...]: bool [...]."""
-    best = scores.topk(3, dim=-1).indices
-    return (best == wanted[..., None]).any(dim=-1)
+def surprise(log_probs: Tensor, following: Tensor) -> Tensor:
+    """Cross-entropy of the tokens that follow: [..., V], [...] → [...]; NaN for NO_TOKEN."""
+    found = -log_probs.gather(-1, following.clamp(min=0)[..., None])[..., 0]
+    return found.masked_fill(following == NO_TOKEN, float("nan"))
 
 
 def divergence(dense: Tensor, other: Tensor) -> Tensor:
@@ -118,21 +118,25 @@ def compare(model: GPT, reading: Reading, config: ReSAConfig) -> dict[str, np.nd
     # Predictions.
     exact, n_prompt = reading.exact, reading.prompt_tokens
     decoded = decode_at_once(model, exact, config, n_prompt)
-    own = model.output(decoded.hidden[0, n_prompt:]).log_softmax(dim=-1)
-    kl = divergence(reading.log_probs, own)
-    agreement = own.argmax(dim=-1) == reading.log_probs.argmax(dim=-1)
-    hits = top_hits(own, reading.following)
+    own_hidden = decoded.hidden[0, n_prompt:].split(CHUNK)
+    parts: dict[str, list[Tensor]] = {"kl": [], "agreement": [], "cross_entropy": []}
+    dense_parts, followings = reading.log_probs.split(CHUNK), reading.following.split(CHUNK)
+    for hidden, dense, following in zip(own_hidden, dense_parts, followings, strict=True):
+        own = model.output(hidden).log_softmax(dim=-1)
+        parts["kl"].append(divergence(dense, own))
+        parts["agreement"].append(own.argmax(dim=-1) == dense.argmax(dim=-1))
+        parts["cross_entropy"].append(surprise(own, following))
 
     # After a step the cache holds drifted tokens from where its window then begins.
     pairs = (decoded.keys, exact.keys), (decoded.values, exact.values)
     stacks = ([torch.stack(each)[:, 0] for each in pair] for pair in pairs)
     drift = largest_error((x, y[:, :, n_prompt:]) for x, y in stacks).double().cpu()  # [N]
     begins = windows(exact.tokens.shape[1] + 1, n_prompt, config)[0][1:] - n_prompt
-    step = torch.arange(len(drift))
+    step = torch.arange(len(drift), device=drift.device)
     total = torch.cat((drift.new_zeros(1), drift.cumsum(dim=0)))
-    mean = (total[1:] - total[begins]) / (step + 1)
-    found = {"kl": kl, "agreement": agreement, "hits": hits, "mean_drift": mean}
+    found = {name: torch.cat(several) for name, several in parts.items()}
     found["drift"] = drift.masked_fill(step < begins, 0.0)
+    found["mean_drift"] = (total[1:] - total[begins]) / (step + 1)
     return {name: values.double().cpu().numpy() for name, values in found.items()}
 
 
@@ -141,59 +145,76 @@ def measure_fidelity(
     documents: Sequence[Sequence[int]],
     n_tokens: int,
     config: ReSAConfig,
+    *,
     intervals: Sequence[int],
+    ratios: Sequence[float],
+    block_sizes: Sequence[int],
+    scored: int | None = None,
 ) -> dict[str, Any]:
-    """Compare all ways of decoding along the last `n_tokens` of documents; JSON-ready."""
-    require_integer("n_tokens", n_tokens, 1)
+    """Compare all ways of decoding along the last `n_tokens` of documents; JSON-ready.
+
+    Every interval with every ratio and block size makes a row. Means are over the `scored` last
+    tokens (None: all of them), curves over all.
+    """
+    # Check the request, and list the ways of decoding.
+    require_integer("n_tokens", n_tokens, 2)
+    scored = n_tokens if scored is None else scored
+    require(2 <= scored <= n_tokens, "scored", scored, f"2 … {n_tokens}, of the tokens decoded")
     check_documents(documents, n_tokens + 1, model.config.context)
-    variants: dict[str, ReSAConfig | None] = dict(decoding_variants(config, intervals))
+    ways = {
+        (size, ratio, name): way
+        for size, ratio in product(block_sizes, ratios)
+        for name, way in decoding_variants(
+            replace(config, block_size=size, active_ratio=ratio), intervals
+        ).items()
+    }
 
     def prepare(document: Sequence[int]) -> Reading:
         return read(model, document, len(document) - n_tokens)
 
-    def measure(reading: Reading, name: str) -> Mapping[str, Any]:
-        if name == "dense":
-            return {"hits": reading.hits.double().cpu()}
-        return compare(model, reading, variants[name])
+    def measure(reading: Reading, key: Key | None) -> Mapping[str, Any]:
+        if key is None:
+            return {"cross_entropy": reading.cross_entropy.double().cpu()}
+        return compare(model, reading, ways[key])
 
-    names = [*variants, "dense"]
-    results = over_documents("Fidelity", documents, names, prepare, measure)
-    found = {name: stacked(each) for name, each in results.items()}
-    about = {"documents": len(documents), "tokens_each": n_tokens, "config": asdict(config)}
-    rows = summarise({name: found[name] for name in variants})
-    return {**about, "variants": rows, "by_position": by_position(found)}
-
-
-def summarise(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
-    """Means and intervals per way; differences between ways are taken document by document."""
-    loss = {name: parts["kl"].mean(axis=1) for name, parts in found.items()}  # [documents]
-    rows = {}
-    for name, parts in found.items():
-        losses = {
-            "kl": loss[name],
-            "drift_kl": loss[name] - loss["decode-only"],
-            "gain_over_sparse": loss["sparse"] - loss[name],
-        }
-        means = {part: float(parts[part].mean()) for part in ("agreement", "mean_drift")}
-        largest = float(parts["drift"].max())
-        rows[name] = {**with_intervals(losses), **means, "largest_drift": largest}
-    return rows
+    results = over_documents("Fidelity", documents, [None, *ways], prepare, measure)
+    found = {key: stacked(each) for key, each in results.items()}
+    about = {"documents": len(documents), "tokens_each": n_tokens, "scored": scored}
+    dense = found[None]["cross_entropy"]
+    about |= with_intervals({"dense_cross_entropy": np.nanmean(dense[:, -scored:], axis=1)})
+    return {**about, "config": asdict(config), "rows": list(summarise(found, scored))}
 
 
-def by_position(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
-    """Means per WIDTH tokens of what there is along the text: [documents, N] per way and name.
+def summarise(
+    found: Mapping[Key | None, Mapping[str, np.ndarray]], scored: int
+) -> Iterator[dict[str, Any]]:
+    """A row per way: means with intervals, differences between ways document by document.
 
-    The last token is left out: nobody knows what follows it.
+    `found` has [documents, N] per way and name. `gain` is what never rectifying loses more.
     """
-    names = {"hits": "accuracy", "kl": "kl", "mean_drift": "mean_drift"}
-    curves: dict[str, dict[str, Any]] = {}
-    for way, parts in found.items():
-        starts = list(range(0, parts["hits"].shape[1] - 1, WIDTH))
-        curves[way] = {"from": starts}
-        for part in (part for part in names if part in parts):
-            known = parts[part][:, :-1]
-            stretches = [known[:, start : start + WIDTH].mean(axis=1) for start in starts]
-            points = [with_intervals({names[part]: each}) for each in stretches]
-            for key in points[0]:
-                curves[way][key] = [point[key] for point in points]
-    return curves
+
+    def mean(key: Key | None, part: str) -> np.ndarray:
+        return np.nanmean(found[key][part][:, -scored:], axis=1)  # [documents]
+
+    for key in found:
+        if key is None:
+            continue
+        size, ratio, name = key
+        exact, never = (mean((size, ratio, end), "kl") for end in ("decode-only", "sparse"))
+        own, drift = mean(key, "kl"), mean(key, "kl") - exact
+        row = {"way": name, "block_size": size, "ratio": ratio}
+        row |= with_intervals(
+            {
+                "kl": own,
+                "step_error": exact,
+                "drift": drift,
+                "gain": never - own,
+                "agreement": mean(key, "agreement"),
+                "cross_entropy_lost": mean(key, "cross_entropy") - mean(None, "cross_entropy"),
+                "mean_drift": mean(key, "mean_drift"),
+            }
+        )
+        is_end = name in ("decode-only", "sparse")
+        row |= recovered("recovered", never - exact, drift, is_end=is_end)
+        curves = {part: found[key][part] for part in ("kl", "mean_drift")}
+        yield {**row, "by_position": stretches(curves)}

@@ -1,15 +1,13 @@
 """Text that every way of decoding writes by itself, as dense decoding sees it (paper, Fig. 1).
 
-All ways continue the same prompts with the same random numbers, and soon write different tokens. So
-each is measured on its own text: dense decoding reads what was written, and the way is led along it
-once more.
+All ways continue the same prompts with the same random numbers, and soon write different tokens.
+Dense decoding then reads each text:
 
-- *likely*: how often the token written is among dense decoding's three likeliest;
-- *surprise*: −log of the probability that dense decoding gives it, in nats;
-- *KL*, *drift*: as in `fidelity.py`, which measures along true text.
+- *log-likelihood*: log of the probability that it gives the tokens written, in nats per token;
+- *repeated*: share of the text's runs of RUN tokens that stood in it before.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,32 +16,30 @@ import torch
 
 from ..checks import require, require_integer
 from ..config import ReSAConfig
-from ..generate import generate
+from ..generate import Generation, generate
 from ..model import GPT
 from ..sampling import Sampling
-from .fidelity import WIDTH, compare, decoding_variants, read
-from .measure import check_documents, over_documents, stacked, with_intervals
+from .fidelity import decoding_variants, read
+from .measure import check_documents, shown, stretches, with_intervals
 
-TEMPERATURE = 1.0
+RUN = 8
 
 
-def own_text(
-    model: GPT, prompt: Sequence[int], n_tokens: int, config: ReSAConfig, seed: int
-) -> dict[str, np.ndarray]:
-    """Let a way of decoding continue a prompt and measure every token it writes: [n_tokens]."""
-    # The first token is only fed, the last one only predicted.
-    sampling, own = Sampling(TEMPERATURE), [torch.Generator().manual_seed(seed)]
-    (written,) = generate(model, [prompt], n_tokens + 1, config, sampling, generators=own)
-    *fed, last = written.tokens
-    reading = read(model, [*prompt, *fed], len(prompt), after=last)
-    found = compare(model, reading, config)
-    surprise = -reading.log_probs.gather(-1, reading.following[:, None])[:, 0]
-    return {
-        "likely": reading.hits.double().cpu().numpy(),
-        "surprise": surprise.double().cpu().numpy(),
-        "kl": found["kl"],
-        "mean_drift": found["mean_drift"],
-    }
+def log_likelihood(model: GPT, prompt: Sequence[int], written: Sequence[int]) -> np.ndarray:
+    """Log-probabilities that dense decoding gives the tokens after a prompt: [written]."""
+    *fed, last = [*prompt, *written]
+    reading = read(model, fed, len(prompt) - 1, after=last)
+    return -reading.cross_entropy.double().cpu().numpy()
+
+
+def repeated(tokens: Sequence[int]) -> float:
+    """Share of the runs of RUN tokens that stood in the text before.
+
+    >>> repeated(range(20)), repeated([7] * 20)
+    (0.0, 0.9230769230769231)
+    """
+    runs = [tuple(tokens[i : i + RUN]) for i in range(len(tokens) - RUN + 1)]
+    return (len(runs) - len(set(runs))) / len(runs)
 
 
 def measure_free(
@@ -51,35 +47,54 @@ def measure_free(
     prompts: Sequence[Sequence[int]],
     n_tokens: int,
     config: ReSAConfig,
+    *,
     intervals: Sequence[int],
+    seeds: int,
+    temperature: float,
+    generate: Callable[..., list[Generation]] = generate,
 ) -> dict[str, Any]:
-    """Means over prompts, in all and per WIDTH tokens, for every way of decoding; JSON-ready."""
-    require_integer("n_tokens", n_tokens, 1)
-    longest, context = max(map(len, prompts), default=0), model.config.context
-    allowed = f"< {context - longest}, for the context"
-    require(longest + n_tokens < context, "n_tokens", n_tokens, allowed)
-    check_documents(prompts, 1, context)
-    ways = {
-        "dense": replace(config, interval=1, schedule="fused"),
-        **decoding_variants(config, intervals),
-    }
+    """Let every way write `seeds` texts after each prompt; JSON-ready.
 
-    def measure(document: tuple[int, Sequence[int]], name: str) -> dict[str, np.ndarray]:
-        index, prompt = document
-        return own_text(model, prompt, n_tokens, ways[name], index)
+    Means are over prompts, and differences between ways are taken prompt by prompt. `generate` has
+    the arguments of the reference's.
+    """
+    # Check the request, and list the ways of decoding.
+    require_integer("n_tokens", n_tokens, RUN)
+    require_integer("seeds", seeds, 1)
+    check_documents(prompts, 1, model.config.context)
+    longest, context = max(map(len, prompts)), model.config.context
+    allowed = f"≤ {context - longest}, for the context"
+    require(longest + n_tokens <= context, "n_tokens", n_tokens, allowed)
+    dense = replace(config, interval=1, schedule="fused")
+    ways = {"dense": dense, **decoding_variants(config, intervals)}
 
-    numbered = list(enumerate(prompts))
-    results = over_documents("Free-running text", numbered, ways, lambda each: each, measure)
-    about = {"documents": len(prompts), "tokens_each": n_tokens}
-    about |= {"temperature": TEMPERATURE, "seed": 0, "config": asdict(config), "width": WIDTH}
-    return {**about, "ways": {name: summarise(stacked(each)) for name, each in results.items()}}
+    # Every text has random numbers of its own, the same in all ways.
+    sampling = Sampling(temperature)
+    asked = [prompt for prompt in prompts for _ in range(seeds)]
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, way in shown(ways.items(), "Free-running text"):
+        own = [torch.Generator().manual_seed(index) for index in range(len(asked))]
+        written = generate(model, asked, n_tokens, way, sampling, generators=own)
+        texts = [each.tokens for each in written]
+        likely = [log_likelihood(model, *pair) for pair in zip(asked, texts, strict=True)]
+        parts = {"log_likelihood": np.stack(likely), "repeated": np.array([*map(repeated, texts)])}
+        by_prompt = {part: x.reshape(len(prompts), seeds, -1) for part, x in parts.items()}
+        found[name] = {part: x.mean(axis=1) for part, x in by_prompt.items()}  # [prompts, …]
+
+    about = {"documents": len(prompts), "seeds": seeds, "tokens_each": n_tokens}
+    about |= {"temperature": temperature, "config": asdict(config)}
+    return {**about, "rows": [summarise(name, found) for name in ways]}
 
 
-def summarise(parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """One way: means over [documents, tokens], and over WIDTH tokens after WIDTH tokens."""
+def summarise(name: str, found: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+    """One way: means, what differs from dense and from sparse decoding, and a curve.
 
-    def means(start: int, end: int | None) -> dict[str, Any]:
-        return with_intervals({name: x[:, start:end].mean(axis=1) for name, x in parts.items()})
-
-    starts = range(0, parts["kl"].shape[1], WIDTH)
-    return {**means(0, None), "by_position": [means(start, start + WIDTH) for start in starts]}
+    `found` has [prompts, tokens] or [prompts, 1] per way and part.
+    """
+    parts = {}
+    for part in found[name]:
+        own, *ends = (found[each][part].mean(axis=1) for each in (name, "dense", "sparse"))
+        parts |= {part: own, f"{part}_over_dense": own - ends[0]}
+        parts[f"{part}_over_sparse"] = own - ends[1]
+    curve = stretches({"log_likelihood": found[name]["log_likelihood"]})
+    return {"way": name, **with_intervals(parts), "by_position": curve}

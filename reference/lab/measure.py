@@ -1,6 +1,7 @@
 """The loop that all evaluations share, and what is made of its numbers: means with intervals."""
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..checks import require
 Item = TypeVar("Item")
 Way = TypeVar("Way", bound=Hashable)
 SAMPLES = 2000  # draws of the bootstrap
+POINTS = 16  # of curves along the text
 
 
 def shown(items: Collection[Item], title: str) -> Iterable[Item]:
@@ -75,6 +77,21 @@ def with_intervals(parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
     for name, values in parts.items():
         row |= {name: float(values.mean()), f"{name}_95": bootstrap(values)}
     return row
+
+
+def stretches(parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Curves along the text: means over POINTS stretches of every part [documents, N], as lists.
+
+    `from` says where they begin.
+    """
+    n = min(values.shape[1] for values in parts.values())
+    bounds = [round(n * point / POINTS) for point in range(POINTS + 1)]
+    pairs = [(start, end) for start, end in pairwise(bounds) if start < end]
+    curves = {
+        name: [float(values[:, start:end].mean()) for start, end in pairs]
+        for name, values in parts.items()
+    }
+    return {"from": [start for start, _ in pairs], **curves}
 
 
 def recovered(

@@ -19,6 +19,8 @@ from ..checks import accumulation_dtype
 from ..config import ReSAConfig
 from ..model import GPT, causal_attention
 
+SLICE = 512  # steps whose attention is computed together: bounds memory, changes no result
+
 
 def windows(n_tokens: int, prompt_tokens: int, config: ReSAConfig) -> tuple[Tensor, Tensor]:
     """For every decoded position: where its window begins, and whether a dense pass feeds it; [S].
@@ -37,7 +39,8 @@ def windows(n_tokens: int, prompt_tokens: int, config: ReSAConfig) -> tuple[Tens
         n_drifted = 0 if is_dense[-1] else n_drifted + 1
         if config.schedule == "paper" and config.is_pass_due(n_drifted):
             n_drifted = 0
-    return torch.tensor(begins, dtype=torch.int64), torch.tensor(is_dense, dtype=torch.bool)
+    found = torch.tensor([begins, is_dense], dtype=torch.int64, device="cpu")
+    return found[0], found[1].bool()
 
 
 # query [B, Hq, S, D], bounds [B, Hkv, 2, D, M] → scores [B, Hkv, S, M]
@@ -86,6 +89,44 @@ def exact_stream(model: GPT, tokens: Tensor) -> Stream:
     return Stream(tokens, tuple(keys), tuple(values), hidden)
 
 
+@dataclass(frozen=True)
+class Slice:
+    """Some neighbouring steps, and the keys that any of them may see: exact ones, then decoded."""
+
+    steps: slice  # of all S
+    n_exact: int  # exact keys, from the first on
+    decoded: slice  # of the S decoded keys
+    places: Tensor  # [keys] their positions in the text
+    may_see: Tensor  # [steps, keys] bool
+    is_dense: Tensor  # [steps, 1] bool: a dense pass feeds it
+
+
+def slices(
+    n_tokens: int, prompt_tokens: int, config: ReSAConfig, device: torch.device
+) -> list[Slice]:
+    """Cut the steps into slices of SLICE, and find out which keys of either stream they may see."""
+    begins, is_dense = windows(n_tokens, prompt_tokens, config)
+    text = torch.arange(n_tokens, device=begins.device)
+    at = text[prompt_tokens:]
+    until = torch.where(is_dense, at + 1, begins)  # a dense pass finds its own token exact as well
+
+    found = []
+    for start in range(0, len(at), SLICE):
+        steps = slice(start, min(start + SLICE, len(at)))
+        own, end, dense = (each[steps, None] for each in (at, until, is_dense))
+        n_exact, first = int(end.max()), int(end.min())
+        places = torch.cat((text[:n_exact], text[first : int(own.max()) + 1]))
+        is_decoded = torch.arange(len(places), device=places.device) >= n_exact
+
+        own, end, dense, places, is_decoded = (
+            each.to(device) for each in (own, end, dense, places, is_decoded)
+        )
+        may_see = (places <= own) & ((places >= end) == is_decoded)
+        decoded = slice(first - prompt_tokens, steps.stop)
+        found.append(Slice(steps, n_exact, decoded, places, may_see, dense))
+    return found
+
+
 def decode_at_once(
     model: GPT, exact: Stream, config: ReSAConfig, prompt_tokens: int, score: Score = pooled_scores
 ) -> Stream:
@@ -93,33 +134,36 @@ def decode_at_once(
 
     Differentiable in both streams. `score` takes the place of eq. 4, for comparison.
     """
-    n_tokens = exact.tokens.shape[1]
-
-    # Which keys of either stream a step may see. A dense pass finds its own token exact as well.
-    at = torch.arange(prompt_tokens, n_tokens, device=exact.tokens.device)  # [S]
-    plan = windows(n_tokens, prompt_tokens, config)
-    begins, is_dense = (each.to(at.device) for each in plan)
-    until = torch.where(is_dense, at + 1, begins)
-    n_exact = int(until.max())  # no step sees an exact key past these
-    place = torch.cat((torch.arange(n_exact, device=at.device), at))  # of both streams' keys
-    is_decoded = torch.arange(len(place), device=at.device) >= n_exact
-    may_see = (place <= at[:, None]) & ((place >= until[:, None]) == is_decoded)  # [S, keys]
+    n_tokens, device = exact.tokens.shape[1], exact.tokens.device
+    begins = windows(n_tokens, prompt_tokens, config)[0].to(device)
+    parts = slices(n_tokens, prompt_tokens, config, device)
     keys, values = [], []
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        mask, group = may_see, query.shape[1] // key.shape[1]
-        if layer >= config.dense_layers:
+        is_sparse, group = layer >= config.dense_layers, query.shape[1] // key.shape[1]
+        if is_sparse:
             chosen = selected_tokens(query, exact.keys[layer], key, begins, config, score)
-            chosen = torch.cat((chosen[..., :n_exact], chosen[..., prompt_tokens:]), dim=-1)
-            mask = ((chosen | is_dense[:, None]) & may_see).repeat_interleave(group, dim=1)
         keys.append(key)
         values.append(value)
-        both = (
-            torch.cat((old[:, :, :n_exact], new), dim=2).repeat_interleave(group, dim=1)
-            for old, new in ((exact.keys[layer], key), (exact.values[layer], value))
-        )
-        return F.scaled_dot_product_attention(query, *both, attn_mask=mask)
+        streams = (exact.keys[layer], key), (exact.values[layer], value)
 
+        # A slice reads what it may see, a sparse step of it what is in its blocks.
+        outputs = []
+        for part in parts:
+            mask = part.may_see
+            if is_sparse:
+                own = chosen[:, :, part.steps][..., part.places] | part.is_dense
+                mask = (own & mask).repeat_interleave(group, dim=1)
+            both = (
+                torch.cat((old[:, :, : part.n_exact], new[:, :, part.decoded]), dim=2)
+                for old, new in streams
+            )
+            both = (each.repeat_interleave(group, dim=1) for each in both)
+            own_query = query[:, :, part.steps]
+            outputs.append(F.scaled_dot_product_attention(own_query, *both, attn_mask=mask))
+        return torch.cat(outputs, dim=2)
+
+    at = torch.arange(prompt_tokens, n_tokens, device=device)
     tokens = exact.tokens[:, prompt_tokens:]
     decoded = model.hidden_states(tokens, at.expand_as(tokens), attend)
     hidden = torch.cat((exact.hidden[:, :prompt_tokens], decoded), dim=1)
@@ -159,7 +203,8 @@ def selected_tokens(
             mixed = torch.where(is_exact, exact_key[:, :, slots], decoded_key[:, :, slots])
             bounds = torch.stack((mixed.amin(dim=3), mixed.amax(dim=3)), dim=2).mT
             own_scores = score(wide[:, :, cut], bounds)  # [B, Hkv, cut, W]
-            scores[:, :, cut, first[cut]] = own_scores[:, :, torch.arange(len(cut)), window]
+            rows = torch.arange(len(cut), device=key.device)
+            scores[:, :, cut, first[cut]] = own_scores[:, :, rows, window]
 
     # Every step is a sequence of its own, as long as its cache is then.
     flat = scores.transpose(1, 2).flatten(0, 1)  # [B·S, Hkv, M]

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import tiktoken
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..checks import require, require_integer
+from ..weights.models import Tokenizer
 from .measure import shown
 
 DIGITS = 10
@@ -64,31 +64,31 @@ class Words:
 
 
 @lru_cache(maxsize=8)
-def words(tokenizer: tiktoken.Encoding) -> Words:
+def words(tokenizer: Tokenizer) -> Words:
     """Find names: words of three letters and more that are one token each and mean nothing yet.
 
     So all lines of a kind have as many tokens. A tokenizer that cuts them otherwise is refused.
     """
     names = []
     for token in range(tokenizer.n_vocab - 1):
-        text = tokenizer.decode_single_token_bytes(token).decode(errors="replace")
+        text = tokenizer.decode([token])
         is_word = text.isascii() and text.isalpha() and text.islower() and len(text) >= 3
         if is_word and not keyword.iskeyword(text) and not hasattr(builtins, text):
-            spaced = tokenizer.encode_ordinary(f" {text}")
-            names += [(token, spaced[0])] if len(spaced) == 1 else []
+            alone, spaced = (tokenizer.encode_ordinary(each) for each in (text, f" {text}"))
+            names += [(token, spaced[0])] if alone == [token] and len(spaced) == 1 else []
     allowed = f"one with more than {ROOTS[1]}"
     require(len(names) > ROOTS[1], "tokenizer", f"{len(names)} names", allowed)
 
     def single(text: str) -> int:
         tokens, allowed = tokenizer.encode_ordinary(text), f"one in which {text!r} is one token"
-        require(len(tokens) == 1, "tokenizer", tokenizer.name, allowed)
+        require(len(tokens) == 1, "tokenizer", f"{len(tokens)} tokens", allowed)
         return tokens[0]
 
     digits = tuple(single(str(digit)) for digit in range(DIGITS))
     return Words(tuple(names), digits, *map(single, (" =", " ", "\n", "assert", " ==")))
 
 
-def alias_program(tokenizer: tiktoken.Encoding, rng: np.random.Generator, length: int) -> Program:
+def alias_program(tokenizer: Tokenizer, rng: np.random.Generator, length: int) -> Program:
     """A program of exactly `length` tokens, its last line perhaps cut short.
 
     `ROOTS` names with digits come first. Then lines that assign a name to a new one and lines that
@@ -147,7 +147,7 @@ def is_checked(w: Words, tokens: Tensor) -> Tensor:
     return is_digit
 
 
-def program_rows(tokenizer: tiktoken.Encoding, seed: int, count: int, length: int) -> np.ndarray:
+def program_rows(tokenizer: Tokenizer, seed: int, count: int, length: int) -> np.ndarray:
     """`count` programs for training: [count, length] uint16."""
     rows = np.zeros((count, length), dtype=np.uint16)
     for index in shown(range(count), "Writing programs"):

@@ -25,9 +25,10 @@ from ..blocks import block_bounds, score_blocks
 from ..checks import require_integer
 from ..config import ReSAConfig
 from ..model import GPT, causal_attention
-from .measure import bootstrap, check_documents, shown, stacked, with_intervals
+from .measure import check_documents, shown, stacked, with_intervals
 from .parallel import block_upper_bounds, is_selected
 
+SLICE = 16  # steps looked at together: each copies the keys of its cache
 SLACK = 1e-5  # rounding of float32, on masses of at most 1
 
 
@@ -143,26 +144,33 @@ def left_out(
     """
     text = torch.tensor([document], device=model.embed.weight.device)
     at = torch.arange(len(document), device=text.device)
-    lengths = (at[-n_tokens:] + 1).to(torch.int32)
     layers: list[dict[str, Tensor]] = []
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # Every token is a sequence of its own, as long as its cache is then.
-        last = query[0, :, -n_tokens:].transpose(0, 1)  # [B, Hq, D]
-        step = Step(last, key.expand(n_tokens, -1, -1, -1), lengths, config.block_size)
-        mass, found = step.mass, {}
-        for name, scores in scores_by_name(step, mass).items():
-            chosen = is_selected(scores, lengths, config)
-            left = mass.masked_fill(chosen[:, :, None], 0.0).sum(dim=-1)
-            found[name] = left.flatten(1)
-            if name == "pooled":
-                found["bound"] = certified_bound(step, chosen).flatten(1)
-        layers.append(found)
+        queries = query[0, :, -n_tokens:].transpose(0, 1).split(SLICE)  # [B, Hq, D] each
+        found = []
+        for own, places in zip(queries, at[-n_tokens:].split(SLICE), strict=True):
+            lengths = (places + 1).to(torch.int32)
+            step = Step(own, key.expand(len(own), -1, -1, -1), lengths, config.block_size)
+            found.append(left_out_by(step, config))
+        layers.append({name: torch.cat([each[name] for each in found]) for name in found[0]})
         return causal_attention(layer, query, key, value)
 
     model.hidden_states(text, at.expand_as(text), attend)
     joined = {name: torch.stack([each[name] for each in layers], dim=1) for name in layers[0]}
     return {name: values.double().cpu().numpy() for name, values in joined.items()}
+
+
+def left_out_by(step: Step, config: ReSAConfig) -> dict[str, Tensor]:
+    """Mass [B, Hq] that each way leaves out, and under "bound" ε of the pooled one."""
+    mass, found = step.mass, {}
+    for name, scores in scores_by_name(step, mass).items():
+        chosen = is_selected(scores, step.lengths, config)
+        found[name] = mass.masked_fill(chosen[:, :, None], 0.0).sum(dim=-1).flatten(1)
+        if name == "pooled":
+            found["bound"] = certified_bound(step, chosen).flatten(1)
+    return found
 
 
 def measure_selection(
@@ -189,10 +197,6 @@ def measure_selection(
 
 
 def averages(values: np.ndarray) -> dict[str, Any]:
-    """Means of [documents, tokens, layer, Hq], in all and by layer, with their intervals."""
-    layers = values.mean(axis=(1, 3))  # [documents, layer]
-    return {
-        **with_intervals({"mean": values.mean(axis=(1, 2, 3))}),
-        "layers": layers.mean(axis=0).tolist(),
-        "layers_95": [bootstrap(layer) for layer in layers.T.copy()],
-    }
+    """Means of [documents, tokens, layer, Hq]: in all, with an interval, and by layer."""
+    mean = with_intervals({"mean": values.mean(axis=(1, 2, 3))})
+    return {**mean, "layers": values.mean(axis=(0, 1, 3)).tolist()}

@@ -1,19 +1,29 @@
 """The corpus: which files are read, how they are split, and what counts as a copy."""
 
+import inspect
+import plistlib
 import sys
+from itertools import islice
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resa.reference import load_tokenizer
+from resa.reference.lab import corpus
 from resa.reference.lab.corpus import (
     Document,
+    english_texts,
+    example_module,
     held_out_library,
     is_held_out,
+    library_texts,
     local_corpus,
     module_name,
     python_files,
+    read_documents,
     read_source,
     shingles,
     split_documents,
@@ -117,3 +127,78 @@ def test_exact_duplicates_are_kept_once():
     names, corpus = split(heapq=text, argparse=text, dataclasses=text + "\nmore = 1")
     assert names == ["argparse", "dataclasses"]
     assert corpus.statistics["dropped_duplicates"] == 1
+
+
+# Documents of the evaluations.
+
+TOKENIZER = load_tokenizer()
+
+
+@pytest.mark.parametrize("kind", corpus.TEXTS)
+def test_documents_are_long_disjoint_and_always_the_same(kind):
+    """Fewer are the first of them."""
+    found = read_documents(kind, TOKENIZER, 8, 8192)
+    assert [len(document) for document in found] == [8192] * 8
+    assert read_documents(kind, TOKENIZER, 2, 8192) == found[:2]
+    joined = [token for document in found for token in document]
+    written, text = TOKENIZER.decode(joined), ""
+    for each in library_texts(kind):
+        text += each
+        if len(text) >= len(written):
+            break
+    assert text.startswith(written)
+
+    # A document does not repeat itself or others: runs of a hundred tokens are there once.
+    runs = [tuple(joined[start : start + 100]) for start in range(len(joined) - 99)]
+    assert len(set(runs)) > 0.99 * len(runs)
+
+
+def test_the_example_is_a_module_that_no_model_read(monkeypatch):
+    subject, text = example_module()
+    assert text == inspect.getsource(plistlib)
+    assert is_held_out("plistlib")
+    assert "plistlib.py" in subject
+    monkeypatch.setattr(corpus, "library", lambda: [Document("json", "x = 1")])
+    with pytest.raises(FileNotFoundError, match="this Python has no source of plistlib"):
+        example_module()
+
+
+def test_code_is_first_what_is_held_out_then_the_other_modules(monkeypatch):
+    """In either part by name; tables of characters are in neither."""
+    names = ["argparse", "encodings.cp037", "heapq", "json", "json.decoder", "pprint", "secrets"]
+    monkeypatch.setattr(corpus, "library", lambda: [Document(name, f"{name}\n") for name in names])
+    assert list(library_texts("code")) == [
+        f"{name}\n" for name in ("json", "pprint", "secrets", "argparse", "heapq", "json.decoder")
+    ]
+
+
+def test_code_holds_no_table_of_characters():
+    text = "".join(library_texts("code"))
+    by_name = {document.name: document.text for document in held_out_library()}
+    assert by_name["plistlib"] in text
+    assert any(name.startswith("encodings.") for name in by_name)
+    assert all(each not in text for name, each in by_name.items() if name.startswith("encodings."))
+
+
+def test_english_is_the_language_reference_then_docstrings():
+    first, *_, last = islice(english_texts(), len(topics) + 1)
+    assert first == topics["assert"]
+    assert last not in topics.values()
+    assert len(last) >= corpus.LONG_DOCSTRING
+
+
+def test_a_paragraph_is_read_once(monkeypatch):
+    """However its lines are broken."""
+    monkeypatch.setattr(corpus, "english_texts", lambda: ["One\ntwo.\n\nThree.\n \nOne two.", "Four.\n\n\nThree."])
+    assert "".join(library_texts("english")) == "One\ntwo.\n\nThree.\n\nFour.\n\n"
+
+
+def test_documents_are_cut_from_joined_texts(monkeypatch):
+    monkeypatch.setattr(corpus, "library_texts", lambda kind: ["a b c", " d", " e f g h", " i"])
+    words = [TOKENIZER.encode_ordinary("a"), *(TOKENIZER.encode_ordinary(f" {x}") for x in "bcdefghi")]
+    tokens = [token for word in words for token in word]
+    assert read_documents("code", TOKENIZER, 3, 2) == [tokens[0:2], tokens[2:4], tokens[4:6]]
+    assert read_documents("code", TOKENIZER, 1, 7) == [tokens[:7]]
+    assert read_documents("code", TOKENIZER, 1, 9) == [tokens[:9]]
+    with pytest.raises(ValueError, match="documents: got 5; allowed: ≤ 4, for 2 tokens of code each"):
+        read_documents("code", TOKENIZER, 5, 2)

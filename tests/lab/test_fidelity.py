@@ -12,15 +12,15 @@ from resa.reference import ReSAConfig, prefill, rectify, sparse_step
 from resa.reference.lab import fidelity
 from resa.reference.lab.fidelity import (
     NO_TOKEN,
-    by_position,
     compare,
     decoding_variants,
     kv_drift,
     measure_fidelity,
     read,
     read_ratio,
+    summarise,
 )
-from resa.reference.lab.measure import bootstrap
+from resa.reference.lab.measure import bootstrap, recovered
 from small_models import EXACT, VISIBLE, Shape, dense_cache, drift
 
 SHAPE = Shape(seed=7)
@@ -51,6 +51,12 @@ def prompt():
 def continuation():
     """Tokens that no model chose."""
     return SHAPE.tokens(N, 11)
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch):
+    """Several chunks of predictions, the last one shorter."""
+    monkeypatch.setattr(fidelity, "CHUNK", 6)
 
 
 @pytest.fixture(scope="module")
@@ -119,88 +125,129 @@ def test_a_comparison_equals_the_one_made_by_hand(model, prompt, continuation, r
         assert found["kl"][i] == pytest.approx(kl, rel=1e-6, abs=EXACT)
         assert found["agreement"][i] == (p.index(max(p)) == q.index(max(q)))
         if i < N - 1:
-            assert found["hits"][i] == (continuation[i + 1] in logits.topk(3).indices.tolist())
+            assert found["cross_entropy"][i] == pytest.approx(-math.log(q[continuation[i + 1]]), rel=1e-6)
         now = drift(cache, exact)[len(prompt) :]
         assert torch.equal(kv_drift(cache, exact, torch.arange(len(prompt), cache.length)), now)
         assert found["mean_drift"][i] == pytest.approx(float(now.mean()), rel=1e-6, abs=EXACT)
         assert float(now.max()) < EXACT or not is_full
         largest = max(largest, float(now.max()))
+    assert math.isnan(found["cross_entropy"][-1]), "nobody knows what follows the last token"
     assert found["drift"].max() == pytest.approx(largest, rel=1e-6, abs=EXACT)
     assert (largest > VISIBLE) == (name not in ("decode-only", "dense"))
 
 
 def test_a_reading_is_dense_attention(model, prompt, continuation, reading):
     text = prompt + continuation
-    wanted = model(torch.tensor([text]))[0, -N:].log_softmax(-1)
+    wanted = model(torch.tensor([text]))[0, -N:].log_softmax(-1).detach()
     torch.testing.assert_close(reading.log_probs, wanted, rtol=0, atol=EXACT)
     assert reading.following.tolist() == [*continuation[1:], NO_TOKEN]
-    hits = [token in row.topk(3).indices.tolist() for token, row in zip(continuation[1:], wanted[:-1], strict=True)]
-    assert reading.hits.tolist() == [*hits, False]
-    assert read(model, text, len(prompt), after=5).following[-1] == 5
+    surprise = [-float(row[token]) for token, row in zip(continuation[1:], wanted, strict=False)]
+    assert reading.cross_entropy.tolist() == pytest.approx([*surprise, float("nan")], nan_ok=True)
+    known = read(model, text, len(prompt), after=5)
+    assert known.following[-1] == 5
+    assert known.cross_entropy.tolist() == pytest.approx([*surprise, -float(wanted[-1, 5])])
 
 
 # Over documents.
 
 
-def test_fidelity_over_documents_is_the_mean_of_comparisons(model, prompt):
+@pytest.mark.parametrize("scored", [None, 4])
+def test_fidelity_over_documents_is_the_mean_of_comparisons(model, prompt, scored):
+    """A row for every block size, ratio and way; means over the last tokens alone, if that is asked."""
     documents = [prompt, *(SHAPE.tokens(length, 20 + length) for length in (10, 40, 26, 30))]  # 10 is the fewest
     n, config = 9, replace(CONFIG, schedule="paper")
-    result = measure_fidelity(model, documents, n, config, (2, 4))
+    more = {"intervals": (2, 4), "ratios": (0.1, 0.4), "block_sizes": (4, 2), "scored": scored}
+    result = measure_fidelity(model, documents, n, config, **more)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert (result["documents"], result["tokens_each"], result["config"]["schedule"]) == (5, 9, "paper")
-    assert decoding_variants(config, (2, 4)) == {
-        "sparse": replace(config, interval=None),
-        "ReSA f=4": replace(config, interval=4),
-        "ReSA f=2": replace(config, interval=2),
-        "decode-only": replace(config, interval=1, schedule="paper"),
-    }
-    assert list(result["variants"]) == list(decoding_variants(config, (2, 4)))
+    about = {"documents": 5, "tokens_each": 9, "scored": scored or 9}
+    assert about.items() <= result.items()
+    assert result["config"]["schedule"] == "paper"
+
+    last = slice(-(scored or n), None)
     readings = [read(model, document, len(document) - n) for document in documents]
-    found = {
-        name: [compare(model, reading, variant) for reading in readings]
-        for name, variant in decoding_variants(config, (2, 4)).items()
+    dense = np.array([each.cross_entropy[:-1][-(scored or n) + 1 :].mean() for each in readings])
+    assert result["dense_cross_entropy"] == pytest.approx(dense.mean())
+    assert result["dense_cross_entropy_95"] == pytest.approx(bootstrap(dense))
+    asked = [(b, p, name) for b in (4, 2) for p in (0.1, 0.4) for name in decoding_variants(config, (2, 4))]
+    assert [(row["block_size"], row["ratio"], row["way"]) for row in result["rows"]] == asked
+    for row in result["rows"]:
+        own = replace(config, block_size=row["block_size"], active_ratio=row["ratio"])
+        ways = decoding_variants(own, (2, 4))
+        ends = "sparse", "decode-only"
+        found = {name: [compare(model, r, ways[name]) for r in readings] for name in (row["way"], *ends)}
+        mean = {
+            name: {part: np.array([x[part][last].mean() for x in each]) for part in ("kl", "agreement", "mean_drift")}
+            for name, each in found.items()
+        }
+        kl = {name: each["kl"] for name, each in mean.items()}
+        lost = np.array([x["cross_entropy"][last][:-1].mean() for x in found[row["way"]]]) - dense
+        wanted = {
+            **mean[row["way"]],
+            "step_error": kl["decode-only"],
+            "drift": kl[row["way"]] - kl["decode-only"],
+            "gain": kl["sparse"] - kl[row["way"]],
+            "cross_entropy_lost": lost,
+        }
+        for part, values in wanted.items():
+            assert row[part] == pytest.approx(values.mean(), abs=1e-12), part
+            assert row[f"{part}_95"] == pytest.approx(bootstrap(values), abs=1e-12), part
+        curve = np.mean([x["kl"] for x in found[row["way"]]], axis=0)
+        assert row["by_position"]["kl"] == pytest.approx(curve.tolist()), "of all tokens, scored or not"
+
+
+def test_a_default_device_changes_no_number(model, prompt):
+    """Every tensor names its device."""
+    more = {"intervals": [4], "ratios": [0.1], "block_sizes": [4]}
+    expected = measure_fidelity(model, [prompt], 9, CONFIG, **more)
+    with torch.device("meta"):
+        assert measure_fidelity(model, [prompt], 9, CONFIG, **more) == expected
+
+
+def test_the_configuration_has_a_way_for_every_interval_and_for_both_ends():
+    assert decoding_variants(CONFIG, (2, 4)) == {
+        "sparse": replace(CONFIG, interval=None),
+        "ReSA f=4": replace(CONFIG, interval=4),
+        "ReSA f=2": replace(CONFIG, interval=2),
+        "decode-only": replace(CONFIG, interval=1, schedule="paper"),
     }
-    kl = {name: np.array([each["kl"].mean() for each in several]) for name, several in found.items()}
-    for name, row in result["variants"].items():
-        losses = {"kl": kl[name], "drift_kl": kl[name] - kl["decode-only"], "gain_over_sparse": kl["sparse"] - kl[name]}
-        for part, values in losses.items():
-            assert row[part] == pytest.approx(values.mean(), abs=1e-12)
-            assert row[f"{part}_95"] == pytest.approx(bootstrap(values), abs=1e-12)
-        for part in ("agreement", "mean_drift"):
-            assert row[part] == pytest.approx(np.mean([each[part].mean() for each in found[name]]))
-        assert row["largest_drift"] == max(each["drift"].max() for each in found[name])
-    assert result["variants"]["decode-only"]["drift_kl_95"] == [0.0, 0.0]
-    assert result["by_position"]["dense"]["accuracy"][0] == np.mean([each.hits[:-1].double() for each in readings])
 
 
-def test_curves_are_means_over_stretches_of_tokens(monkeypatch):
-    """The last stretch is shorter, and does without the last token, whose successor is not known."""
-    monkeypatch.setattr(fidelity, "WIDTH", 16)
-    rng = np.random.default_rng(0)
-    found = {"sparse": {name: rng.random((5, 40)) for name in ("hits", "kl", "mean_drift", "agreement")}}
-    found["dense"] = {"hits": rng.random((5, 40))}
-    curves = by_position(found)
-    names = {"hits": "accuracy", "kl": "kl", "mean_drift": "mean_drift"}
-    assert set(curves["dense"]) == {"from", "accuracy", "accuracy_95"}
-    for way, parts in found.items():
-        assert curves[way]["from"] == [0, 16, 32]
-        for name in parts.keys() & names.keys():
-            stretches = [parts[name][:, a:b].mean(axis=1) for a, b in ((0, 16), (16, 32), (32, 39))]
-            assert curves[way][names[name]] == [each.mean() for each in stretches]
-            assert curves[way][f"{names[name]}_95"] == [bootstrap(each) for each in stretches]
+def test_a_row_by_hand():
+    """Two documents: never rectified 0.3 and 0.5 nats, 0.1 of them step error; rectified 0.15 and 0.2."""
+    kl = {"sparse": [0.3, 0.5], "ReSA f=8": [0.15, 0.2], "decode-only": [0.1, 0.1]}
+    found = {None: {"cross_entropy": np.array([[1.0], [2.0]])}}
+    for name, values in kl.items():
+        column = np.array(values)[:, None]
+        found[16, 0.1, name] = {"kl": column, "agreement": 1 - column, "mean_drift": column}
+        found[16, 0.1, name]["cross_entropy"] = found[None]["cross_entropy"] + 2 * column
+    rows = {row["way"]: row for row in summarise(found, 1)}
+    expected = {"kl": 0.175, "step_error": 0.1, "drift": 0.075, "gain": 0.225, "cross_entropy_lost": 0.35}
+    for name, value in (expected | {"recovered": 1 - 0.075 / 0.3, "agreement": 0.825}).items():
+        assert rows["ReSA f=8"][name] == pytest.approx(value), name
+    assert rows["ReSA f=8"]["drift_95"] == pytest.approx([0.05, 0.1])
+    share = recovered("recovered", np.array([0.2, 0.4]), np.array([0.05, 0.1]))
+    assert rows["ReSA f=8"]["recovered_95"] == pytest.approx(share["recovered_95"])
+    for end in ("sparse", "decode-only"):
+        assert rows[end]["recovered"] is rows[end]["recovered_95"] is None
+    assert rows["decode-only"]["drift_95"] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_tokens": 0}, "n_tokens: got 0"),
+        ({"n_tokens": 1}, "n_tokens: got 1"),
         ({"n_tokens": 23}, "documents: got 23 tokens; allowed: documents of 24 … 96 tokens"),
         ({"documents": [[1] * 97]}, "documents: got 97 tokens"),
         ({"documents": []}, "documents: got 0 tokens"),
         ({"intervals": [0]}, "interval: got 0"),
+        ({"ratios": [0.1, 2.0]}, "active_ratio: got 2"),
+        ({"block_sizes": [0]}, "block_size: got 0"),
+        ({"scored": 1}, "scored: got 1; allowed: 2 … 3"),
+        ({"scored": 4}, "scored: got 4; allowed: 2 … 3"),
     ],
 )
-def test_bad_input_is_named(model, prompt, changes, message):
-    arguments = {"documents": [prompt], "n_tokens": 3, "config": CONFIG, "intervals": [2]}
+def test_bad_input_is_named_before_anything_is_decoded(model, prompt, monkeypatch, changes, message):
+    monkeypatch.setattr(fidelity, "read", lambda *_, **__: pytest.fail("something was decoded"))
+    arguments = {"documents": [prompt], "n_tokens": 3, "config": CONFIG, "intervals": [2], "ratios": [0.1]}
     with pytest.raises(ValueError, match=message):
-        measure_fidelity(model, **{**arguments, **changes})
+        measure_fidelity(model, **{**arguments, "block_sizes": [4], **changes})

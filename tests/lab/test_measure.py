@@ -12,6 +12,7 @@ from resa.reference.lab.measure import (
     over_documents,
     recovered,
     shares_by_kind,
+    stretches,
 )
 
 
@@ -46,6 +47,18 @@ def test_the_interval_of_a_ratio_holds_it(seed, ratio, n):
 def test_a_ratio_to_what_may_be_nothing_has_no_interval():
     totals = np.array([1.0, -1.0, 0.5, -0.4])
     assert bootstrap(totals, totals) == [None, None]
+
+
+def test_curves_are_means_over_stretches_of_tokens(monkeypatch):
+    """Stretches are as equal as they can be; where there are fewer tokens than points, each is one."""
+    monkeypatch.setattr(measure, "POINTS", 3)
+    parts = {name: np.random.default_rng(seed).random((5, 41)) for seed, name in enumerate("ab")}
+    curves = stretches(parts)
+    assert curves["from"] == [0, 14, 27]
+    for name, values in parts.items():
+        means = [values[:, start:end].mean() for start, end in ((0, 14), (14, 27), (27, 41))]
+        assert curves[name] == pytest.approx(means)
+    assert stretches({"a": parts["a"][:, :2]})["from"] == [0, 1]
 
 
 def test_recovery_is_a_share_of_the_drift_of_never_rectifying():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from resa.reference import ReSAConfig
+from resa.reference.lab import parallel
 from resa.reference.lab.parallel import decode_at_once, exact_stream, pooled_scores
 from small_models import EXACT, VISIBLE, Shape, decoded_along
 
@@ -17,6 +18,12 @@ CORNERS = [
     {"interval": 3, "schedule": "paper"},
     {"interval": 7, "schedule": "fused"},
 ]
+
+
+@pytest.fixture(autouse=True)
+def slices(monkeypatch):
+    """Several slices of steps, which end inside blocks and windows; other files' texts are shorter than one."""
+    monkeypatch.setattr(parallel, "SLICE", 22)
 
 
 @pytest.fixture(scope="module")

@@ -104,3 +104,17 @@ def test_rows_of_a_batch_are_looked_at_alone():
 def test_a_length_that_does_not_fit_is_refused_by_name(length):
     with pytest.raises(ValueError, match="length"):
         program(0, length)
+
+
+def test_any_tokenizer_that_cuts_lines_alike_will_do():
+    """It needs no more than text to tokens and back; one that puts a token before every text is refused."""
+
+    class Other:
+        n_vocab = TOKENIZER.n_vocab
+        encode_ordinary, decode = staticmethod(TOKENIZER.encode_ordinary), staticmethod(TOKENIZER.decode)
+
+    assert words(Other()) == words(TOKENIZER)
+    begins = Other()
+    begins.encode_ordinary = lambda text: [0, *TOKENIZER.encode_ordinary(text)]
+    with pytest.raises(ValueError, match="tokenizer: got 0 names; allowed: one with more than 32"):
+        words(begins)
