@@ -1,90 +1,73 @@
-"""`resa demo`: watch on a real file what sparse decoding loses and what rectification repairs.
+"""`resa demo`: watch on real text what sparse decoding loses and what rectification repairs.
 
-Dense, sparse and rectified decoding each continue a held-out file of the standard library. All ways
-of decoding are then led along the tokens that dense decoding wrote. The table splits what each
-loses into step error and drift; the figure shows how drift builds up and is wiped.
-`lab/fidelity.py` does the measuring, for all steps at once.
+Dense, sparse and rectified decoding each continue a text. Then all ways of decoding are led along
+other texts, and the table splits what each loses into step error and drift. The figure shows the
+loss as it builds up. `lab/fidelity.py` does the measuring, for all steps at once. A model that
+carries values shows its programs instead (`demo_carried.py`).
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 import torch
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from ..blocks import active_blocks
 from ..checks import require, require_integer
 from ..config import ReSAConfig
 from ..generate import Generation, generate, prefill
-from ..lab.corpus import held_out_library
-from ..lab.fidelity import compare, decoding_variants, read, read_ratio
+from ..lab.corpus import read_documents
+from ..lab.fidelity import decoding_variants, measure_fidelity
 from ..model import GPT
 from ..sampling import Sampling
-from ..weights.tokenizer import load_tokenizer
+from ..weights.models import SHIPPED, Tokenizer, find_model
 from . import main as cli
+from .demo_carried import demo_carried
+from .generate import newest_tokens
 
-DEMO_MODULE = "plistlib"  # held out of training, 8,000 tokens, in every Python since 2.6
+N_TEXTS, READ, GIVEN = 6, 1024, 256  # texts that losses are measured on; tokens read, then decoded
+MIN_BLOCKS = 4  # few enough that a tenth of READ tokens is more
 SHOWN_LINES = 16
-LEGEND = (
-    "sparse: every token reads selected blocks alone. ReSA f=N: the same, and every N tokens a"
-    " dense pass rectifies the cache. decode-only: rectified after every token, so that the cache"
-    " is exact. KL: distance of the next-token distribution from dense decoding's. Step error: the"
-    " price of reading a part of the cache; decode-only pays it too. Drift: the errors that sparse"
-    " steps leave in the cache for all later steps to read, relative to the norm of keys and"
-    " values; this is what rectification repairs. Read: the share of dense decoding's bytes by the"
-    " cost model (eq. 6), where it holds.\n"
-)
 # Okabe and Ito's palette: colour-blind readers can tell them apart, on light and dark ground.
-COLOURS = ("#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7")
-COLUMNS = (  # heading, key in a row, format
-    ("KL\n(nats)", "kl", "{:.4f}"),
-    ("= step\nerror", "step_error", "{:.4f}"),
-    ("+ drift", "drift_loss", "{:+.4f}"),
-    ("same top\ntoken", "agreement", "{:.1%}"),
-    ("mean\ndrift", "mean_drift", "{:.2g}"),
-    ("read, of\ndense", "read_ratio", "{:.3f}"),
-)
-Row = dict[str, Any]  # what one way of decoding loses, how far its cache drifts, what it reads
-
-
-def demo_prompt() -> tuple[str, str]:
-    """Name and text of the file that is continued by default."""
-    for document in held_out_library():
-        if document.name == DEMO_MODULE:
-            return f"the standard library's {DEMO_MODULE}.py (held out of training)", document.text
-    missing = f"prompt file: this Python has no source of {DEMO_MODULE}; name another file"
-    raise FileNotFoundError(missing)
+COLOURS = ("#D55E00", "#009E73", "#0072B2", "#E69F00", "#CC79A7")
+Row = dict[str, Any]  # one way of decoding, as `measure_fidelity` returns it
 
 
 def add_demo(commands: cli.Commands) -> cli.Parser:
     """Add the command."""
     parser = cli.add_command(commands, "demo", demo)
-    text = "continue this file (default: a held-out module of the standard library)"
+    text = "continue this file (default: the library's own text)"
     parser.option("--prompt-file", None, text, type=Path)
-    parser.option("--prompt-tokens", 4096, "read at most this many of the file's tokens")
-    parser.option("--tokens", 512, "how many tokens to write")
-    parser.option("--intervals", [8, 32, 128], "tokens per rectification")
+    parser.option("--prompt-tokens", 2048, "read so many tokens, the file's last")
+    parser.option("--tokens", 256, "how many tokens to write")
+    parser.option("--intervals", [8, 32], "tokens per rectification")
     parser.option("--temperature", 0.5, "0 takes the most likely token")
     parser.option("--seed", 0, "seed of the random numbers", type=cli.seed)
     parser.option("--figure", Path("out/demo.png"), "where to draw the figure")
     parser.option("--json", False, "print one JSON object instead of text")
     # Under "paper" every token is decoded sparsely, so the loss of all rows splits alike.
     cli.add_sparsity(parser, schedule="paper")
+    parser.set_defaults(min_blocks=MIN_BLOCKS)
     cli.add_model(parser)
+    parser.set_defaults(model=None)
     return parser
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Continue a real Python file with dense, sparse and rectified decoding. Prints what each
-    writes, a table of what each loses against dense decoding on the same tokens and of what it
-    reads, and draws how the cache drifts and is rectified.
+    """Continue real text with dense, sparse and rectified decoding. Prints what each writes, and a
+    table of what each loses along other texts: step error, drift, and how much of the drift is
+    repaired. The model is smollm2 where `make real` has installed it, else the shipped one.
+    `--model carrying` shows programs and which of their values each way gets right.
     """
     # Refuse what is wrong before anything is decoded.
     is_picture = options.figure.suffix.lower() in (".png", ".svg", ".pdf")
@@ -93,112 +76,161 @@ def demo(options: argparse.Namespace) -> None:
     require_integer("--prompt-tokens", options.prompt_tokens, 2)
     config, sampling = cli.sparsity(options), Sampling(options.temperature)
     variants, backend = decoding_variants(config, options.intervals), cli.chosen_backend(options)
-    tokenizer = load_tokenizer()
-    model = cli.load(options).with_ops(options.backends[backend].operations())
-    if options.prompt_file is None:
-        subject, text = demo_prompt()
-    else:
-        subject, text = options.prompt_file.name, cli.read_text(options.prompt_file)
-    prompt = tokenizer.encode_ordinary(text)[: options.prompt_tokens]
-    n_prompt, context = len(prompt), model.config.context
-    require(n_prompt >= 2, "--prompt-file", f"{n_prompt} tokens", "a text of at least 2 tokens")
-    length = n_prompt + options.tokens
-    require(length <= context, "--prompt-tokens + --tokens", length, f"≤ {context}")
+    if options.model is None:
+        options.model = default_model()
+    text = None if options.prompt_file is None else cli.read_text(options.prompt_file)
+    is_carrying = options.model == "carrying"
+    allowed = "a model that writes text: carrying shows programs of its own"
+    require(text is None or not is_carrying, "--prompt-file", options.prompt_file, allowed)
+    loaded, console = cli.load(options), Console(quiet=options.json, highlight=False)
+    if is_carrying:
+        scores = demo_carried(loaded, config, options.intervals, console)
+        if options.json:
+            cli.report(cli.rounded({**scores, **cli.provenance(options)}))
+        return
+
+    # The text to continue, and others on which losses are measured.
+    tokenizer, context = loaded.tokenizer, loaded.model.config.context
+    given = min(GIVEN, context // 4)
+    read = min(READ, context - given)
+    subject, prompt, documents = choose_texts(options, text, tokenizer, read + given)
+    require(len(prompt) >= 2, "--prompt-file", f"{len(prompt)} tokens", "at least 2 tokens")
+    total = len(prompt) + options.tokens
+    require(total <= context, "--prompt-tokens + --tokens", total, f"≤ {context}")
     cli.writable("--figure", options.figure)
 
-    # Decode. Steps of one token are too small to be worth sharing among threads.
-    console = Console(quiet=options.json, highlight=False)
-    work = f"{n_prompt:,} tokens read, {options.tokens} to write"
-    console.print(f"Continuing {subject}: {work}, on {options.device} (backend {backend}).")
-    torch.set_num_threads(1)
-    started = time.perf_counter()
-    texts, rows, curves = run_demo(model, prompt, options.tokens, variants, sampling, options.seed)
-    seconds = round(time.perf_counter() - started, 1)
+    # Write. Where all ways are dense decoding, one of them is enough.
+    started, model = time.perf_counter(), loaded.model
+    model = model.with_ops(options.backends[backend].operations())
+    weights = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    work = f"{len(prompt):,} tokens read, {options.tokens} to write"
+    where = f"{options.device} (backend {backend}, {torch.get_num_threads()} threads)"
+    console.print(f"{options.model}, {weights:.0f} million weights, continues {subject}: {work}.")
+    console.print(f"Decoding on {where}. {what_is_read(config, total)}\n")
+    ways = {"dense": replace(config, interval=1, schedule="fused")}
+    if n_read(config, total) < n_blocks(config, total):
+        shown = f"ReSA f={32 if 32 in options.intervals else max(options.intervals)}"
+        ways |= {name: variants[name] for name in ("sparse", shown)}
+    written = write_texts(model, prompt, options.tokens, ways, sampling, options.seed)
+    console.print(side_by_side(written, tokenizer))
+    console.print("One text proves nothing. What each way loses is measured along given texts:")
 
-    # Show.
-    console.print(side_by_side(texts, tokenizer))
-    console.print(LEGEND)
-    console.print(loss_table(rows))
-    draw_figure(curves, options.figure, subject.split(" (")[0])
-    console.print(f"The figure is {options.figure}; all this took {seconds} s.")
+    # Measure.
+    console.print(f"{N_TEXTS} others, of which {read:,} tokens are read and {given} decoded.")
+    console.print(what_is_read(config, read + given))
+    rows: list[Row] = []
+    if n_read(config, read + given) < n_blocks(config, read + given):
+        one = {"ratios": [config.active_ratio], "block_sizes": [config.block_size]}
+        result = measure_fidelity(
+            model, documents, given, config, intervals=options.intervals, **one
+        )
+        rows = result["rows"]
+        console.print(loss_table(rows))
+        note = "Less is better. Intervals over so few texts are narrow: those of six hold the mean"
+        console.print(f"{note} in 85 of 100 cases, not in 95.\n")
+        console.print("\n".join(verdict(rows)))
+        title = f"{options.model}, {N_TEXTS} texts, p = {config.active_ratio:g}"
+        draw_figure(rows, given, options.figure, title)
+    seconds = round(time.perf_counter() - started, 1)
+    drawn = f" The figure is {options.figure}." if rows else ""
+    console.print(f"\nAll this took {seconds} s.{drawn}")
     if options.json:
         asked = {name: getattr(options, name) for name in ("intervals", "temperature", "seed")}
-        result = {"prompt_tokens": n_prompt, "tokens": options.tokens, **asked}
-        result |= {"config": asdict(config), "rows": rows, "seconds": seconds}
-        result["curves"] = {name: [round(x, 4) for x in curve] for name, curve in curves.items()}
-        about = {"subject": subject, "figure": str(options.figure), "backend": backend}
-        cli.report(cli.six_digits({**result, **about, **cli.provenance(options)}))
+        amounts = {"prompt_tokens": len(prompt), "tokens": options.tokens, "texts": N_TEXTS}
+        amounts |= {"read": read, "given": given, "config": asdict(config), **asked}
+        texts = {name: tokenizer.decode(tokens) for name, tokens in written.items()}
+        found = {"rows": rows, "verdict": verdict(rows), "written": texts}
+        about = {"subject": subject, "backend": backend, "seconds": seconds}
+        cli.report(cli.rounded({**amounts, **found, **about, **cli.provenance(options)}))
 
 
-def run_demo(
+def choose_texts(
+    options: argparse.Namespace, text: str | None, tokenizer: Tokenizer, length: int
+) -> tuple[str, list[int], list[list[int]]]:
+    """Choose what is continued → its name and its tokens, and other documents of `length` tokens.
+
+    `text` is the user's; without one, the library's text comes first.
+    """
+    kind, n_prompt = "code" if options.model in SHIPPED else "english", options.prompt_tokens
+    if text is not None:
+        prompt = newest_tokens(tokenizer, text, n_prompt)
+        return options.prompt_file.name, prompt, read_documents(kind, tokenizer, N_TEXTS, length)
+    n_pieces = -(-n_prompt // length)
+    pieces = read_documents(kind, tokenizer, n_pieces + N_TEXTS, length)
+    subject = "held-out modules of Python's library" if kind == "code" else "Python's own help"
+    return subject, [*chain(*pieces[:n_pieces])][:n_prompt], pieces[n_pieces:]
+
+
+def default_model() -> str:
+    """Name the real model where it is installed, else the shipped one, and say so."""
+    try:
+        find_model("smollm2")
+    except FileNotFoundError as error:
+        print(f"{error}. The shipped model runs instead, a toy.", file=sys.stderr)
+        return "code"
+    return "smollm2"
+
+
+def n_blocks(config: ReSAConfig, n_tokens: int) -> int:
+    """Blocks of a cache."""
+    return -(-n_tokens // config.block_size)
+
+
+def n_read(config: ReSAConfig, n_tokens: int) -> int:
+    """Blocks of a cache that a sparse step reads."""
+    return int(active_blocks(torch.tensor([n_tokens], device="cpu"), config))
+
+
+def what_is_read(config: ReSAConfig, n_tokens: int) -> str:
+    """Say how much of a cache a sparse step reads, and what to change if that is all."""
+    read, there, least = n_read(config, n_tokens), n_blocks(config, n_tokens), config.min_blocks
+    size = f"{there} blocks of {config.block_size} tokens"
+    if read < there:
+        return f"A sparse step reads {read} of {size}, and never fewer than {least}."
+    return (
+        f"With {size} and at least {least} to be read, every step reads all of it, and all ways are"
+        " dense decoding. Give a longer text, or lower --min-blocks or --active-ratio."
+    )
+
+
+def write_texts(
     model: GPT,
     prompt: Sequence[int],
     n_tokens: int,
-    variants: Mapping[str, ReSAConfig],
+    ways: Mapping[str, ReSAConfig],
     sampling: Sampling,
     seed: int,
-) -> tuple[dict[str, list[int]], dict[str, Row], dict[str, list[float]]]:
-    """Decode in every way → the tokens that three of them write; for all of them what they lose
-    along dense decoding's tokens, and the mean drift of the generated tokens after each step.
-    """
-    with Console(stderr=True).status(f"Reading {len(prompt):,} tokens …") as status:
-        # Three ways write, from one prefill and with the same random numbers.
-        sparse = variants["sparse"]
-        cache = model.new_cache(len(prompt) - 1, sparse.block_size)
+) -> dict[str, list[int]]:
+    """Continue a prompt in every way, from one prefill and with the same random numbers."""
+    texts = {}
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("Reading the prompt", total=n_tokens * len(ways))
+        config = next(iter(ways.values()))
+        cache = model.new_cache(len(prompt) - 1, config.block_size)
         prefill(model, prompt[:-1], cache)
-        ways = {"dense": replace(sparse, interval=1, schedule="fused"), "sparse": sparse}
-        rectified = [name for name in variants if name.startswith("ReSA")]
-        shown = "ReSA f=32" if "ReSA f=32" in rectified else rectified[0]
-        ways[shown] = variants[shown]
-        texts = {}
         for name, way in ways.items():
-            status.update(f"Writing {n_tokens} tokens: {name} …")
-            start, own = Generation([], cache), [torch.Generator().manual_seed(seed)]
-            request = [prompt[-1:]], n_tokens, way, sampling
-            texts[name] = generate(model, *request, generators=own, resume=start)[0].tokens
-
-        # Every way is led along the tokens that dense decoding wrote.
-        status.update("Comparing with dense decoding …")
-        reading = read(model, [*prompt, *texts["dense"]], len(prompt))
-        found = {name: compare(model, reading, config) for name, config in variants.items()}
-
-    step_error = float(found["decode-only"]["kl"].mean())  # its cache is exact
-    rows, n_blocks = {}, len(prompt) / sparse.block_size
-    for name, way in found.items():
-        config, kl = variants[name], float(way["kl"].mean())
-        is_modelled = config.active_ratio * n_blocks >= config.min_blocks
-        rows[name] = {
-            "kl": kl,
-            "step_error": step_error,
-            "drift_loss": kl - step_error,
-            "agreement": float(way["agreement"].mean()),
-            "mean_drift": float(way["mean_drift"].mean()),
-            "read_ratio": read_ratio(config) if is_modelled else None,
-        }
-    return texts, rows, {name: way["mean_drift"].tolist() for name, way in found.items()}
+            progress.update(bar, description=f"Writing: {name}")
+            texts[name] = generate(
+                model,
+                [prompt[-1:]],
+                n_tokens,
+                way,
+                sampling,
+                generators=[torch.Generator().manual_seed(seed)],
+                on_token=lambda *_: progress.advance(bar),
+                resume=Generation([], cache),
+            )[0].tokens
+    return texts
 
 
-def loss_table(rows: Mapping[str, Row]) -> Table:
-    """Make the table of what each way of decoding loses and reads."""
-    title = "Against dense decoding, on the same tokens"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("decoding", no_wrap=True)
-    for heading, _, _ in COLUMNS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        values = [(row[key], form) for _, key, form in COLUMNS]
-        cells = ["–" if value is None else form.format(value) for value, form in values]
-        table.add_row(name, *cells)
-    return table
-
-
-def side_by_side(texts: Mapping[str, Sequence[int]], tokenizer: tiktoken.Encoding) -> Table:
+def side_by_side(texts: Mapping[str, Sequence[int]], tokenizer: Tokenizer) -> Table:
     """The first lines of each continuation. What differs from dense decoding's is coloured."""
 
     def first_lines(tokens: Sequence[int]) -> str:
         return "\n".join(tokenizer.decode(tokens).expandtabs(4).splitlines()[:SHOWN_LINES])
 
-    title = "The file continued, each choosing its own tokens"
+    title = "What each writes; coloured from where it leaves dense decoding's text"
     table, cells = Table(title=title, title_justify="left", expand=True), []
     for name, tokens in texts.items():
         table.add_column(name, ratio=1, overflow="fold")
@@ -211,27 +243,95 @@ def side_by_side(texts: Mapping[str, Sequence[int]], tokenizer: tiktoken.Encodin
     return table
 
 
-def draw_figure(curves: Mapping[str, Sequence[float]], path: Path, subject: str) -> None:
-    """Draw the mean drift of the cached generated tokens after each step, one line per interval."""
+def loss_table(rows: Sequence[Row]) -> Table:
+    """Make the table of what each way of decoding loses."""
+    title = "Lost per token against dense decoding: KL divergence in nats [95 %]"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("decoding", no_wrap=True)
+    for heading in ("lost", "= step\nerror", "+ drift", "drift\nrepaired", "same\ntoken"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        repaired = "–"
+        if is_share(row, rows):
+            repaired = f"{percent(row['recovered'])}"
+            repaired += f" [{', '.join(map(percent, row['recovered_95']))}]"
+        low, high = row["drift_95"]
+        is_exact = row["way"] == "decode-only"
+        drift = "0" if is_exact else f"{row['drift']:.3f} [{low:.3f}, {high:.3f}]"
+        parts = f"{row['kl']:.3f}", f"{row['step_error']:.3f}", drift, repaired
+        table.add_row(row["way"], *parts, percent(row["agreement"]))
+    return table
+
+
+def is_share(row: Row, rows: Sequence[Row]) -> bool:
+    """Tell whether a row repairs a share of something: never rectifying must drift visibly."""
+    has_share = row["recovered"] is not None and None not in row["recovered_95"]
+    return has_share and all(each["drift_95"][0] > 0 for each in rows if each["way"] == "sparse")
+
+
+def percent(share: float) -> str:
+    """Write a share as whole per cent."""
+    return f"{share:.0%}"
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """Say in words what the table shows, and which differences cannot be distinguished."""
+    by_name = {row["way"]: row for row in rows}
+    if not rows:
+        return []
+    sparse, exact = by_name["sparse"], by_name["decode-only"]
+    said = [
+        f"Sparse decoding loses {sparse['kl']:.3f} nats a token: {sparse['step_error']:.3f} because"
+        f" it does not read all blocks (step error), {sparse['drift']:.3f} because its errors stay"
+        " in the cache (drift)."
+    ]
+    if sparse["drift_95"][0] <= 0:
+        said.append("On this much text that drift cannot be distinguished from none.")
+    for row in rows:
+        if not row["way"].startswith("ReSA"):
+            continue
+        every = f"Rectifying every {row['way'].removeprefix('ReSA f=')} tokens"
+        if row["gain_95"][0] > 0:
+            share = f", {percent(row['recovered'])} of the drift" if is_share(row, rows) else ""
+            said.append(f"{every} repairs {row['gain']:.3f}{share}.")
+        else:
+            said.append(f"{every} cannot be distinguished from never rectifying here.")
+    said.append(
+        f"No rectification repairs step error: decode-only, whose cache is always exact, still"
+        f" loses {exact['kl']:.3f}. A step cannot use a block that it does not read."
+    )
+    return said
+
+
+def draw_figure(rows: Sequence[Row], n_tokens: int, path: Path, title: str) -> None:
+    """Draw the loss as it builds up along the texts, a line per way, and its two parts as bars."""
     from matplotlib.figure import Figure  # takes a second to import
     from PIL import Image
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    drawn = {name: curve for name, curve in curves.items() if name != "decode-only"}  # it is zero
-    for index, (name, curve) in enumerate(drawn.items()):
-        label = f"rectified every {name.removeprefix('ReSA f=')} tokens"
-        look = {"color": COLOURS[index % len(COLOURS)], "linewidth": 1.4}
-        look["label"] = "sparse, never rectified" if name == "sparse" else label
-        axes.plot(range(1, len(curve) + 1), curve, **look)
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    colours = {row["way"]: COLOURS[index % len(COLOURS)] for index, row in enumerate(rows)}
+    for row in rows:
+        starts = [*row["by_position"]["from"], n_tokens]
+        lost = [0.0]
+        for (start, end), mean in zip(pairwise(starts), row["by_position"]["kl"], strict=True):
+            lost.append(lost[-1] + (end - start) * mean)
+        left.plot(starts, lost, color=colours[row["way"]], label=row["way"], linewidth=1.6)
+    left.set(xlabel="tokens decoded", ylabel="nats lost so far, mean of the texts")
+    left.set_xlim(0, n_tokens)
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False, fontsize=9)
 
-    axes.set(xlabel="tokens generated", ylabel="mean KV drift of the generated tokens")
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(0, max(map(len, drawn.values())))
-    axes.set_title(f"Drift of the cache while {subject} is continued", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, fontsize=9)
+    names = [row["way"] for row in rows]
+    steps, drifts = ([row[part] for row in rows] for part in ("step_error", "drift"))
+    right.barh(names, steps, color="0.7", label="step error: blocks not read")
+    right.barh(names, drifts, left=steps, color=[colours[n] for n in names], label="drift")
+    right.invert_yaxis()
+    right.set(xlabel="nats lost per token")
+    right.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set_title(title, fontsize=11)
     figure.savefig(path, dpi=110)
     if path.suffix.lower() == ".png":  # a palette of 64 colours looks alike and is a third as large
         Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
