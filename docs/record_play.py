@@ -1,224 +1,227 @@
 """Record the data of docs/play in docs/play/data.js: python docs/record_play.py.
 
-The shipped model continues a library module that was held out of its training, greedily, under every setting that the
-page offers. The recording keeps three things of every sparse step: the blocks that each layer and KV head selected, the
-drift of the token that it cached (layer by layer), and the distance of its prediction from the dense one. This takes
-about a minute on one CPU core and draws nothing from a random generator.
+Two models are led along given text: a real one along English, and the shipped one that carries values along programs.
+Every way of decoding reads the same tokens, so all of them can be compared token by token, with dense decoding as the
+measure. The page shows one text of each kind, the one whose loss is made up most nearly as on average. This takes about
+a quarter of an hour on one CPU core.
 """
 
-from __future__ import annotations
-
+import base64
 import json
 import platform
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
-import tiktoken
+import numpy as np
 import torch
 from torch import Tensor
 
-from resa.reference import (
-    GPT,
-    KVCache,
-    ReSAConfig,
-    dense_pass,
-    generate,
-    load_model,
-    load_tokenizer,
-    prefill,
-    rectify,
-    sparse_step,
-)
-from resa.reference.cli.demo import DEMO_MODULE, demo_prompt
-from resa.reference.lab.fidelity import read_ratio
-from resa.reference.weights.checkpoint import file_digest, shipped_checkpoint
+from resa.reference import GPT, ReSAConfig
+from resa.reference.lab import parallel
+from resa.reference.lab.carried import SEED
+from resa.reference.lab.corpus import read_documents
+from resa.reference.lab.fidelity import Reading, decoding_variants, divergence, largest_error, read, read_ratio
+from resa.reference.lab.programs import UNSEEN, Program, alias_program
+from resa.reference.weights.checkpoint import file_digest
 from resa.reference.weights.files import source_digest, write_atomically
+from resa.reference.weights.models import TextModel, Tokenizer, find_model, open_model
 
 DATA = Path(__file__).parent / "play" / "data.js"
 NAME = "RESA_PLAY"  # the one global variable that data.js sets
 
-ENDING = "def _decode_base64(s):\n    "  # where the prompt ends: the function before it can be copied from
-PROMPT_TOKENS, NEW_TOKENS = 1024, 128
-INTERVALS, RATIOS = (8, 16, 32, 64, None), (0.05, 0.1, 0.2)
-# A step reads at least 2 blocks. With the default of 16, it would read the same at every ratio of so short a cache.
-CONFIG = ReSAConfig(min_blocks=2, schedule="paper")
-DRIFT_UNIT, DIVERGENCE_UNIT = 1e-3, 1e-4  # both are stored as whole numbers of these
-# Printable characters that need no escape in a string of JSON; the tilde is taken.
-DIGITS = "".join(chr(code) for code in range(35, 126) if chr(code) not in "\\<>")
+INTERVALS, RATIOS = (8, 16, 32), (0.05, 0.1, 0.2)
+# A step reads at least 4 blocks. With the default of 16, most ratios would read the same of so short a cache.
+CONFIG = ReSAConfig(min_blocks=4, schedule="paper")
+WAYS = tuple(decoding_variants(CONFIG, INTERVALS))  # sparse, the intervals, decode-only
+RATIO, RESA = 0.1, "ReSA f=32"  # the text is chosen, and the page opens, with these
+LOSS_UNIT, DRIFT_UNIT = 1e-3, 1e-2  # both are stored as whole numbers of these
 
 
 @dataclass(frozen=True)
-class Recording:
-    """One generation, step by step. A step feeds one token, and the last token is not fed."""
+class Scene:
+    """A model and what it reads."""
 
-    tokens: list[int]  # [N], chosen
-    selected: Tensor  # [N − 1, layer, Hkv, M] bool, blocks attended
-    drift: Tensor  # [N − 1, layer], drift of the cached token right after its step
-    rectified: Tensor  # [rectifications, layer], largest drift of the window right after its rectification
-    divergence: Tensor  # [N − 1], KL(dense ‖ sparse) of the next-token distributions, in nats
+    model: str
+    prompt_tokens: int  # prefilled
+    steps: int  # decoded, a token each
+    texts: int  # one of them is shown
+
+
+SCENES = (Scene("smollm2", 2048, 256, 8), Scene("carrying", 512, 768, 16))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One way along one text, for each of S steps."""
+
+    loss: Tensor  # [S] see `loss_of`
+    likeliest: Tensor  # [S] the token that comes next
+    drift: Tensor  # [S] drift of the new token, before a rectification repairs it
+    selected: Tensor  # [rows, M, S] bool, blocks read by the heads of `shown_layers`
+
+
+def given_texts(scene: Scene, tokenizer: Tokenizer) -> list[Program]:
+    """Texts of one token more than is fed; English asserts nothing."""
+    length = scene.prompt_tokens + scene.steps + 1
+    if scene.model == "carrying":
+        seeds = [(SEED, length, index, UNSEEN) for index in range(scene.texts)]
+        return [alias_program(tokenizer, np.random.default_rng(seed), length) for seed in seeds]
+    return [Program(tokens, []) for tokens in read_documents("english", tokenizer, scene.texts, length)]
+
+
+def shown_layers(n_layers: int) -> list[int]:
+    """The last layer of either half; all of them would be too much to store."""
+    return [n_layers // 2 - 1, n_layers - 1]
+
+
+def check_steps(text: Program, prompt_tokens: int) -> list[int]:
+    """The steps, counted from 0, whose next token is an asserted value."""
+    return [check.at - 1 - prompt_tokens for check in text.checks if check.at > prompt_tokens]
 
 
 @torch.no_grad()
-def record(model: GPT, prompt: Sequence[int], n_tokens: int, config: ReSAConfig) -> Recording:
-    """Decode greedily under schedule "paper", as `generate` does, and look at every step and rectification."""
-    # Watch the selection of every layer.
-    taken: list[Tensor] = []
+def follow(model: GPT, text: Program, reading: Reading, config: ReSAConfig) -> Decoded:
+    """Decode along the text, all steps at once, and watch what every layer selects."""
+    watched, select = [], parallel.selected_tokens
 
-    def select_blocks(scores: Tensor, lengths: Tensor, config: ReSAConfig) -> Tensor:
-        taken.append(model.ops.select_blocks(scores, lengths, config))
-        return taken[-1]
+    def selected_tokens(*arguments: object) -> Tensor:
+        watched.append(select(*arguments))  # [1, Hkv, S, T]
+        return watched[-1]
 
-    # Decode, and keep what each step and each rectification wrote.
-    watched = model.with_ops(replace(model.ops, select_blocks=select_blocks))
-    cache = model.new_cache(len(prompt) + n_tokens - 1, config.block_size)
-    tokens, n_drifted = [int(prefill(model, prompt, cache).argmax())], 0
-    left, predicted, rewritten = [], [], []
-    while len(tokens) < n_tokens:
-        logits = sparse_step(watched, tokens[-1], cache, config)
-        n_drifted += 1
-        left.append(newest(cache, 1))
-        predicted.append(logits)
-        if config.is_pass_due(n_drifted):
-            rectify(model, tokens[-n_drifted:], cache, n_drifted)
-            rewritten.append(newest(cache, n_drifted))
-            n_drifted = 0
-        tokens.append(int(logits.argmax()))
-
-    # Compare with dense prefill of the same tokens.
-    exact, wanted = dense_prefill(model, prompt, tokens[:-1], config)
-    drift = layer_drift(torch.cat(left, dim=2), exact)
-    windows = exact.split(config.interval, dim=2) if config.interval else ()
-    pairs = zip(rewritten, windows, strict=False)  # the last window may be open
-    after = [layer_drift(found, dense).amax(dim=0) for found, dense in pairs]
-    given = torch.stack(predicted).log_softmax(dim=-1)
-    divergence = (wanted.exp() * (wanted - given)).sum(dim=-1)
-    rows = torch.stack([as_mask(indices[0], cache.bounds.shape[-1]) for indices in taken])
-    selected = rows.unflatten(0, (n_tokens - 1, model.config.n_layer))
-    return Recording(tokens, selected, drift, torch.stack(after) if after else drift[:0], divergence)
+    n_prompt, exact = reading.prompt_tokens, reading.exact
+    with patch.object(parallel, "selected_tokens", selected_tokens):
+        decoded = parallel.decode_at_once(model, exact, config, n_prompt)
+    log_probs = model.output(decoded.hidden[0, n_prompt:]).log_softmax(dim=-1)
+    pairs = (decoded.keys, exact.keys), (decoded.values, exact.values)
+    drift = largest_error((torch.cat(own), torch.cat(dense)[:, :, n_prompt:]) for own, dense in pairs)
+    layers = [watched[layer][0] for layer in shown_layers(model.config.n_layer)]
+    selected = torch.cat(layers)[..., :: config.block_size].transpose(1, 2)
+    return Decoded(loss_of(text, reading, log_probs), log_probs.argmax(dim=-1), drift, selected)
 
 
-def newest(cache: KVCache, n: int) -> Tensor:
-    """Copy the newest n tokens' keys and values: [2, layer, n, Hkv, D]."""
-    at = slice(cache.length - n, cache.length)
-    return torch.stack((cache.keys[:, 0, :, at], cache.values[:, 0, :, at])).transpose(2, 3)
+def loss_of(text: Program, reading: Reading, log_probs: Tensor) -> Tensor:
+    """Loss of every step, [S]: KL from dense in nats; in programs, 1 for an asserted value that is wrong."""
+    if not text.checks:
+        return divergence(reading.log_probs, log_probs)
+    n_prompt = reading.prompt_tokens
+    at, following = check_steps(text, n_prompt), torch.tensor(text.tokens[n_prompt + 1 :])
+    loss = torch.zeros(len(following))
+    loss[at] = (log_probs.argmax(dim=-1) != following)[at].float()
+    return loss
 
 
-def dense_prefill(
-    model: GPT, prompt: Sequence[int], tokens: Sequence[int], config: ReSAConfig
-) -> tuple[Tensor, Tensor]:
-    """Run a dense pass over the same tokens: the keys and values it caches, and its log-probabilities [n, V].
+def chosen_text(losses: dict[str, Sequence[float]]) -> int:
+    """The text whose parts of the loss are nearest to their means over all: losses of `RATIO`, by way and text.
 
-    The prompt goes in at once, not in the chunks of decoding. So rounding shows, as between any two prefills.
+    The parts are step error, the drift that `RESA` leaves and the drift that it repairs. Their sum is what sparse
+    decoding loses.
     """
-    cache = model.new_cache(len(prompt) + len(tokens), config.block_size)
-    prefill(model, prompt, cache, chunk_size=len(prompt))
-    hidden = dense_pass(model, tokens, cache, cache.length)
-    return newest(cache, len(tokens)), model.output(hidden).log_softmax(dim=-1)
+    sparse, resa, exact = (np.array(losses[way]) for way in ("sparse", RESA, "decode-only"))
+    parts = (exact, resa - exact, sparse - resa)
+    return int(np.argmin(sum(np.abs(part - part.mean()) for part in parts)))
 
 
-def layer_drift(found: Tensor, exact: Tensor) -> Tensor:
-    """Drift of the specification (section 3), but for each layer by itself: [2, layer, n, Hkv, D] → [n, layer]."""
-    relative = (found - exact).norm(dim=-1) / exact.norm(dim=-1)  # [2, layer, n, Hkv]
-    return relative.amax(dim=(0, 3)).T
+def packed(selected: Sequence[Tensor]) -> str:
+    """Pack the blocks that several ways select, [rows, M, S] each: a byte per place, a bit per way, deflated.
 
-
-def as_mask(indices: Tensor, n_blocks: int) -> Tensor:
-    """Mark the blocks among indices with −1 padding: [Hkv, N] → [Hkv, M] bool."""
-    mask = torch.zeros(len(indices), n_blocks + 1, dtype=torch.bool)
-    mask.scatter_(1, torch.where(indices < 0, n_blocks, indices).long(), True)
-    return mask[:, :n_blocks]
-
-
-def packed(mask: Tensor) -> str:
-    """Pack a mask [steps, layer, Hkv, M] as text: the lengths of runs, of False and True in turn.
-
-    A block stays selected or unselected for many steps, so steps come last in the order of the runs. A length below 88
-    is one character of `DIGITS`; a longer one is a tilde and two.
-
-    >>> packed(torch.tensor([[[[True, False]]], [[[True, True]]]]))
-    '#%$$'
+    Ways mostly agree, so each one more costs little.
     """
-    flat = mask.permute(1, 2, 3, 0).flatten()
-    values, lengths = torch.unique_consecutive(flat, return_counts=True)
-    base, text = len(DIGITS), DIGITS[0] if bool(values[0]) else ""
-    for length in lengths.tolist():
-        high, low = divmod(length, base)
-        text += DIGITS[low] if high == 0 else f"~{DIGITS[high]}{DIGITS[low]}"
-    return text
+    together = sum(mask.to(torch.uint8) << bit for bit, mask in enumerate(selected))
+    return base64.b64encode(zlib.compress(together.numpy().tobytes(), 9)).decode()
 
 
-def whole(numbers: Tensor, unit: float) -> list:
+def whole(numbers: Tensor, unit: float) -> list[int]:
     """Round numbers to whole units."""
     return (numbers.double() / unit).round().long().tolist()
 
 
-def pieces(tokenizer: tiktoken.Encoding, tokens: Sequence[int]) -> list[str]:
-    """Decode every token by itself. Raises UnicodeDecodeError for a token that is no text, which no page can show."""
-    return [tokenizer.decode_single_token_bytes(token).decode() for token in tokens]
+def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    """Decode every token by itself. A token that is part of a character becomes a replacement character."""
+    return [tokenizer.decode([token]) for token in tokens]
 
 
-def setting(tokenizer: tiktoken.Encoding, recording: Recording, config: ReSAConfig) -> dict[str, object]:
-    """Put one generation into the form that the page reads."""
+def way_entry(tokenizer: Tokenizer, decoded: Decoded, dense: Tensor, config: ReSAConfig, unit: float) -> dict:
+    """Put one way along one text into the form that the page reads."""
+    differs = (decoded.likeliest != dense).nonzero()[:, 0].tolist()
     return {
-        "interval": config.interval,
-        "ratio": config.active_ratio,
-        "read_share": round(read_ratio(config), 6),
-        "tokens": pieces(tokenizer, recording.tokens),
-        "drift": whole(recording.drift, DRIFT_UNIT),
-        "rectified": [float(f"{value:.1e}") for value in recording.rectified.amax(dim=-1).tolist()],
-        "divergence": whole(recording.divergence, DIVERGENCE_UNIT),
-        "selected": packed(recording.selected),
+        "read_share": round(read_ratio(config), 4),
+        "loss": whole(decoded.loss, unit),
+        "drift": whole(decoded.drift, DRIFT_UNIT),
+        "differs": dict(zip(differs, pieces(tokenizer, decoded.likeliest[differs].tolist()), strict=True)),
     }
 
 
-def play_prompt(tokenizer: tiktoken.Encoding) -> list[int]:
-    """The last `PROMPT_TOKENS` tokens of the module, up to and with `ENDING`."""
-    text = demo_prompt()[1]
-    return tokenizer.encode_ordinary(text[: text.index(ENDING) + len(ENDING)])[-PROMPT_TOKENS:]
+def all_ways(ratio: float) -> dict[str, ReSAConfig]:
+    """The configurations of `WAYS`."""
+    return decoding_variants(replace(CONFIG, active_ratio=ratio), INTERVALS)
 
 
-def every_config() -> list[ReSAConfig]:
-    """The configuration of every setting of the page."""
-    return [replace(CONFIG, interval=interval, active_ratio=ratio) for ratio in RATIOS for interval in INTERVALS]
+def measure(scene: Scene, opened: TextModel) -> dict[str, object]:
+    """Decode along all texts of a scene in every way, and keep one text."""
+    # Decode along all of them.
+    model, tokenizer = opened.model, opened.tokenizer
+    texts, ways = given_texts(scene, tokenizer), {ratio: all_ways(ratio) for ratio in RATIOS}
+    readings, found = [], []  # of every text
+    for index, text in enumerate(texts):
+        print(f"{scene.model}: text {index + 1} of {len(texts)}", file=sys.stderr)
+        readings.append(read(model, text.tokens[:-1], scene.prompt_tokens))
+        found.append({(p, way): follow(model, text, readings[-1], ways[p][way]) for p in RATIOS for way in WAYS})
 
-
-def measure() -> dict[str, object]:
-    """Record every setting."""
-    model, tokenizer = load_model(), load_tokenizer()
-    prompt = play_prompt(tokenizer)
-    [dense] = generate(model, [prompt], NEW_TOKENS, ReSAConfig(interval=1))
+    # Choose one, and write down what it and the others lost.
+    losses = {key: [float(each[key].loss.sum()) for each in found] for key in found[0]}
+    dense = [loss_of(*each, each[1].log_probs) for each in zip(texts, readings, strict=True)]
+    chosen = chosen_text({way: losses[RATIO, way] for way in WAYS})
+    text, likeliest = texts[chosen], readings[chosen].log_probs.argmax(dim=-1)
+    unit = 1 if text.checks else LOSS_UNIT
     settings = []
-    for config in every_config():
-        print(f"interval {config.interval}, active ratio {config.active_ratio}", file=sys.stderr)
-        settings.append(setting(tokenizer, record(model, prompt, NEW_TOKENS, config), config))
+    for p in RATIOS:
+        entries = {}
+        for way, config in ways[p].items():
+            entries[way] = way_entry(tokenizer, found[chosen][p, way], likeliest, config, unit)
+            entries[way]["losses"] = [round(value, 3) for value in losses[p, way]]
+        selected = packed([found[chosen][p, way].selected for way in WAYS[:-1]])
+        settings.append({"ratio": p, "ways": entries, "selected": selected})
     return {
-        "command": "python docs/record_play.py",
-        "checkpoint_sha256": file_digest(shipped_checkpoint()),
-        "source_sha256": source_digest(),
-        "device": f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "module": DEMO_MODULE,
-        "config": {name: value for name, value in asdict(CONFIG).items() if name not in ("interval", "active_ratio")},
-        "layers": model.config.n_layer,
+        **asdict(scene),
+        "sha256": file_digest(find_model(scene.model)),
+        "layers": shown_layers(model.config.n_layer),
+        "n_layers": model.config.n_layer,
         "kv_heads": model.config.n_kv_head,
-        "drift_unit": DRIFT_UNIT,
-        "divergence_unit": DIVERGENCE_UNIT,
-        "digits": DIGITS,
-        "prompt": pieces(tokenizer, prompt),
-        "dense": pieces(tokenizer, dense.tokens),
+        "loss_unit": unit,
+        "chosen": chosen,
+        "checks": check_steps(text, scene.prompt_tokens),
+        "checks_each": [len(check_steps(each, scene.prompt_tokens)) for each in texts],
+        "prompt": pieces(tokenizer, text.tokens[: scene.prompt_tokens]),
+        "text": pieces(tokenizer, text.tokens[scene.prompt_tokens :]),
+        "likeliest": pieces(tokenizer, likeliest.tolist()),
+        "dense": {"loss": whole(dense[chosen], unit), "losses": [float(each.sum()) for each in dense]},
         "settings": settings,
     }
 
 
+def measure_all() -> dict[str, object]:
+    """Record every scene."""
+    return {
+        "command": "python docs/record_play.py",
+        "source_sha256": source_digest(),
+        "device": f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "config": {name: value for name, value in asdict(CONFIG).items() if name not in ("interval", "active_ratio")},
+        "ways": WAYS,
+        "drift_unit": DRIFT_UNIT,
+        "scenes": [measure(scene, open_model(scene.model)) for scene in SCENES],
+    }
+
+
 def as_script(result: dict[str, object]) -> str:
-    """Write the result as a script, one setting per line. A page that is opened from a disk may not fetch."""
-    lines = [f"  {json.dumps(entry, separators=(',', ':'))}" for entry in result["settings"]]
-    head = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in result.items() if name != "settings"]
-    body = "\n".join([*head, ' "settings": [', ",\n".join(lines), " ]"])
-    return f"// Written by `{result['command']}`; not to be edited.\nglobalThis.{NAME} = {{\n{body}\n}};\n"
+    """Write the result as a script. A page that is opened from a disk may not fetch."""
+    text = json.dumps(result, separators=(",", ":"))
+    return f"// Written by `{result['command']}`; not to be edited.\nglobalThis.{NAME} = {text};\n"
 
 
 def read_script(path: Path = DATA) -> dict[str, object]:
@@ -228,6 +231,6 @@ def read_script(path: Path = DATA) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # steps of one token are too small to share among threads
-    script = as_script(measure())
+    torch.set_num_threads(1)
+    script = as_script(measure_all())
     write_atomically(DATA, script.encode())

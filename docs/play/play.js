@@ -1,105 +1,103 @@
-// Draws the recording of `python docs/record_play.py`. The page itself computes only counts, largest values and numbers
-// that follow from a step's number. It needs no library and no network, so it also opens from a disk.
-(() => {
+// Draws the recording of `python docs/record_play.py`. The page itself computes only sums, counts and largest values. It
+// needs no library and no network, so it also opens from a disk.
+(async () => {
   "use strict";
 
   const data = globalThis.RESA_PLAY;
   const b = data.config.block_size;
-  const rows = data.layers * data.kv_heads;
-  const steps = data.settings[0].drift.length; // the last token chosen is never fed
-  const capacity = data.prompt.length + steps;
-  const allBlocks = Math.ceil(capacity / b);
-  const intervals = distinct(data.settings.map((setting) => setting.interval));
-  const ratios = distinct(data.settings.map((setting) => setting.ratio));
-  const settings = new Map(data.settings.map((setting) => [`${setting.interval} ${setting.ratio}`, prepared(setting)]));
-  const driftTop = Math.max(...[...settings.values()].map((setting) => setting.largest[steps]));
+  const intervals = data.ways.map((way) => Number(way.match(/^ReSA f=(\d+)$/)?.[1])).filter(Boolean).sort((one, other) => one - other);
+  const ratios = data.scenes[0].settings.map((setting) => setting.ratio);
+  const scenes = await Promise.all(data.scenes.map(prepared));
   const element = (id) => document.getElementById(id);
-  const wantsStillness = matchMedia("(prefers-reduced-motion: reduce)");
 
-  // The place shown. `frame` counts steps and rectifications. `wiped` is the drawn share of a rectification.
-  const state = { interval: intervals.indexOf(32), ratio: ratios.indexOf(0.1), frame: 0, playing: false, lookedAt: null, wiped: 1 };
+  // The place shown. `frame` counts steps and rectifications.
+  const state = { model: 0, interval: intervals.indexOf(32), ratio: ratios.indexOf(0.1), frame: Infinity, playing: false, lookedAt: null };
 
   // ---- The recording ------------------------------------------------------------------------------------------------
 
-  function distinct(values) {
-    return [...new Set(values)];
+  async function prepared(scene) {
+    const steps = scene.text.length - 1; // the last token is only predicted
+    const capacity = scene.prompt_tokens + steps;
+    const dense = { read_share: 1, drift: Array(steps).fill(0), differs: {}, ...scene.dense };
+    const settings = await Promise.all(scene.settings.map(async (setting) => {
+      const ways = { dense, ...setting.ways };
+      for (const [name, way] of Object.entries(ways)) ways[name] = { ...way, sums: sumsOf(way.loss, scene.loss_unit) };
+      return { ways, lossTop: Math.max(4, ...Object.values(ways).map((way) => way.sums.at(-1))), bits: await unpacked(setting.selected) };
+    }));
+    const drifts = scene.settings.flatMap((setting) => Object.values(setting.ways).map((way) => Math.max(...way.drift)));
+    const programs = scene.checks.length > 0;
+    return { ...scene, steps, settings, programs, blocks: Math.ceil(capacity / b), rows: scene.layers.length * scene.kv_heads,
+      driftTop: Math.max(...drifts) * data.drift_unit };
   }
 
-  function prepared(setting) {
-    const drift = setting.drift.map((layers) => layers.map((value) => value * data.drift_unit)); // [step][layer]
-    const ofToken = drift.map((layers) => Math.max(...layers));
-    const largest = [0]; // after so many steps
-    for (const value of ofToken) largest.push(Math.max(largest.at(-1), value));
-    const selected = unpacked(setting.selected);
-    const parts = setting.tokens.findIndex((token, index) => token !== data.dense[index]);
-    return { ...setting, drift, ofToken, largest, selected, parts, frames: framesOf(setting.interval) };
+  function sumsOf(loss, unit) {
+    const sums = [0]; // after so many steps
+    for (const value of loss) sums.push(sums.at(-1) + value * unit);
+    return sums;
   }
 
-  // The file holds lengths of runs, of unselected and selected in turn: row by row, block by block, step after step.
-  function unpacked(runs) {
-    const digits = Array.from(runs, (character) => data.digits.indexOf(character)); // −1 for the tilde of a long run
-    const lengths = [];
-    for (let i = 0; i < digits.length; i++) {
-      if (digits[i] >= 0) lengths.push(digits[i]);
-      else lengths.push(digits[++i] * data.digits.length + digits[++i]);
-    }
-    const bits = new Uint8Array(lengths.reduce((sum, length) => sum + length, 0));
-    let end = 0;
-    lengths.forEach((length, index) => bits.fill(index & 1, end, (end += length)));
-    return bits;
+  // A byte for every row, block and step; a bit in it for every way.
+  async function unpacked(text) {
+    const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  }
+
+  // All that the controls choose. `shown` are the ways side by side.
+  function currentView() {
+    const scene = scenes[state.model], f = intervals[state.interval], name = `ReSA f=${f}`;
+    const { ways, lossTop, bits } = scene.settings[state.ratio];
+    const shown = [["dense", "dense"], ["sparse", "sparse"], ["resa", name], ["exact", "decode-only"]]
+      .map(([kind, way]) => ({ kind, name: way, ...ways[way] }));
+    return { scene, f, shown, lossTop, bits, resa: 1 << data.ways.indexOf(name), sparse: 1 << data.ways.indexOf("sparse"), frames: framesOf(scene.steps, f) };
   }
 
   // A rectification is a frame of its own, after the step that fills the window. So a reader sees the drift before it goes.
-  function framesOf(interval) {
+  // The one at the end is left out: nothing would read its cache.
+  function framesOf(steps, f) {
     const frames = [{ step: 0, rectified: false }];
     for (let step = 1; step <= steps; step++) {
       frames.push({ step, rectified: false });
-      if (interval !== null && step % interval === 0) frames.push({ step, rectified: true });
+      if (step % f === 0 && step < steps) frames.push({ step, rectified: true });
     }
     return frames;
   }
 
-  function currentSetting() {
-    return settings.get(`${intervals[state.interval]} ${ratios[state.ratio]}`);
+  // All properties of a frame follow from its number. Tokens before `exact` are exact in ReSA's cache.
+  function momentOf({ scene, f, frames }) {
+    const { step, rectified } = frames[state.frame];
+    const exact = rectified ? step : Math.floor(Math.max(step - 1, 0) / f) * f;
+    const length = scene.prompt_tokens + step;
+    return { step, rectified, exact, length, blocks: Math.ceil(length / b) };
   }
 
-  // Row = layer · KV heads + head.
-  function isSelected(setting, step, row, block) {
-    const blocks = setting.selected.length / (steps * rows);
-    return setting.selected[(row * blocks + block) * steps + step - 1];
+  // Whether a way, given as its bit, reads a block. Row = layer · KV heads + head.
+  function reads({ scene, bits }, bit, step, row, block) {
+    return step > 0 && (bits[(row * scene.blocks + block) * scene.steps + step - 1] & bit) > 0;
   }
 
-  function readersOf(setting, moment, block) {
-    if (moment.step === 0 || block >= moment.blocks) return 0;
-    if (moment.rectified) return rows;
+  // How many rows of ReSA read a block.
+  function readersOf(view, { step, rectified, blocks }, block) {
+    if (rectified && block < blocks) return view.scene.rows;
     let readers = 0;
-    for (let row = 0; row < rows; row++) readers += isSelected(setting, moment.step, row, block);
+    for (let row = 0; row < view.scene.rows; row++) readers += reads(view, view.resa, step, row, block);
     return readers;
   }
 
-  function attended(setting, moment) {
-    if (moment.step === 0) return 0;
-    if (moment.rectified) return moment.blocks;
+  // How many blocks a row of ReSA reads: the same in every row.
+  function attended(view, { step, blocks }) {
     let count = 0;
-    for (let block = 0; block < moment.blocks; block++) count += isSelected(setting, moment.step, 0, block);
-    return count; // the same in every row
+    for (let block = 0; block < blocks; block++) count += reads(view, view.resa, step, 0, block);
+    return count;
   }
 
-  // All properties of a frame follow from its number.
-  function momentOf(setting, frame) {
-    const { step, rectified } = setting.frames[frame];
-    const f = setting.interval;
-    const exact = f === null || step === 0 ? 0 : (rectified ? step : Math.floor((step - 1) / f) * f);
-    const length = data.prompt.length + step;
-    const moment = { step, rectified, exact, window: step - exact, length, blocks: Math.ceil(length / b) };
-    return { ...moment, attended: attended(setting, moment), drift: driftOf(setting, moment) };
+  // Where the drifted tokens of a way's cache begin.
+  function firstDrifted(way, moment) {
+    return { sparse: 0, resa: moment.exact }[way.kind] ?? moment.step;
   }
 
-  // The largest over the tokens of the open window and, up to rounding, the rectified ones.
-  function driftOf(setting, moment) {
-    const open = setting.ofToken.slice(moment.exact, moment.step);
-    const closed = setting.rectified.slice(0, moment.exact / (setting.interval ?? 1));
-    return Math.max(0, ...open, ...closed);
+  function driftOf(way, moment) {
+    return Math.max(0, ...way.drift.slice(firstDrifted(way, moment), moment.step)) * data.drift_unit;
   }
 
   // ---- Words and numbers --------------------------------------------------------------------------------------------
@@ -108,131 +106,126 @@
     return String(number).replace(/\B(?=(\d{3})+$)/g, ",");
   }
 
-  function driftText(value) {
-    if (value === 0) return "0";
-    if (value >= 1e-3) return value.toFixed(3);
-    const exponent = Math.floor(Math.log10(value));
-    const digits = [...String(-exponent)].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("");
-    return `${(value / 10 ** exponent).toFixed(1)}·10⁻${digits}`;
-  }
-
-  function intervalText(interval) {
-    return interval === null ? "never" : `every ${interval} tokens`;
-  }
-
   // Write out white space, so that it can be quoted.
   function quoted(piece) {
-    return piece.replaceAll("\n", "↵").replace(/^ +$/, (spaces) => "␣".repeat(spaces.length)).trimEnd();
+    return piece.replaceAll("\n", "↵").replace(/^ +$/, (spaces) => "␣".repeat(spaces.length)).trim();
   }
 
   function plural(count, noun) {
     return `${grouped(count)} ${noun}${count === 1 ? "" : "s"}`;
   }
 
-  function showNumbers(setting, moment) {
-    const { interval, ratio } = setting;
-    const shown = {
-      "n-step": moment.step,
-      "n-steps": `of ${steps}`,
-      "n-window": moment.window,
-      "n-interval": interval === null ? "" : `of ${interval}`,
-      "n-length": grouped(moment.length),
-      "n-blocks": moment.blocks,
-      "n-attended": moment.step === 0 ? "–" : moment.attended,
-      "n-share": `${(setting.read_share * 100).toFixed(1)} %`,
-      "n-formula": `1/b + p${interval === null ? "" : " + 1/f"} of dense`,
-      "n-terms": `= 1/${b} + ${ratio}${interval === null ? "" : ` + 1/${interval}`}`,
-      "n-drift": driftText(moment.drift),
-      "n-largest": driftText(setting.largest[moment.step]),
-    };
-    for (const [id, text] of Object.entries(shown)) element(id).textContent = text;
+  function made(tag, text, className = "") {
+    const found = document.createElement(tag);
+    found.textContent = text;
+    found.className = className;
+    return found;
   }
 
-  // A line of text with `code` in it, without ever parsing recorded text as HTML.
-  function write(target, ...parts) {
-    target.replaceChildren(...parts.map((part) => {
-      if (typeof part === "string") return part;
-      const code = document.createElement("code");
-      code.textContent = part.code;
-      return code;
+  const code = (piece) => made("code", quoted(piece));
+  const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+  const percent = (share) => `${(100 * share).toFixed(1)} %`;
+
+  function lossText(scene, loss) {
+    return loss.toFixed(scene.programs ? 0 : 1).replace("-", "−");
+  }
+
+  function scoreOf(scene, way, step) {
+    const checked = scene.checks.filter((check) => check < step).length, loss = way.sums[step];
+    return scene.programs ? `${checked - loss} of ${checked}` : lossText(scene, loss);
+  }
+
+  // Over all texts, read to their ends.
+  function meanOf(scene, way) {
+    return scene.programs ? percent(1 - mean(way.losses) / mean(scene.checks_each)) : mean(way.losses).toFixed(1);
+  }
+
+  function likeliest(scene, way, step) {
+    return way.differs[step - 1] ?? scene.likeliest[step - 1];
+  }
+
+  function showTable(view, moment) {
+    const { scene, shown } = view, { step } = moment;
+    element("score-name").textContent = scene.programs ? "values right" : "nats lost";
+    element("mean-name").textContent = `mean of ${scene.texts} texts`;
+    element("ways").replaceChildren(...shown.map((way) => {
+      const row = document.createElement("tr");
+      const head = made("th", "");
+      head.scope = "row";
+      head.append(made("i", "", `line ${way.kind}`), way.name);
+      const next = made("td", "");
+      if (step > 0) {
+        const piece = likeliest(scene, way, step);
+        next.append(code(piece), made("small", piece === scene.text[step] ? " ✓" : " ✗"));
+      }
+      const drifted = step - firstDrifted(way, moment);
+      const numbers = [scoreOf(scene, way, step), meanOf(scene, way), driftOf(way, moment).toFixed(2), drifted, percent(way.read_share)];
+      row.append(head, ...numbers.map((number) => made("td", number)), next);
+      return row;
     }));
   }
 
-  function showState(setting, moment) {
-    const line = element("state");
-    const { step } = moment;
+  function showState(view, moment) {
+    const { scene, shown, f } = view, { step } = moment;
     if (step === 0) {
-      write(line, `The prompt’s ${plural(data.prompt.length, "token")} are cached and encoded densely. The first token is chosen.`);
+      element("state").replaceChildren(`The first ${plural(scene.prompt_tokens, "token")} are cached and encoded densely, for every way alike.`);
     } else if (moment.rectified) {
-      const before = Math.max(...setting.ofToken.slice(step - setting.interval, step));
-      write(line, `Rectification: the newest ${setting.interval} tokens run through the model again, densely. `
-        + `Drift ${driftText(before)} → ${driftText(moment.drift)}.`);
+      const before = Math.max(...shown[2].drift.slice(step - f, step)) * data.drift_unit;
+      element("state").replaceChildren(`Rectification: the newest ${f} tokens of ReSA’s cache run through the model again, densely. `
+        + `Their drift was ${before.toFixed(2)} and is gone.`);
     } else {
-      write(line, `Step ${step}: `, { code: quoted(setting.tokens[step - 1]) }, ` is fed at position ${grouped(moment.length - 1)}. `
-        + `Each KV head reads ${moment.attended} of ${moment.blocks} blocks, and `, { code: quoted(setting.tokens[step]) }, " comes next.");
+      element("state").replaceChildren(`Step ${step} of ${scene.steps}: `, code(scene.text[step - 1]), ` is fed at position ${grouped(moment.length - 1)}. `
+        + `Each KV head reads ${attended(view, moment)} of ${moment.blocks} blocks. The text goes on with `, code(scene.text[step]), ".");
     }
   }
 
-  function showParting(setting, moment) {
-    const { parts } = setting;
-    const line = element("parting");
-    if (parts < 0 || moment.step < parts) {
-      write(line, "The text so far agrees with dense decoding.");
-    } else {
-      write(line, `The first ${plural(parts, "token")} agree with dense decoding. Then dense decoding writes `,
-        { code: quoted(data.dense[parts]) }, ", and this setting writes ", { code: quoted(setting.tokens[parts]) }, ".");
-    }
+  // What drift has cost: what a way loses more than decode-only, whose loss is step error alone.
+  function showVerdict({ scene, shown }, { step }) {
+    const [, sparse, resa, exact] = shown;
+    const unit = scene.programs ? "values" : "nats";
+    const costs = [sparse, resa].map((way) => lossText(scene, way.sums[step] - exact.sums[step]));
+    const means = [sparse, resa].map((way) => (mean(way.losses) - mean(exact.losses)).toFixed(1).replace("-", "−"));
+    element("verdict").replaceChildren("More than with an exact cache: sparse ", made("b", costs[0]), ", ReSA ", made("b", costs[1]),
+      ` ${unit}. Mean of ${scene.texts} whole texts: ${means[0]} and ${means[1]}.`);
   }
 
-  function showInspected(setting, moment) {
-    const block = state.lookedAt;
-    const line = element("inspected");
-    const canvas = element("blocks");
+  function showInspected(view, moment) {
+    const { scene } = view, block = state.lookedAt;
+    const line = element("inspected"), canvas = element("blocks");
     canvas.setAttribute("aria-valuemax", moment.blocks - 1);
     canvas.setAttribute("aria-valuenow", block ?? moment.blocks - 1);
     if (block === null) {
-      write(line, "Point at a block or use the arrow keys to read it.");
+      line.textContent = "Point at a block or use the arrow keys to read it.";
     } else {
       const first = block * b, end = Math.min(first + b, moment.length);
-      const text = [...data.prompt, ...setting.tokens].slice(first, end).map((piece) => piece.replace(/\s+/g, " ")).join("");
-      write(line, `Block ${block}, tokens ${grouped(first)}–${grouped(end - 1)}, read by ${readersOf(setting, moment, block)} of ${rows}: `,
-        { code: text.trim() });
+      const text = [...scene.prompt, ...scene.text].slice(first, end).map((piece) => piece.replace(/\s+/g, " ")).join("");
+      line.replaceChildren(`Block ${block}, tokens ${grouped(first)}–${grouped(end - 1)}, read by ${readersOf(view, moment, block)} of ${scene.rows}: `,
+        made("code", text.trim()));
     }
     canvas.setAttribute("aria-valuetext", line.textContent);
   }
 
   // ---- The text -----------------------------------------------------------------------------------------------------
 
-  // One span per block. Generated blocks have one span per token. Another text makes them anew.
-  function buildText(setting) {
-    const pieces = [...data.prompt, ...setting.tokens];
-    const spans = [];
+  // One span per block. Decoded tokens have spans of their own, and asserted values have room for marks.
+  function buildText(scene) {
+    const pieces = [...scene.prompt, ...scene.text], spans = [];
     for (let first = 0; first < pieces.length; first += b) {
-      const span = document.createElement("span");
-      span.className = "block";
-      span.dataset.block = spans.length;
+      const span = made("span", "", "block");
       pieces.slice(first, first + b).forEach((piece, offset) => {
-        const index = first + offset - data.prompt.length;
-        span.append(index < 0 ? piece : tokenSpan(piece, index === setting.parts));
+        const token = first + offset - scene.prompt_tokens;
+        span.append(token < 0 ? piece : made("span", piece, piece.includes("\n") ? "token newline" : "token"));
+        if (scene.checks.includes(token - 1)) span.append(made("span", "", "marks"));
       });
       spans.push(span);
     }
     element("text").firstElementChild.replaceChildren(...spans);
   }
 
-  function tokenSpan(piece, isFork) {
-    const span = document.createElement("span");
-    span.className = "token";
-    span.classList.toggle("newline", piece.includes("\n"));
-    span.classList.toggle("fork", isFork);
-    span.textContent = piece;
-    return span;
-  }
-
-  function showText(setting, moment) {
-    const box = element("text");
+  function showText(view, moment) {
+    const box = element("text"), { scene, shown } = view;
     box.querySelectorAll(".block").forEach((span, block) => {
-      span.style.setProperty("--readers", (moment.rectified ? 0 : readersOf(setting, moment, block) / rows).toFixed(3));
+      span.style.setProperty("--readers", (moment.rectified ? 0 : readersOf(view, moment, block) / scene.rows).toFixed(3));
       span.classList.toggle("looked-at", block === state.lookedAt);
     });
     box.querySelectorAll(".token").forEach((span, index) => {
@@ -240,6 +233,11 @@
       span.classList.toggle("pending", index === moment.step);
       span.classList.toggle("current", index === moment.step - 1);
       span.classList.toggle("drifted", index >= moment.exact && index < moment.step);
+    });
+    box.querySelectorAll(".marks").forEach((span, index) => {
+      const check = scene.checks[index];
+      const marks = check < moment.step ? shown.slice(0, 3) : [];
+      span.replaceChildren(...marks.map((way) => made("b", way.loss[check] ? "✗" : "✓", `mark ${way.kind}`)));
     });
   }
 
@@ -253,10 +251,13 @@
   // ---- Pictures -----------------------------------------------------------------------------------------------------
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  const lineColour = (kind) => colour(kind === "dense" ? "muted" : kind);
+  const dashes = { dense: [], sparse: [], resa: [7, 3], exact: [1.5, 3] };
   const isNarrow = () => element("blocks").clientWidth < 500;
   const gutter = () => isNarrow() ? 26 : 34; // left of every picture, for its labels
+  const margin = () => isNarrow() ? 60 : 72; // right of a picture by token, for the names of ways
 
-  // Clear a canvas of so many CSS pixels, sharp on any screen, and draw the frame that all pictures share.
+  // Clear a canvas of so many CSS pixels, sharp on any screen.
   function surface(id, height) {
     const canvas = element(id);
     const scale = devicePixelRatio || 1;
@@ -269,51 +270,175 @@
     context.font = `${isNarrow() ? 9 : 10.5}px system-ui, "DejaVu Sans", sans-serif`;
     context.textBaseline = "middle";
     const left = gutter();
-    return { context, left, width: width - left - 1, height };
+    return { context, left, width: width - left - 1 };
   }
 
-  function label(context, text, x, y, align = "center") {
+  function label(context, text, x, y, align = "center", style = colour("muted")) {
     context.textAlign = align;
-    context.fillStyle = colour("muted");
+    context.fillStyle = style;
     context.fillText(text, x, y);
-  }
-
-  function blockLayout() {
-    const row = isNarrow() ? 6 : 7;
-    const layer = row * data.kv_heads + 2.5;
-    return { row, layer, height: layer * data.layers, axis: 16 };
-  }
-
-  const rowTop = (layout, row) => Math.floor(row / data.kv_heads) * layout.layer + (row % data.kv_heads) * layout.row;
-
-  function drawBlocks(setting, moment) {
-    const layout = blockLayout();
-    const { context, left, width } = surface("blocks", layout.height + layout.axis);
-    const cell = width / allBlocks;
-    const firstLocal = moment.blocks - data.config.local_blocks;
-    const firstWritten = Math.floor((moment.length - (setting.interval ?? 0)) / b);
-    const palette = { unread: colour("unread"), selected: colour("selected"), local: colour("local"), rectified: colour("rectified") };
-    for (let row = 0; row < rows; row++) {
-      const y = rowTop(layout, row);
-      for (let block = 0; block < moment.blocks; block++) {
-        const box = [left + block * cell, y, cell - (cell > 6 ? 1.5 : 1), layout.row - 1];
-        if (moment.step === 0) fill(context, palette.unread, box);
-        else if (moment.rectified) drawDense(context, palette, box, block >= firstWritten);
-        else if (block >= firstLocal) drawFrame(context, palette.local, box);
-        else fill(context, isSelected(setting, moment.step, row, block) ? palette.selected : palette.unread, box);
-      }
-    }
-    drawBlockLabels(context, left, cell, layout);
-    if (state.lookedAt !== null) {
-      context.strokeStyle = colour("ink");
-      context.lineWidth = 1.5;
-      context.strokeRect(left + state.lookedAt * cell - 1.25, 0.75, cell + 1, layout.height - 2.5);
-    }
   }
 
   function fill(context, style, box) {
     context.fillStyle = style;
     context.fillRect(...box);
+  }
+
+  function stroke(context, style, width, points, dash = []) {
+    context.strokeStyle = style;
+    context.lineWidth = width;
+    context.setLineDash(dash);
+    context.beginPath();
+    points.forEach(([x, y], index) => index ? context.lineTo(x, y) : context.moveTo(x, y));
+    context.stroke();
+    context.setLineDash([]);
+  }
+
+  // The x axis of the pictures by token: one column per token that was fed.
+  function tokenColumns(scene, left, width) {
+    const column = (width - margin()) / scene.steps;
+    return { column, right: left + width - margin(), at: (token) => left + token * column, thick: Math.max(column - (column > 4 ? 1.25 : column > 2 ? 0.5 : 0), 1) };
+  }
+
+  function drawTokenAxis(context, scene, columns, y) {
+    const tick = scene.steps / (isNarrow() ? 4 : 8);
+    for (let token = tick; token <= scene.steps; token += tick) label(context, String(token), columns.at(token - 0.5), y);
+    label(context, "token", 0, y, "left");
+  }
+
+  function drawGrid(context, left, right, values, y) {
+    for (const value of values) {
+      const at = Math.round(y(value)) + 0.5;
+      stroke(context, colour("line"), 1, [[left, at], [right, at]]);
+      label(context, String(value), left - 6, y(value), "right");
+    }
+  }
+
+  function drawMarks(context, { f }, moment, columns, height) {
+    const style = colour("exact");
+    context.globalAlpha = Math.min(1, f * columns.column / 16); // faint where they are many
+    for (let end = f; end <= moment.exact; end += f) {
+      const x = columns.at(end) - 0.5;
+      stroke(context, style, 1, [[x, 0], [x, height]], [3, 2.5]);
+    }
+    context.globalAlpha = 1;
+  }
+
+  function drawCurrent(context, columns, moment, y) {
+    const x = columns.at(moment.step - 0.5);
+    context.fillStyle = colour("ink");
+    context.beginPath();
+    context.moveTo(x, y);
+    context.lineTo(x - 4, y + 6);
+    context.lineTo(x + 4, y + 6);
+    if (moment.step) context.fill();
+  }
+
+  // About three round numbers up to the top.
+  function gridValues(top) {
+    const power = 10 ** Math.floor(Math.log10(top / 3));
+    const gap = [1, 2, 5, 10].map((factor) => factor * power).find((candidate) => top / candidate <= 4);
+    return Array.from({ length: Math.floor(top / gap) + 1 }, (_, index) => Number((index * gap).toPrecision(6)));
+  }
+
+  function drawLoss(view, moment) {
+    const { scene, shown, lossTop } = view, { step } = moment;
+    const height = isNarrow() ? 130 : 165, lane = 13;
+    const lanes = scene.programs ? shown.length * lane + 12 : 0;
+    const { context, left, width } = surface("loss", height + lanes + 22);
+    const columns = tokenColumns(scene, left, width);
+    const y = (value) => height - 2 - (value / lossTop) * (height - 12);
+    drawGrid(context, left, columns.right, gridValues(lossTop), y);
+    drawMarks(context, view, moment, columns, height + lanes);
+    for (const way of shown) {
+      const points = way.sums.slice(0, step + 1).map((sum, index) => [columns.at(index), y(sum)]);
+      stroke(context, lineColour(way.kind), way.kind === "dense" ? 1.5 : 2.25, points, dashes[way.kind]);
+    }
+    drawNames(context, shown, columns.at(step) + 5, (way) => y(way.sums[step]), height - 4);
+    if (scene.programs) shown.forEach((way, index) => drawLane(context, scene, way, step, columns, height + 12 + (index + 0.5) * lane));
+    drawCurrent(context, columns, moment, height + lanes + 1);
+    drawTokenAxis(context, scene, columns, height + lanes + 15);
+    const sums = shown.map((way) => `${way.name} ${lossText(scene, way.sums[step])}`).join(", ");
+    element("loss").setAttribute("aria-label", `${scene.programs ? "Wrong values" : "Nats lost"} after ${plural(step, "token")}: ${sums}.`);
+  }
+
+  const shortNames = { dense: "dense", sparse: "sparse", resa: "ReSA", exact: "decode-only" };
+
+  // Name the lines where they end, from the lowest up, each at least a line above the one below.
+  function drawNames(context, shown, x, y, lowest) {
+    let free = lowest;
+    for (const way of [...shown].sort((one, other) => y(other) - y(one))) {
+      const at = Math.min(y(way), free);
+      label(context, shortNames[way.kind], x, at, "left", lineColour(way.kind));
+      free = at - 11;
+    }
+  }
+
+  // A tick or a cross for every asserted value.
+  function drawLane(context, scene, way, step, columns, y) {
+    const style = lineColour(way.kind), muted = colour("muted"), r = isNarrow() ? 2 : 2.75;
+    for (const check of scene.checks.filter((each) => each < step)) {
+      const x = columns.at(check + 0.5);
+      if (way.loss[check]) {
+        stroke(context, style, 2, [[x - r, y - r], [x + r, y + r]]);
+        stroke(context, style, 2, [[x - r, y + r], [x + r, y - r]]);
+      } else {
+        stroke(context, muted, 1, [[x - r, y], [x - r / 3, y + r], [x + r, y - r]]);
+      }
+    }
+    label(context, shortNames[way.kind], columns.right + 5, y, "left", style);
+  }
+
+  function drawDrift(view, moment) {
+    const { scene } = view, lane = isNarrow() ? 44 : 54, gap = 8;
+    const ways = view.shown.slice(1, 3), bottom = ways.length * (lane + gap) - gap;
+    const { context, left, width } = surface("drift", bottom + 22);
+    const columns = tokenColumns(scene, left, width), ghost = colour("ghost");
+    ways.forEach((way, index) => {
+      const floor = index * (lane + gap) + lane - 1, style = colour(way.kind);
+      const height = (value) => (value / scene.driftTop) * (lane - 6);
+      drawGrid(context, left, columns.right, [0, 1], (value) => floor - height(value));
+      const exact = firstDrifted(way, moment);
+      for (let token = 0; token < moment.step; token++) {
+        const x = columns.at(token), high = height(way.drift[token] * data.drift_unit);
+        if (token < exact) fill(context, ghost, [x, floor - high, columns.thick, 1.5]);
+        else fill(context, style, [x, floor - high, columns.thick, high]);
+      }
+      label(context, shortNames[way.kind], columns.right + 5, floor - lane / 2, "left", style);
+    });
+    drawMarks(context, view, moment, columns, bottom);
+    drawCurrent(context, columns, moment, bottom + 1);
+    drawTokenAxis(context, scene, columns, bottom + 15);
+    const texts = ways.map((way) => `${way.name}: ${plural(moment.step - firstDrifted(way, moment), "drifted token")}, largest drift ${driftOf(way, moment).toFixed(2)}`);
+    element("drift").setAttribute("aria-label", `Drift of the cache. ${texts.join(". ")}.`);
+  }
+
+  function drawBlocks(view, moment) {
+    const { scene } = view, row = isNarrow() ? 6 : 7, layer = row * scene.kv_heads + 2.5;
+    const bottom = layer * scene.layers.length;
+    const { context, left, width } = surface("blocks", bottom + 16);
+    const cell = width / scene.blocks;
+    const firstLocal = moment.blocks - data.config.local_blocks;
+    const firstWritten = Math.floor((moment.length - view.f) / b);
+    const names = ["unread", "resa", "local", "exact", "sparse"];
+    const palette = Object.fromEntries(names.map((name) => [name, colour(name)]));
+    for (let each = 0; each < scene.rows; each++) {
+      const y = Math.floor(each / scene.kv_heads) * layer + (each % scene.kv_heads) * row;
+      for (let block = 0; block < moment.blocks; block++) {
+        const box = [left + block * cell, y, cell - (cell > 6 ? 1.5 : 1), row - 1];
+        const [resa, sparse] = [view.resa, view.sparse].map((bit) => reads(view, bit, moment.step, each, block));
+        if (moment.rectified) drawDense(context, palette, box, block >= firstWritten);
+        else if (moment.step && block >= firstLocal) drawFrame(context, palette.local, box);
+        else fill(context, resa ? palette.resa : palette.unread, box);
+        const middle = [box[0] + box[2] * 0.3, y + box[3] * 0.3, box[2] * 0.4, box[3] * 0.4];
+        if (sparse && !resa && !moment.rectified) fill(context, palette.sparse, middle);
+      }
+    }
+    drawBlockLabels(context, scene, left, cell, layer, bottom);
+    if (state.lookedAt === null) return;
+    context.strokeStyle = colour("ink");
+    context.lineWidth = 1.5;
+    context.strokeRect(left + state.lookedAt * cell - 1.25, 0.75, cell + 1, bottom - 2.5);
   }
 
   function drawFrame(context, style, [x, y, width, height]) {
@@ -326,170 +451,50 @@
   // A stripe marks a block that the dense pass reads. A full cell marks a block that it writes anew.
   function drawDense(context, palette, [x, y, width, height], isRewritten) {
     fill(context, palette.unread, [x, y, width, height]);
-    fill(context, palette.rectified, isRewritten ? [x, y, width, height] : [x, y + height * 0.3, width, height * 0.4]);
+    fill(context, palette.exact, isRewritten ? [x, y, width, height] : [x, y + height * 0.3, width, height * 0.4]);
   }
 
-  function drawBlockLabels(context, left, cell, layout) {
-    for (let layer = 0; layer < data.layers; layer++) {
-      label(context, String(layer), left - 6, layer * layout.layer + layout.layer / 2 - 1, "right");
-    }
-    const boundary = left + (data.prompt.length / b) * cell - 0.75;
-    const y = layout.height + 7;
+  function drawBlockLabels(context, scene, left, cell, layer, bottom) {
+    scene.layers.forEach((number, index) => label(context, String(number), left - 6, (index + 0.5) * layer - 1, "right"));
+    const boundary = left + (scene.prompt_tokens / b) * cell - 0.75, y = bottom + 7;
     label(context, "layer", 0, y, "left");
-    const tick = isNarrow() ? 16 : 8;
-    for (let block = tick; (block + tick / 2) * b < data.prompt.length; block += tick) {
-      label(context, String(block), left + (block + 0.5) * cell, y);
-    }
-    context.strokeStyle = colour("muted");
-    context.lineWidth = 1;
-    context.beginPath();
-    context.moveTo(boundary, 0);
-    context.lineTo(boundary, layout.height + layout.axis);
-    context.stroke();
+    const tick = 8 * Math.ceil(4 / cell);
+    for (let block = tick, x; (x = left + (block + 0.5) * cell) < boundary - 50; block += tick) label(context, String(block), x, y);
+    stroke(context, colour("muted"), 1, [[boundary, 0], [boundary, bottom + 16]]);
     label(context, "prompt", boundary - 5, y, "right");
-    label(context, "written", boundary + 5, y, "left");
-  }
-
-  // The x axis of the two lower pictures: one column per token that was written and fed.
-  function tokenColumns(left, width) {
-    const column = width / steps;
-    return { column, at: (token) => left + token * column, thick: Math.max(column - (column > 4 ? 1.25 : 0.75), 1) };
-  }
-
-  function drawTokenAxis(context, columns, y) {
-    const tick = isNarrow() ? 32 : 16;
-    for (let token = tick; token <= steps; token += tick) label(context, String(token), columns.at(token - 0.5), y);
-    label(context, "token", 0, y, "left");
-  }
-
-  function drawMarks(context, setting, moment, columns, height) {
-    context.strokeStyle = colour("rectified");
-    context.lineWidth = 1.25;
-    context.setLineDash([3, 2.5]);
-    context.beginPath();
-    for (let end = setting.interval ?? Infinity; end <= moment.exact; end += setting.interval) {
-      context.moveTo(columns.at(end) - 0.5, 0);
-      context.lineTo(columns.at(end) - 0.5, height);
-    }
-    context.stroke();
-    context.setLineDash([]);
-  }
-
-  function drawCurrent(context, columns, moment, y) {
-    if (moment.step === 0) return;
-    const x = columns.at(moment.step - 0.5);
-    context.fillStyle = colour("ink");
-    context.beginPath();
-    context.moveTo(x, y);
-    context.lineTo(x - 4, y + 6);
-    context.lineTo(x + 4, y + 6);
-    context.fill();
-  }
-
-  // The number of tokens at the front that are drawn as rectified. During the sweep of a rectification it is smaller.
-  function drawnExact(setting, moment) {
-    return moment.rectified ? moment.exact - Math.ceil(setting.interval * (1 - state.wiped)) : moment.exact;
-  }
-
-  function drawDrift(setting, moment) {
-    const bars = isNarrow() ? 64 : 84, row = isNarrow() ? 5 : 7, gap = 11;
-    const bottom = bars + gap + row * data.layers;
-    const { context, left, width } = surface("drift", bottom + 22);
-    const columns = tokenColumns(left, width);
-    const exact = drawnExact(setting, moment);
-    drawGrid(context, left, width, [0, 0.5, 1], (value) => bars - 1 - (value / driftTop) * (bars - 8));
-    const styles = { drift: colour("drift"), ghost: colour("ghost"), unread: colour("unread") };
-    for (let token = 0; token < moment.step; token++) {
-      const x = columns.at(token), height = (setting.ofToken[token] / driftTop) * (bars - 8);
-      if (token < exact) fill(context, styles.ghost, [x, bars - 1 - height, columns.thick, 1.5]);
-      else fill(context, styles.drift, [x, bars - 1 - height, columns.thick, height]);
-      fill(context, styles.unread, [x, bars + gap, columns.thick, row * data.layers - 1]);
-      if (token < exact) continue;
-      for (let layer = 0; layer < data.layers; layer++) {
-        context.globalAlpha = shade(setting.drift[token][layer]);
-        fill(context, styles.drift, [x, bars + gap + layer * row, columns.thick, row - 1]);
-      }
-      context.globalAlpha = 1;
-    }
-    for (const layer of [0, data.layers - 1]) label(context, String(layer), left - 6, bars + gap + (layer + 0.5) * row, "right");
-    drawMarks(context, setting, moment, columns, bottom);
-    drawCurrent(context, columns, moment, bottom + 1);
-    drawTokenAxis(context, columns, bottom + 15);
-    element("drift").setAttribute("aria-label", `Drift of ${plural(moment.step, "generated token")}, by layer. In the cache now: `
-      + `${plural(moment.window, "token")} drifted, ${moment.exact} rectified. The largest drift is ${driftText(moment.drift)}.`);
-  }
-
-  // The square root shows the small drift of the first layers beside the large one of the last.
-  const shade = (drift) => Math.sqrt(Math.min(drift / driftTop, 1));
-
-  function drawGrid(context, left, width, values, y) {
-    context.strokeStyle = colour("line");
-    context.lineWidth = 1;
-    for (const value of values) {
-      context.beginPath();
-      context.moveTo(left, Math.round(y(value)) + 0.5);
-      context.lineTo(left + width, Math.round(y(value)) + 0.5);
-      context.stroke();
-      label(context, String(value), left - 6, y(value), "right");
-    }
-  }
-
-  function drawDivergence(setting, moment) {
-    const height = isNarrow() ? 58 : 66;
-    const { context, left, width } = surface("divergence", height + 22);
-    const columns = tokenColumns(left, width);
-    const [low, high] = [-3, 1]; // powers of ten
-    const y = (value) => height - 3 - ((Math.log10(Math.max(value, 10 ** low)) - low) / (high - low)) * (height - 10);
-    drawGrid(context, left, width, [0.01, 0.1, 1, 10], y);
-    const radius = isNarrow() ? 1.5 : 2.2;
-    for (let token = 0; token < moment.step; token++) {
-      const isExact = token % (setting.interval ?? steps) === 0; // the first of a window
-      context.beginPath();
-      context.arc(columns.at(token + 0.5), y(setting.divergence[token] * data.divergence_unit), isExact ? radius + 1 : radius, 0, 2 * Math.PI);
-      context.lineWidth = 1.75;
-      context.strokeStyle = colour("rectified");
-      context.fillStyle = colour("drift");
-      if (isExact) context.stroke();
-      else context.fill();
-    }
-    drawMarks(context, setting, moment, columns, height);
-    drawCurrent(context, columns, moment, height + 1);
-    drawTokenAxis(context, columns, height + 15);
-    const last = moment.step === 0 ? "none yet" : (setting.divergence[moment.step - 1] * data.divergence_unit).toFixed(3);
-    element("divergence").setAttribute("aria-label", `Divergence of every step’s prediction from the dense one. This step: ${last} nats.`);
+    label(context, "decoded", boundary + 5, y, "left");
   }
 
   // ---- Showing and moving -------------------------------------------------------------------------------------------
 
   function drawPictures() {
-    const setting = currentSetting();
-    const moment = momentOf(setting, state.frame);
-    drawBlocks(setting, moment);
-    drawDrift(setting, moment);
-    drawDivergence(setting, moment);
+    const view = currentView(), moment = momentOf(view);
+    drawLoss(view, moment);
+    drawDrift(view, moment);
+    drawBlocks(view, moment);
   }
 
   function show() {
-    const setting = currentSetting();
-    const moment = momentOf(setting, state.frame);
+    const view = currentView(), moment = momentOf(view);
     if (state.lookedAt !== null) state.lookedAt = Math.min(state.lookedAt, moment.blocks - 1);
     document.body.toggleAttribute("data-rectified", moment.rectified);
-    showControls(setting, moment);
-    showState(setting, moment);
-    showNumbers(setting, moment);
-    showText(setting, moment);
-    showParting(setting, moment);
-    showInspected(setting, moment);
+    document.body.toggleAttribute("data-programs", view.scene.programs);
+    showControls(view, moment);
+    showState(view, moment);
+    showTable(view, moment);
+    showVerdict(view, moment);
+    showText(view, moment);
+    showInspected(view, moment);
     drawPictures();
     return moment;
   }
 
-  function showControls(setting, moment) {
-    const last = setting.frames.length - 1;
+  function showControls({ scene, f, frames }, moment) {
+    const last = frames.length - 1;
     const scrub = element("scrub");
     scrub.max = last;
     scrub.value = state.frame;
-    scrub.setAttribute("aria-valuetext", moment.rectified ? `rectification after step ${moment.step}` : `step ${moment.step} of ${steps}`);
+    scrub.setAttribute("aria-valuetext", moment.rectified ? `rectification after step ${moment.step}` : `step ${moment.step} of ${scene.steps}`);
     element("back").disabled = state.frame === 0;
     element("forward").disabled = state.frame === last;
     const play = element("play");
@@ -497,8 +502,9 @@
     play.setAttribute("aria-label", state.playing ? "Pause" : "Play");
     // A screen reader announces single steps, and not the hundreds that play by.
     element("state").setAttribute("aria-live", state.playing ? "off" : "polite");
-    showSetting("interval", intervals.map((value) => value ?? "never"), intervalText(setting.interval));
-    showSetting("ratio", ratios, String(setting.ratio));
+    for (const radio of document.querySelectorAll("[name=model]")) radio.checked = radio.value === scene.model;
+    showSetting("interval", intervals, `every ${f} tokens`);
+    showSetting("ratio", ratios, String(ratios[state.ratio]));
   }
 
   function showSetting(id, stops, text) {
@@ -508,37 +514,25 @@
     element(`${id}-value`).textContent = text;
   }
 
-  function goTo(frame) {
-    const last = currentSetting().frames.length - 1;
-    const isNext = frame === state.frame + 1;
-    state.frame = Math.max(0, Math.min(frame, last));
-    const moment = show();
-    followText(moment);
-    if (moment.rectified && isNext && !wantsStillness.matches) sweep(state.frame);
-  }
+  const lastFrame = () => currentView().frames.length - 1;
 
-  // The dense pass goes over the window from left to right: less than half a second.
-  function sweep(frame, start = performance.now()) {
-    requestAnimationFrame((now) => {
-      state.wiped = state.frame === frame ? Math.min(Math.max(now - start, 0) / 450, 1) : 1;
-      drawPictures();
-      if (state.wiped < 1) sweep(frame, start);
-    });
+  function goTo(frame) {
+    state.frame = Math.max(0, Math.min(frame, lastFrame()));
+    followText(show());
   }
 
   let timer = null;
 
   function setPlaying(playing) {
     clearTimeout(timer);
-    const isAtEnd = state.frame === currentSetting().frames.length - 1;
     state.playing = playing;
-    if (playing) goTo(isAtEnd ? 0 : state.frame + 1);
-    else show();
-    if (playing) timer = setTimeout(advance, delay());
+    if (!playing) return show();
+    goTo(state.frame === lastFrame() ? 0 : state.frame + 1);
+    timer = setTimeout(advance, delay());
   }
 
   function advance() {
-    if (state.frame === currentSetting().frames.length - 1) return setPlaying(false);
+    if (state.frame === lastFrame()) return setPlaying(false);
     goTo(state.frame + 1);
     timer = setTimeout(advance, delay());
   }
@@ -546,7 +540,7 @@
   // A rectification stays long enough to be seen, at any speed.
   function delay() {
     const pause = 1000 / Number(element("speed").value);
-    return currentSetting().frames[state.frame].rectified ? Math.max(pause, 700) : pause;
+    return currentView().frames[state.frame].rectified ? Math.max(pause, 700) : pause;
   }
 
   function stepBy(count) {
@@ -554,16 +548,32 @@
     goTo(state.frame + count);
   }
 
-  // Keep the step under another setting. If that setting rectifies there, keep the rectification too.
+  // Keep the step under another setting. If that setting rectifies there, keep the rectification too. Another model reads
+  // another text, which is shown as a whole.
   function choose(change) {
-    const { step, rectified } = currentSetting().frames[state.frame];
+    const { step, rectified } = currentView().frames[state.frame];
+    const isOther = change.model !== undefined && change.model !== state.model;
     Object.assign(state, change);
-    buildText(currentSetting());
-    goTo(frameAt(step, rectified));
+    if (isOther) openScene();
+    else goTo(frameAt(step, rectified));
+  }
+
+  function openScene() {
+    const { scene } = currentView();
+    buildText(scene);
+    element("loss-unit").textContent = scene.programs ? "asserted values that are wrong, a tick or a cross for each" : "KL from dense, summed over the tokens, in nats";
+    element("blocks-rows").textContent = `one row per KV head in ${scene.layers.length} of ${scene.n_layers} layers, one column per ${b} tokens`;
+    const what = scene.programs
+      ? `The shipped model that carries values reads a program that assigns names to names. Of ${scene.texts} programs, number ${scene.chosen + 1} is shown: `
+      : `SmolLM2-135M-Instruct reads English from Python’s own documentation. Of ${scene.texts} texts, number ${scene.chosen + 1} is shown: `;
+    element("source").replaceChildren(what, "the one whose loss is made up most nearly as on average. Every number was recorded by ",
+      made("code", data.command), " from weights ", made("code", scene.sha256.slice(0, 12)),
+      `. Schedule “${data.config.schedule}”, block size ${b}, at least ${data.config.min_blocks} blocks. Bytes read follow from the cost model.`);
+    goTo(Infinity);
   }
 
   function frameAt(step, rectified) {
-    const { frames } = currentSetting();
+    const { frames } = currentView();
     const found = frames.findIndex((frame) => frame.step === step && frame.rectified === rectified);
     return found < 0 ? frames.findIndex((frame) => frame.step === step) : found;
   }
@@ -571,19 +581,19 @@
   // ---- Hands on -----------------------------------------------------------------------------------------------------
 
   function lookAt(block) {
-    const { blocks } = momentOf(currentSetting(), state.frame);
+    const { blocks } = momentOf(currentView());
     state.lookedAt = block === null ? null : Math.max(0, Math.min(block, blocks - 1));
     show();
   }
 
   function blockUnder(event) {
-    const left = gutter();
-    const block = Math.floor((event.offsetX - left) / ((element("blocks").clientWidth - left - 1) / allBlocks));
-    return block < 0 || block >= momentOf(currentSetting(), state.frame).blocks ? null : block;
+    const view = currentView(), left = gutter();
+    const block = Math.floor((event.offsetX - left) / ((element("blocks").clientWidth - left - 1) / view.scene.blocks));
+    return block < 0 || block >= momentOf(view).blocks ? null : block;
   }
 
   function onBlocksKey(event) {
-    const { blocks } = momentOf(currentSetting(), state.frame);
+    const { blocks } = momentOf(currentView());
     const now = state.lookedAt ?? blocks - 1;
     const targets = { ArrowLeft: now - 1, ArrowDown: now - 1, ArrowRight: now + 1, ArrowUp: now + 1, Home: 0, End: blocks - 1 };
     if (!(event.key in targets)) return;
@@ -595,9 +605,8 @@
   function onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const focused = (selector) => event.target.closest?.(selector);
-    const last = currentSetting().frames.length - 1;
-    const actions = { ArrowLeft: () => stepBy(-1), ArrowRight: () => stepBy(1), Home: () => stepBy(-last), End: () => stepBy(last) };
-    if (event.key === " " && !focused("button, select, a")) {
+    const actions = { ArrowLeft: () => stepBy(-1), ArrowRight: () => stepBy(1), Home: () => stepBy(-Infinity), End: () => stepBy(Infinity) };
+    if (event.key === " " && !focused("button, select, a, [type=radio]")) {
       event.preventDefault();
       if (!event.repeat) setPlaying(!state.playing);
     } else if (event.key in actions && !focused("input, select, #blocks")) {
@@ -614,6 +623,9 @@
     for (const id of ["interval", "ratio"]) {
       element(id).addEventListener("input", (event) => choose({ [id]: event.target.valueAsNumber }));
     }
+    for (const radio of document.querySelectorAll("[name=model]")) {
+      radio.addEventListener("change", () => choose({ model: modelNamed(radio.value) }));
+    }
     const blocks = element("blocks");
     for (const kind of ["pointermove", "pointerdown"]) blocks.addEventListener(kind, (event) => lookAt(blockUnder(event)));
     blocks.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && lookAt(null));
@@ -627,38 +639,31 @@
 
   function buildStops(id, texts) {
     element(id).replaceChildren(...texts.map((text, index) => {
-      const span = document.createElement("span");
-      span.textContent = text;
+      const span = made("span", text);
       span.style.left = `${(index / (texts.length - 1)) * 100}%`;
       return span;
     }));
   }
 
-  function buildLegend() {
-    const stops = [0, 0.1, 0.25, 0.5, 0.75, 1].map((part) => {
-      return `color-mix(in srgb, var(--drift) ${Math.sqrt(part) * 100}%, var(--unread)) ${part * 100}%`;
-    });
-    document.querySelector(".gradient").style.background = `linear-gradient(to right, ${stops.join(", ")})`;
-    element("scale-top").textContent = driftTop.toFixed(1);
-    write(element("source"), `Every number was recorded by `, { code: data.command }, `. The shipped model (checkpoint `,
-      { code: data.checkpoint_sha256.slice(0, 12) }, `) continues the standard library’s ${data.module}.py, which was held out of its training. Decoding is `
-      + `greedy, schedule “${data.config.schedule}”, block size ${b}, at least ${data.config.min_blocks} blocks. Bytes read follow from the cost model.`);
-  }
+  const modelNamed = (name) => scenes.findIndex((scene) => scene.model === name);
 
-  // Links to a place: index.html#interval=never&ratio=0.05&step=40, and &rectified for the rectification after that step.
+  // Links to a place: index.html#model=carrying&interval=8&ratio=0.05&step=40, and &rectified for the rectification after
+  // that step. Without a step it is the end.
   function readAddress() {
     const asked = new URLSearchParams(location.hash.slice(1));
-    const interval = intervals.findIndex((value) => String(value ?? "never") === asked.get("interval"));
-    const ratio = ratios.findIndex((value) => String(value) === asked.get("ratio"));
+    const places = { model: modelNamed(asked.get("model")), interval: intervals.indexOf(Number(asked.get("interval"))),
+      ratio: ratios.indexOf(Number(asked.get("ratio"))) };
+    for (const [name, place] of Object.entries(places)) if (place >= 0) state[name] = place;
+    state.frame = 0;
     setPlaying(false);
-    choose({ interval: interval < 0 ? state.interval : interval, ratio: ratio < 0 ? state.ratio : ratio });
-    const step = Math.min(Math.max(parseInt(asked.get("step") ?? "0", 10) || 0, 0), steps);
-    goTo(frameAt(step, asked.has("rectified")));
+    openScene();
+    const step = parseInt(asked.get("step"), 10);
+    if (step >= 0) goTo(frameAt(Math.min(step, currentView().scene.steps), asked.has("rectified")));
   }
 
-  buildStops("interval-stops", intervals.map((value) => value ?? "never"));
+  buildStops("interval-stops", intervals);
   buildStops("ratio-stops", ratios);
-  buildLegend();
-  readAddress();
   listen();
+  readAddress();
+  document.body.dataset.ready = "";
 })();
