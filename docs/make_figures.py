@@ -8,6 +8,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +16,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -33,9 +35,23 @@ def errors(means: list[float], intervals: list[list[float]]) -> np.ndarray:
     return np.stack([middle - low, high - middle])
 
 
-def carried(axes: plt.Axes) -> None:
+def real_model(figure: Figure) -> None:
+    """The loss of every way on the real model, in two parts, on two kinds of text."""
+    for axes, text in zip(figure.subplots(1, 2, sharey=True), ("english", "code"), strict=True):
+        rows = {row["way"]: row for row in load(f"fidelity_{text}")["rows"]}
+        names = [name.replace("ReSA f=", "f = ") for name in rows]
+        steps, drifts = ([row[part] for row in rows.values()] for part in ("step_error", "drift"))
+        ends = errors([row["kl"] for row in rows.values()], [row["kl_95"] for row in rows.values()])
+        axes.barh(names, steps, color="0.75", label="step error: blocks not read")
+        axes.barh(names, drifts, left=steps, xerr=ends, color=COLOURS[0], ecolor="0.4", label="drift")
+        axes.set(xlabel="nats lost per token", title={"english": "English", "code": "Python source"}[text])
+    axes.invert_yaxis()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+
+
+def carried_values(figure: Figure) -> None:
     """Share of carried values right, by interval, one line per ratio, and decode-only beside it."""
-    result = load("carried")
+    axes, result = figure.subplots(), load("carried")
     names = [row["interval"] for row in result["rows"] if row["ratio"] == 0.1 and row["interval"] != "decode-only"]
     names = [*sorted(name for name in names if name != "never"), "never"]
     for ratio, colour in zip((0.02, 0.05, 0.1, 0.2), COLOURS, strict=False):
@@ -47,49 +63,52 @@ def carried(axes: plt.Axes) -> None:
         axes.axhline(rows["decode-only"]["right"], color=colour, linestyle=":", linewidth=1)
     axes.set_xticks(range(len(names)), [str(name) for name in names])
     axes.set(xlabel="tokens between rectifications (f)", ylabel="share of carried values right")
-    axes.set_title("Along given programs (dotted: decode-only)")
+    axes.set_title("Dotted: decode-only, whose cache is exact")
     axes.set_ylim(bottom=axes.get_ylim()[0] - 0.06)  # room for the legend
     axes.legend(frameon=False, loc="lower center", ncols=4)
 
 
-def written(axes: plt.Axes) -> None:
-    """Share of assertions right in programs that the model wrote, along them."""
-    result = load("written")
-    for place, ((name, row), colour) in enumerate(
-        zip(result["ways"].items(), (*COLOURS[4:], *COLOURS[:4]), strict=True)
-    ):
-        right = row["by_position"]
-        edges = np.minimum(np.arange(len(right) + 1) * result["width"], result["tokens_each"])
-        at = (edges[:-1] + edges[1:]) / 2 + 20 * (place - 2)  # side by side, to keep the bars apart
-        bars = errors(right, row["by_position_95"])
-        axes.errorbar(at, right, bars, color=colour, marker=".", capsize=2, elinewidth=0.8, label=name)
-    axes.set(xlabel="tokens written", ylabel="share right, of assertions of names with a value")
-    f, ratio = result["config"]["interval"], result["config"]["active_ratio"]
-    axes.set_title(f"In programs that the model writes itself (f = {f}, p = {ratio})")
-    axes.legend(frameon=False)
+def what_is_left(figure: Figure) -> None:
+    """Both errors on the real model by the share of blocks that is read, one pair of lines per block size."""
+    for axes, text in zip(figure.subplots(1, 2, sharey=True), ("english", "code"), strict=True):
+        rows = [row for row in load(f"sweep_{text}")["rows"] if row["way"] == "ReSA f=32"]
+        for size, colour in zip((8, 16, 32, 64), COLOURS, strict=False):
+            own = [row for row in rows if row["block_size"] == size]
+            ratios = [row["ratio"] for row in own]
+            axes.plot(ratios, [row["step_error"] for row in own], color=colour, marker=".", label=f"blocks of {size}")
+            axes.plot(ratios, [row["drift"] for row in own], color=colour, linestyle=":")
+        axes.set(
+            xscale="log", yscale="log", xlabel="active ratio p", title={"english": "English", "code": "Python"}[text]
+        )
+        axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+        axes.minorticks_off()
+    figure.axes[0].set_ylabel("nats lost per token")
+    figure.axes[0].legend(frameon=False)
 
 
-def carried_values() -> bytes:
-    """Draw both, side by side."""
+def drawn(draw: Callable[[Figure], None], size: tuple[float, float]) -> bytes:
+    """Draw a figure as SVG."""
     with plt.style.context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-        carried(axes[0])
-        written(axes[1])
-        buffer = io.BytesIO()
+        figure, buffer = plt.figure(figsize=size, layout="constrained"), io.BytesIO()
+        draw(figure)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(figure)
-    # A hundredth of a point is finer than any screen.
-    return re.sub(rb"(\.\d\d)\d+", rb"\1", buffer.getvalue())
+    # A tenth of a point is finer than most screens. Labels stand outside of the tags.
+    return re.sub(rb"<[^>]*>", lambda tag: re.sub(rb"(\.\d)\d+", rb"\1", tag[0]), buffer.getvalue())
 
 
-FIGURES = {"carried.svg": carried_values}
+FIGURES = {
+    "real.svg": (real_model, (10, 3.6)),
+    "carried.svg": (carried_values, (6.5, 3.8)),
+    "left.svg": (what_is_left, (10, 3.8)),
+}
 
 
 def main() -> int:
     """Write or check every figure; returns the exit status."""
     stale = []
-    for name, draw in FIGURES.items():
-        path, content = IMAGES / name, draw()
+    for name, (draw, size) in FIGURES.items():
+        path, content = IMAGES / name, drawn(draw, size)
         if not path.exists() or path.read_bytes() != content:
             stale.append(name)
             if "--check" not in sys.argv:

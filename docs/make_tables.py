@@ -79,9 +79,9 @@ def settings_of(config: dict) -> str:
     return f"; active ratio {ratio}, block size {b}, at least {fewest} blocks; means [95 %]."
 
 
-def fidelity(path: str = "docs/results/fidelity.json") -> str:
-    """Losses against dense decoding, differences taken document by document."""
-    result = load(path)
+def fidelity() -> str:
+    """Losses of the shipped model, differences taken document by document."""
+    result = load("docs/results/fidelity.json")
     lines = []
     for name, row in result["variants"].items():
         gain = "–" if name == "sparse" else within(row, "gain_over_sparse", 4)
@@ -92,94 +92,86 @@ def fidelity(path: str = "docs/results/fidelity.json") -> str:
     return table(head, lines, note, measured(result))
 
 
-def evidence_drift() -> str:
-    """Top-3 accuracy and drift along the text."""
-    result = evidence("drift")
-    curves, parts = result["by_position"], {"top-3 accuracy": "accuracy", "mean drift so far": "mean_drift"}
-    lines = [
-        [name, what, *(f"{x:.3f} {interval(ends, 3)}" for x, ends in zip(curve[key], curve[f"{key}_95"], strict=True))]
-        for what, key in parts.items()
-        for name, curve in curves.items()
-        if key in curve and (key == "accuracy" or name != "decode-only")  # which has no drift
-    ]
-    head = ["decoding", "what", *(f"from token {start:,}" for start in curves["dense"]["from"])]
-    note = f"{result['documents']} documents{settings_of(result['config'])}"
-    return table(head, lines, note, measured(result))
+def real_rows(text: str) -> dict[tuple[float, str], dict]:
+    """Rows of the real model on one kind of text, by ratio and way."""
+    results = (evidence(f"{name}_{text}") for name in ("fidelity", "fidelity_ratios"))
+    return {(row["ratio"], row["way"]): row for result in results for row in result["rows"]}
 
 
-def evidence_free() -> str:
-    """Text that every way writes by itself, as dense decoding sees it."""
-    result = evidence("free")
-    parts = {"surprise (nats)": "surprise", "mean drift so far": "mean_drift"}
-    lines = [
-        [name, what, within(way, key), *(within(part, key) for part in way["by_position"])]
-        for what, key in parts.items()
-        for name, way in result["ways"].items()
-        if key == "surprise" or name not in ("dense", "decode-only")
-    ]
-    starts = range(0, result["tokens_each"], result["width"])
-    head = ["decoding", "what", "in all", *(f"from token {start:,}" for start in starts)]
-    note = f"{result['documents']} prompts, {result['tokens_each']} tokens each, sampled at temperature "
-    note += f"{result['temperature']:g} with the same random numbers{settings_of(result['config'])}"
-    return table(head, lines, note, measured(result))
+def loss_cells(row: dict, digits: int = 3) -> list[str]:
+    """Say what a way loses, the part of it that is drift, and the share of the drift that it repairs."""
+    is_exact = row["way"] == "decode-only"
+    drift = "0" if is_exact else within(row, "drift", digits)
+    return [within(row, "kl", digits), drift, recovered(row["recovered"], row["recovered_95"])]
 
 
-def evidence_split() -> str:
-    """The loss along one factor at a time, as step error and drift."""
-    result = evidence("sweep")
-    titles = {"active_ratio": "active ratio", "block_size": "block size", "dense_layers": "dense layers"}
+def of_documents(result: dict) -> str:
+    """The documents of a measurement on text."""
+    n_prompt = int(re.search(r"--prompt-tokens (\d+)", result["command"])[1])
+    scored = result["scored"]
+    last = "" if scored == result["tokens_each"] else f", scored on the last {scored:,}"
+    return (
+        f"{result['documents']} documents of each kind; {n_prompt:,} tokens read, {result['tokens_each']:,} decoded"
+        f"{last}; schedule `{result['config']['schedule']}`"
+    )
+
+
+def evidence_real() -> str:
+    """Losses on the real model, on English and source code, at three ratios."""
+    english, code = (real_rows(text) for text in ("english", "code"))
     lines = []
-    for factor, title in titles.items():
-        for row in result["factors"][factor]:
-            if factor == "dense_layers" and row[factor] < 4:
-                continue  # with fewer nothing changes
-            cells = [within(row, name) for name in ("accuracy", "kl", "kl_step_error", "kl_drift")]
-            lines.append([title, str(row[factor]), *cells])
-    base = result["base"]["config"]
-    head = ["factor", "value", "top-3 accuracy", "KL from dense", "of it step error", "of it drift"]
-    note = (
-        f"{result['documents']} documents of {result['document_tokens']:,} tokens, the last {result['scored']} "
-        f"predictions of each; dense top-3 accuracy {within(result, 'dense_accuracy')}. Where nothing else is said: "
-        f"interval {base['interval']}, schedule `{base['schedule']}`, a suffix of {result['base']['suffix']}"
-        f"{settings_of(base)}"
-    )
-    return table(head, lines, note, measured(result))
+    for (ratio, way), row in english.items():
+        if way != "ReSA f=256":  # as near to never as f = 128, and the table is long enough
+            lines.append([f"{ratio}, {way}", *loss_cells(row), *loss_cells(code[ratio, way])[::2]])
+    head = ["ratio, decoding", "English: lost", "of it drift", "drift repaired", "code: lost", "drift repaired"]
+    result = evidence("fidelity_english")
+    config = result["config"]
+    note = f"Nats per token [95 %]. {of_documents(result)}, block size {config['block_size']}, at least "
+    return table(head, lines, f"{note}{config['min_blocks']} blocks.", measured(result))
 
 
-def evidence_grid() -> str:
-    """KL from dense on source code, split, for every interval and ratio."""
-    result = evidence("sweep_wide")
-    rows = {(row["interval"], row["active_ratio"]): row for row in result["factors"]["grid"]}
-    ratios = sorted({ratio for _, ratio in rows if ratio < 1})  # with every block there is nothing to lose
-    lines = [["step error", *(within(rows[None, ratio], "kl_step_error") for ratio in ratios)]]
-    for f in dict.fromkeys(interval for interval, _ in rows):
-        if f != 1:  # decode-only, which has no drift
-            name = "never" if f is None else f"f = {f}"
-            lines.append([f"drift, {name}", *(within(rows[f, ratio], "kl_drift") for ratio in ratios)])
-    head = ["KL from dense (nats)", *(f"p = {ratio}" for ratio in ratios)]
-    config = result["base"]["config"]
-    note = (
-        f"{result['documents']} documents of {result['document_tokens']:,} tokens, a suffix of "
-        f"{result['base']['suffix']}, the last {result['scored']} predictions; schedule `{config['schedule']}`, "
-        f"block size {config['block_size']}, at least {config['min_blocks']} blocks; means [95 %]."
-    )
-    return table(head, lines, note, measured(result))
+def real() -> str:
+    """Losses on the real model at a ratio of a tenth; for the front page."""
+    english, code = (real_rows(text) for text in ("english", "code"))
+    lines = []
+    for way in ("sparse", "ReSA f=128", "ReSA f=32", "ReSA f=8", "decode-only"):
+        cells = (loss_cells(rows[0.1, way])[::2] for rows in (english, code))
+        name = "sparse, never rectified" if way == "sparse" else way
+        lines.append([name, *[cell for pair in cells for cell in pair]])
+    head = ["decoding", "English: lost", "drift repaired", "source code: lost", "drift repaired"]
+    result = evidence("fidelity_english")
+    note = f"Nats per token [95 %]. {of_documents(result)}; active ratio 0.1. {result['device']}."
+    return table(head, lines, note)
 
 
 def evidence_selection() -> str:
-    """Attention mass left out, by way of scoring and length of the prompt."""
-    results = [evidence(name) for name in ("selection", "selection_4096")]
-    columns = [
-        {**result["mass_left_out"], "certified bound of pooled": result["certified_bound"]} for result in results
-    ]
+    """Attention mass left out by every way of scoring blocks."""
+    results = {text: evidence(f"selection_{text}") for text in ("english", "code")}
     lines = []
-    for name in columns[0]:
-        ends = " to ".join(f"{end(columns[0][name]['layers']):.3f}" for end in (min, max))
-        lines.append([name, within(columns[0][name], "mean"), ends, within(columns[1][name], "mean")])
-    head = ["blocks by", "mass left out, prompt of 1,024", "by layer", "prompt of 4,096"]
-    note = "{documents} documents, {tokens_each} tokens each".format(**results[0]) + settings_of(results[0]["config"])
-    violations = sum(result["certified_bound"]["violations"] for result in results)
-    return table(head, lines, note, f"{violations} violations of the bound.", *map(measured, results))
+    for name in next(iter(results.values()))["mass_left_out"]:
+        found = (result["mass_left_out"][name] for result in results.values())
+        lines.append([name, *(within(each, "mean") for each in found)])
+    first = results["english"]
+    note = f"{first['documents']} documents, {first['tokens_each']} tokens each{settings_of(first['config'])}"
+    return table(["blocks chosen by", *results], lines, note, measured(first))
+
+
+def evidence_retrieval(length: int = 4096) -> str:
+    """Answers found in a text, by family."""
+    result = evidence(f"retrieval_{length}")
+    rows = {(row["family"], row["way"]): row for row in result["rows"] if row["start"] == "middle"}
+    lines = []
+    for family in dict.fromkeys(family for family, _ in rows):
+        row = rows[family, "sparse"]
+        name = family if row["is_answered"] else f"{family} (not answered)"
+        ways = ("decode-only", "ReSA f=32", "sparse")
+        lines.append([name, within(row, "dense", 2), *(within(rows[family, way], "right", 2) for way in ways)])
+    head = ["family", "dense", "decode-only", "ReSA f=32", "sparse"]
+    note = (
+        f"Share of answers right. {result['questions']} questions of {length:,} tokens each, the second half decoded"
+        f"{settings_of(result['config'])}"
+    )
+    return table(head, lines, note, measured(result))
 
 
 def of_programs(result: dict) -> str:
@@ -192,42 +184,21 @@ def of_programs(result: dict) -> str:
     )
 
 
-def evidence_carried(part: str = "carried") -> str:
-    """Values carried along given programs, by ratio and score; what rectification recovers, by interval."""
-    result = evidence(part)
-    by_way: dict[tuple, dict] = {}
+def evidence_carried() -> str:
+    """Values carried along given programs, by ratio; what rectification recovers, by interval."""
+    result = evidence("carried")
+    by_ratio: dict[float, dict] = {}
     for row in result["rows"]:
-        by_way.setdefault((row["ratio"], row["score"]), {})[row["interval"]] = row
-    is_by_score, lines = part == "carried_scores", []
-    for (ratio, score), rows in by_way.items():
-        if ratio in SHOWN_RATIOS:
-            exact, never = rows.pop("decode-only"), rows.pop("never")
-            shares = [recovered(row["recovered"], row["recovered_95"]) for row in rows.values()]
-            cells = [within(exact, "right"), within(exact, "step_error"), within(never, "drift")]
-            lines.append([score if is_by_score else str(ratio), *cells, *shares])
-            intervals = list(rows)
-    head = ["blocks by" if is_by_score else "ratio", "decode-only right", "step error", "drift of sparse"]
-    head += [f"recovered, f = {f}" for f in intervals]
-    ratio = ["Active ratio 0.1."] if is_by_score else []
-    return table(head, lines, of_programs(result), *ratio, measured(result))
-
-
-def evidence_written() -> str:
-    """Assertions in programs that the model wrote."""
-    result = evidence("written")
+        by_ratio.setdefault(row["ratio"], {})[row["interval"]] = row
     lines = []
-    for name, row in result["ways"].items():
-        below = within(row, "below_decode_only") if name.startswith(("sparse", "ReSA")) else "–"
-        curve = " / ".join(f"{share:.2f}" for share in row["by_position"][1::2])
-        share = recovered(row["recovered"], row["recovered_95"])
-        lines.append([name, within(row, "right"), below, share, f"{row['checked']:.1f}", curve])
-    head = ["decoding", "right", "less than decode-only by", "of that recovered", "checked per program"]
-    note = (
-        f"{result['programs']} programs, {result['tokens_each']:,} tokens each after {result['prompt_tokens']}, "
-        f"sampled at temperature 1 with the same random numbers{settings_of(result['config'])} Along the text: every "
-        f"second stretch of {result['width']} tokens."
-    )
-    return table([*head, "right along the text"], lines, note, measured(result))
+    for ratio in SHOWN_RATIOS:
+        rows = by_ratio[ratio]
+        exact, never = rows["decode-only"], rows["never"]
+        shares = [recovered(rows[f]["recovered"], rows[f]["recovered_95"]) for f in (128, 32, 8)]
+        cells = [within(exact, "right"), within(exact, "step_error"), within(never, "drift")]
+        lines.append([str(ratio), *cells, *shares])
+    head = ["ratio", "decode-only right", "step error", "drift of sparse", "f = 128 repairs", "f = 32", "f = 8"]
+    return table(head, lines, of_programs(result), measured(result))
 
 
 def evidence_training() -> str:
@@ -414,16 +385,11 @@ def beside_attention() -> str:
 
 TABLES = {
     "fidelity": fidelity,
-    "evidence_paired": partial(fidelity, "docs/results/evidence/drift.json"),
-    "evidence_drift": evidence_drift,
-    "evidence_free": evidence_free,
-    "evidence_split": evidence_split,
-    "evidence_grid": evidence_grid,
-    "evidence_selection": evidence_selection,
+    "real": real,
+    "evidence_real": evidence_real,
     "evidence_carried": evidence_carried,
-    "evidence_fused": partial(evidence_carried, "carried_fused"),
-    "evidence_scores": partial(evidence_carried, "carried_scores"),
-    "evidence_written": evidence_written,
+    "evidence_selection": evidence_selection,
+    "evidence_retrieval": evidence_retrieval,
     "evidence_training": evidence_training,
     "attention": attention,
     "parts": parts,

@@ -24,16 +24,15 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-import resa.reference
 from resa.reference import GPT, GPTConfig, ReSAConfig, dense_attention, generate, load_model, load_tokenizer, prefill
-from resa.reference.cli.demo import demo_prompt
+from resa.reference.lab.corpus import example_module
 from resa.reference.lab.fidelity import read_ratio
 
 plt.style.use("resa.reference.weights.assets.figure")
 torch.set_num_threads(1)  # steps of one token are too small to share among threads
 
 model, tokenizer = load_model(), load_tokenizer()
-subject, text = demo_prompt()
+subject, text = example_module()
 tokens = tokenizer.encode_ordinary(text)
 print(f"{subject}: {len(tokens):,} tokens")
 print(f"{model.config.n_layer} layers, {model.config.n_head} query heads, {model.config.n_kv_head} KV heads, ", end="")
@@ -216,7 +215,8 @@ assert attention_ms[-1] > 4 * attention_ms[0], "16 times the bytes take many tim
 # file. "Copying" is a plain copy within the GPU's memory, timed in the same run.
 
 # %%
-results = Path(resa.reference.__file__).parents[1] / "docs" / "results"
+folder = Path(globals().get("__file__", "here")).resolve().parent  # of this script, or where a notebook runs
+results = next(each / "docs" / "results" for each in [folder, *folder.parents] if (each / "docs" / "results").is_dir())
 measured = json.loads((results / "attention.json").read_text())
 print(f"{measured['device']}, copying runs at {measured['copy_tbs']} TB/s")
 for row in measured["rows"]:

@@ -31,7 +31,7 @@ from resa.reference import (
     select_blocks,
     sparse_attention,
 )
-from resa.reference.cli.demo import demo_prompt
+from resa.reference.lab.corpus import example_module
 from resa.reference.lab.selection import Step, is_selected, scores_by_name
 
 plt.style.use("resa.reference.weights.assets.figure")
@@ -144,7 +144,7 @@ for T in (100, 1_000, 4_000, 16_000, 256 * 1024):
 
 # %%
 model, tokenizer = load_model(), load_tokenizer()
-subject, text = demo_prompt()
+subject, text = example_module()
 tokens = tokenizer.encode_ordinary(text)
 n_prompt, n_steps, b = 2048, 48, 16
 config = ReSAConfig(active_ratio=0.1, min_blocks=4)
@@ -326,7 +326,7 @@ for way in ways:
 # the best choice of a tenth leaves out a good part of the mass, and on average the scores do little or no better than
 # the newest blocks. But the scores can find the one block far back that matters, as in the table above, and the newest
 # blocks cannot. Attention in large models is known to be far more concentrated, and sparse decoding relies on that.
-# [Evidence](../evidence.md#what-selection-leaves-out) has the same measurement over more files, with intervals.
+# [Evidence](../evidence.md#what-is-left-and-why) has the same measurement over more files, with intervals.
 #
 # The mass left out causes everything that follows. A step that leaves mass out computes a slightly wrong output.
 # [The next tutorial](03_drift.md) shows where that error goes.

@@ -17,10 +17,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-import resa.reference
 from resa.reference import ReSAConfig, load_model, load_tokenizer, prefill, rectify, sparse_step
-from resa.reference.cli.demo import demo_prompt
 from resa.reference.lab.carried import Checks, Way, marked
+from resa.reference.lab.corpus import example_module
 from resa.reference.lab.fidelity import kv_drift
 from resa.reference.lab.programs import UNSEEN, alias_program
 from resa.reference.weights.checkpoint import shipped_checkpoint
@@ -29,7 +28,7 @@ plt.style.use("resa.reference.weights.assets.figure")
 torch.set_num_threads(1)
 
 model, tokenizer = load_model(), load_tokenizer()
-subject, text = demo_prompt()
+subject, text = example_module()
 tokens = tokenizer.encode_ordinary(text)
 n_prompt, n_steps = 1024, 128
 prompt, continuation = tokens[:n_prompt], tokens[n_prompt : n_prompt + n_steps]
@@ -212,7 +211,8 @@ assert step_loss.mean() > 0.5 * sparse_loss.mean(), "most of the loss is step er
 # they are a little too narrow.) We read it from a file:
 
 # %%
-results = Path(resa.reference.__file__).parents[1] / "docs" / "results"
+folder = Path(globals().get("__file__", "here")).resolve().parent  # of this script, or where a notebook runs
+results = next(each / "docs" / "results" for each in [folder, *folder.parents] if (each / "docs" / "results").is_dir())
 measured = json.loads((results / "fidelity.json").read_text())
 row = measured["variants"]["sparse"]
 (low, high), share = row["drift_kl_95"], row["drift_kl"] / row["kl"]

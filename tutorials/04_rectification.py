@@ -16,16 +16,15 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-import resa.reference
 from resa.reference import ReSAConfig, generate, load_model, load_tokenizer, prefill, rectify, sparse_step
-from resa.reference.cli.demo import demo_prompt
+from resa.reference.lab.corpus import example_module
 from resa.reference.lab.fidelity import kv_drift, read_ratio
 
 plt.style.use("resa.reference.weights.assets.figure")
 torch.set_num_threads(1)
 
 model, tokenizer = load_model(), load_tokenizer()
-subject, text = demo_prompt()  # a library module that the model has never seen
+subject, text = example_module()  # a library module that the model has never seen
 tokens = tokenizer.encode_ordinary(text)
 n_prompt, n_steps = 1024, 128
 prompt, continuation = tokens[:n_prompt], tokens[n_prompt : n_prompt + n_steps]
@@ -291,7 +290,8 @@ print("paper:", ("s" * 16 + "D") * 2 + "s" * 7)
 # models from its files, with 95 % intervals.
 
 # %%
-results = Path(resa.reference.__file__).parents[1] / "docs" / "results"
+folder = Path(globals().get("__file__", "here")).resolve().parent  # of this script, or where a notebook runs
+results = next(each / "docs" / "results" for each in [folder, *folder.parents] if (each / "docs" / "results").is_dir())
 code = json.loads((results / "fidelity.json").read_text())
 values = json.loads((results / "evidence" / "carried.json").read_text())
 

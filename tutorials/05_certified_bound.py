@@ -25,7 +25,7 @@ from resa.reference import (
     select_blocks,
     sparse_attention,
 )
-from resa.reference.cli.demo import demo_prompt
+from resa.reference.lab.corpus import example_module
 from resa.reference.lab.selection import Step, certified_bound, is_selected, upper_bounds
 
 plt.style.use("resa.reference.weights.assets.figure")
@@ -204,7 +204,7 @@ assert certificates[-1].median() > 0.99, "spread like the centres: the bound is 
 
 # %%
 model, tokenizer = load_model(), load_tokenizer()
-_, text = demo_prompt()
+_, text = example_module()
 tokens = tokenizer.encode_ordinary(text)
 n_prompt, n_steps = 1024, 16
 cache = model.new_cache(n_prompt + n_steps, b)

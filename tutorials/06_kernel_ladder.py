@@ -44,7 +44,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import resa.reference
 from resa.fast.attention import sparse_attention as own_attention
 from resa.fast.bench.cli import revision
 from resa.fast.bench.layer import L2_BYTES, Shape, distance, floors
@@ -55,7 +54,8 @@ from resa.reference import sparse_attention as reference_attention
 
 plt.style.use("resa.reference.weights.assets.figure")
 DEVICE = "cpu" if INTERPRETED else "cuda"
-RESULTS = Path(resa.reference.__file__).parents[1] / "docs" / "results"
+folder = Path(globals().get("__file__", "here")).resolve().parent  # of this script, or where a notebook runs
+RESULTS = next(each / "docs" / "results" for each in [folder, *folder.parents] if (each / "docs" / "results").is_dir())
 print("Triton", triton.__version__, "in its interpreter" if INTERPRETED else f"on {torch.cuda.get_device_name()}")
 
 # %% [markdown]
@@ -188,7 +188,7 @@ def tokens_of(p_list, i_entry, length, BLOCK_SIZE: tl.constexpr):
     """Positions [b] of the tokens of one list entry, and which of them count."""
     block = tl.load(p_list + i_entry)
     position = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    m_token = (block >= 0) & (position < length)
+    m_token = (position >= 0) & (position < length)
     return tl.where(m_token, position, 0), m_token
 
 

@@ -32,14 +32,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-import resa.reference
 from resa import fast, reference
 from resa.fast.bench.layer import Shape, floors
 from resa.reference import GPT, GPTConfig, ReSAConfig
 
 plt.style.use("resa.reference.weights.assets.figure")
 torch.manual_seed(0)
-recorded = json.loads((Path(resa.reference.__file__).parents[1] / "docs/results/attention.json").read_text())
+folder = Path(globals().get("__file__", "here")).resolve().parent  # of this script, or where a notebook runs
+results = next(each / "docs" / "results" for each in [folder, *folder.parents] if (each / "docs" / "results").is_dir())
+recorded = json.loads((results / "attention.json").read_text())
 rows = {row["context"]: row for row in recorded["rows"] if row["batch"] == 8}
 print(f"recorded: {recorded['device']}, triton {recorded['triton']}, commit {recorded['commit']}")
 

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-import resa.reference
 from resa.fast.bench.layer import Shape, floors
 from resa.reference import ReSAConfig
 from resa.reference.lab.fidelity import read_ratio
 
 plt.style.use("resa.reference.weights.assets.figure")
-RESULTS = Path(resa.reference.__file__).parents[1] / "docs" / "results"
+folder = Path(globals().get("__file__", "here")).resolve().parent  # of this script, or where a notebook runs
+RESULTS = next(each / "docs" / "results" for each in [folder, *folder.parents] if (each / "docs" / "results").is_dir())
 attention = json.loads((RESULTS / "attention.json").read_text())
 models = {name: json.loads((RESULTS / f"end_to_end_{name}.json").read_text()) for name in ("float16", "int4")}
 settings = {name: value for name, value in attention["config"].items() if name != "dense_below"}  # no longer an option

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from resa.reference import ReSAConfig, load_model, load_tokenizer, prefill, rectify, sparse_step
-from resa.reference.cli.demo import demo_prompt
+from resa.reference.lab.corpus import example_module
 from resa.reference.weights.checkpoint import shipped_checkpoint
 from shipped import digests, record
 
@@ -89,7 +89,7 @@ def test_its_logits_are_pinned(model, tokenizer):
 def test_rectification_is_exact_on_real_weights_and_text(tokenizer):
     """Law 6 where it matters: held-out code, trained weights, selection that leaves most blocks out."""
     model = load_model(dtype=torch.float64)
-    tokens = tokenizer.encode_ordinary(demo_prompt()[1])[:800]
+    tokens = tokenizer.encode_ordinary(example_module()[1])[:800]
     prompt, window = tokens[:-12], tokens[-12:]
     config = ReSAConfig(min_blocks=4)
     exact, cache = (model.new_cache(len(tokens), config.block_size) for _ in range(2))
