@@ -17,9 +17,9 @@ import torch
 
 from ..model import GPT
 
-# Weights. With 5 million no step gets faster by a second thread; with 135 million, reading a prompt
-# does on idle cores. Where between them it begins was not measured.
-SMALL = 50_000_000
+# Weights. A token of a model of 135 million takes 80 ms with one thread, 77 with two that spin, 111
+# with two that sleep (two idle cores of a server). From where on more help was not measured.
+SMALL = 500_000_000
 SAMPLED = 0.05  # seconds; the kernel counts time in hundredths
 
 
@@ -28,6 +28,13 @@ def set_threads(model: GPT) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         n_weights = sum(parameter.numel() for parameter in model.parameters())
         torch.set_num_threads(choose_threads(n_weights, torch.get_num_threads()))
+
+
+def set_free_threads() -> None:
+    """Use every free core: for long texts at once, which threads share well."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        most = os.cpu_count() or 1
+        torch.set_num_threads(max(1, min(most, round(free_cores()))))
 
 
 def choose_threads(n_weights: int, most: int) -> int:

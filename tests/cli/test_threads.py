@@ -14,18 +14,18 @@ from resa.reference.cli import threads
 from resa.reference.weights.checkpoint import shipped_checkpoint
 
 has_affinity = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
-SHIPPED, REAL = 5_000_000, 135_000_000  # weights
+SMALL_MODEL, LARGE = 135_000_000, 7_000_000_000  # weights
 
 
 @pytest.mark.parametrize(
     ("n_weights", "free", "most", "chosen"),
     [
-        (SHIPPED, 8.0, 8, 1),
-        (REAL, 7.9, 8, 8),
-        (REAL, 8.0, 2, 2),  # torch has no more than this by itself
-        (REAL, 3.2, 8, 3),
-        (REAL, 0.1, 8, 1),
-        (REAL, 8.0, 1, 1),
+        (SMALL_MODEL, 8.0, 8, 1),
+        (LARGE, 7.9, 8, 8),
+        (LARGE, 8.0, 2, 2),  # torch has no more than this by itself
+        (LARGE, 3.2, 8, 3),
+        (LARGE, 0.1, 8, 1),
+        (LARGE, 8.0, 1, 1),
     ],
 )
 def test_a_small_model_has_one_thread_and_a_large_one_what_is_free(monkeypatch, n_weights, free, most, chosen):
@@ -91,4 +91,4 @@ def test_the_commands_choose_for_their_model(called, monkeypatch):
     assert called(command_line.main, "generate", "x", "--tokens", 1)[0] == 0
     (model,) = told
     assert model.config == load_model(shipped_checkpoint()).config
-    assert sum(parameter.numel() for parameter in model.parameters()) < threads.SMALL < REAL
+    assert sum(parameter.numel() for parameter in model.parameters()) < threads.SMALL < LARGE
