@@ -36,6 +36,9 @@ def check_plain(model: GPT) -> None:
     """
     if type(model) is not GPT:  # keeps its own layers
         return
+    hooks = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+    allowed = "none (resa.reference calls every module)"
+    require(not any(hooks), "model", "a hook on all modules", allowed)
     example = hollow_model(replace(model.config, n_layer=1)).to(model.embed.weight.dtype)
     example.layers = nn.ModuleList([example.layers[0]] * model.config.n_layer)
     _check_module("model", model, example)
@@ -53,12 +56,14 @@ def _check_module(name: str, module: nn.Module, example: nn.Module) -> None:
         if hasattr(type(module), field):
             refuse(f"{name}.{field}", "a method of its own", allowed)
     for field, wanted in vars(example).items():
-        is_setting = isinstance(wanted, (int, float)) and field != "training"
+        is_setting = isinstance(wanted, (int, float, type(None))) and field != "training"
         if is_setting and getattr(module, field) != wanted:
             refuse(f"{name}.{field}", getattr(module, field), str(wanted))
     for field, wanted in example._parameters.items():
         given, allowed = _description(module._parameters.get(field)), _description(wanted)
         require(given == allowed, f"{name}.{field}", given, allowed)
+    for field in module._modules.keys() - example._modules.keys():
+        refuse(f"{name}.{field}", "a part that is not called", "the configuration's parts")
     for field, part in example._modules.items():
         _check_module(f"{name}.{field}", getattr(module, field), part)
 

@@ -173,6 +173,27 @@ def test_the_reference_decodes_adapted_models_as_they_are(kind):
 
 
 @pytest.mark.fast
+def test_the_kernels_refuse_what_is_not_in_a_layer():
+    """A hook on all modules, an embedding that clips its rows, a layer beyond the configuration's."""
+    fast = pytest.importorskip("resa.fast.model", reason="triton comes for Linux only")
+    model = Shape(seed=11).model(torch.float32)
+    fast.check_plain(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="model: got a hook on all modules"):
+            fast.check_plain(model)
+    finally:
+        handle.remove()
+    model.embed.max_norm = 1.0
+    with pytest.raises(ValueError, match=r"model\.embed\.max_norm: got 1\.0; allowed: None"):
+        fast.check_plain(model)
+    model.embed.max_norm = None
+    model.layers.append(model.layers[0])
+    with pytest.raises(ValueError, match=r"model\.layers\.2: got a part that is not called"):
+        fast.check_plain(model)
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", ADAPTED)
 def test_the_kernels_refuse_what_they_would_ignore(kind, monkeypatch):
     """Before any work."""
