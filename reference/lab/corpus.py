@@ -21,7 +21,7 @@ import numpy as np
 import tiktoken
 
 from ..checks import require
-from ..weights.models import Tokenizer
+from ..weights.models import Tokenizer, encode_onward
 from ..weights.tokenizer import END_OF_TEXT
 from .measure import shown
 
@@ -224,15 +224,19 @@ def english_texts() -> Iterator[str]:
 def read_documents(kind: str, tokenizer: Tokenizer, n: int, length: int) -> list[list[int]]:
     """Cut the joined texts of a kind into the first `n` documents of `length` tokens.
 
-    Documents are disjoint. One may begin and end anywhere in a text, and hold several.
+    Documents are disjoint. One may begin and end anywhere in a text, and hold several. Tokens that
+    open every text stand at its beginning alone.
     """
     documents: list[list[int]] = []
     left: list[int] = []
+    opening = tokenizer.encode_ordinary("")
+    n_own = length - len(opening)
+    require(n_own >= 1, "length", length, f"≥ {len(opening) + 1}, for this tokenizer")
     for text in library_texts(kind):
-        left += tokenizer.encode_ordinary(text)
-        while len(left) >= length and len(documents) < n:
-            documents.append(left[:length])
-            left = left[length:]
+        left += encode_onward(tokenizer, text)
+        while len(left) >= n_own and len(documents) < n:
+            documents.append(opening + left[:n_own])
+            left = left[n_own:]
         if len(documents) == n:
             return documents
     allowed = f"≤ {len(documents)}, for {length:,} tokens of {kind} each"

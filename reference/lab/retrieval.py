@@ -26,7 +26,7 @@ import torch
 from ..checks import require, require_integer
 from ..config import ReSAConfig
 from ..model import GPT
-from ..weights.models import Tokenizer
+from ..weights.models import Tokenizer, encode_onward
 from .fidelity import decoding_variants
 from .measure import over_documents, with_intervals
 from .parallel import Stream, decode_at_once, exact_stream
@@ -161,8 +161,8 @@ def encode(tokenizer: Tokenizer, question: Question) -> Asked:
     n_context, places = len(tokens), []
     for text, answer in zip(question.question.split(GAP), question.answers, strict=False):
         # Tokenizers join a space with the word that follows.
-        tokens += tokenizer.encode_ordinary(text.removesuffix(" "))
-        own = tokenizer.encode_ordinary(" " + answer)
+        tokens += encode_onward(tokenizer, text.removesuffix(" "))
+        own = encode_onward(tokenizer, " " + answer)
         places.append(range(len(tokens), len(tokens) + len(own)))
         tokens += own
     return Asked(tokens, n_context, places)

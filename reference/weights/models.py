@@ -57,6 +57,11 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str: ...
 
 
+def encode_onward(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode a text that goes on from another: without the tokens that open every text."""
+    return tokenizer.encode_ordinary(text)[len(tokenizer.encode_ordinary("")) :]
+
+
 @dataclass(frozen=True)
 class TextModel:
     """A model with all that turns text into its tokens and back."""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resa.reference import load_tokenizer
-from resa.reference.lab import corpus
+from resa.reference.lab import corpus, retrieval
 from resa.reference.lab.corpus import (
     Document,
     english_texts,
@@ -202,3 +202,20 @@ def test_documents_are_cut_from_joined_texts(monkeypatch):
     assert read_documents("code", TOKENIZER, 1, 9) == [tokens[:9]]
     with pytest.raises(ValueError, match="documents: got 5; allowed: ≤ 4, for 2 tokens of code each"):
         read_documents("code", TOKENIZER, 5, 2)
+
+
+class Opened:
+    """A tokenizer that puts a token before every text, as those of Llama 3 do."""
+
+    def encode_ordinary(self, text):
+        return [4095, *TOKENIZER.encode_ordinary(text)]
+
+
+def test_a_token_that_opens_texts_stands_at_the_beginning_alone():
+    opened, plain = read_documents("english", Opened(), 3, 201), read_documents("english", TOKENIZER, 3, 200)
+    assert opened == [[4095, *document] for document in plain]
+    _, asked = retrieval.ask(Opened(), "multi-query", 700, 0)
+    assert [at for at, token in enumerate(asked.tokens) if token == 4095] == [0]
+    assert all(4095 not in asked.tokens[places.start : places.stop] for places in asked.answers)
+    with pytest.raises(ValueError, match="length: got 1; allowed: ≥ 2, for this tokenizer"):
+        read_documents("english", Opened(), 1, 1)

@@ -15,7 +15,7 @@ from resa.reference.weights.models import find_model, open_model
 from resa.reference.weights.pretrained import foreign_name, load_pretrained
 from small_models import Shape
 
-hub = pytest.importorskip("huggingface_hub", reason="the extra `dev` has it")
+constants = pytest.importorskip("huggingface_hub.constants", reason="the extra `dev` has it")
 CONFIG = {
     "model_type": "qwen2", "vocab_size": 23, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 96,
@@ -52,8 +52,8 @@ def cache(tmp_path, folder, monkeypatch):
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("a" * 40)
     shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(home))
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return home
 
 
