@@ -4,7 +4,7 @@ Training reads source code: the standard library and, on request, the installed 
 held out by its dotted name alone, so every machine and every version of Python holds out the same
 modules. Training then loses whatever is nearly a copy of something held out.
 
-Evaluations read held-out source code or English prose, cut into documents.
+Evaluations read source code, held-out modules first, or English prose, cut into documents.
 """
 
 import ast
