@@ -72,7 +72,9 @@ def add_eval(commands: cli.Commands) -> None:
     parser.add_argument("question", choices=QUESTIONS, help=questions)
     parser.option("--out", None, "write the JSON result to this file too", type=Path)
     parser.option("--documents", 16, "documents to read; retrieval: questions, carried: programs")
-    parser.option("--text", "code", "the library's modules, held-out ones first, or its prose", choices=TEXTS)
+    parser.option(
+        "--text", "code", "the library's modules, held-out ones first, or its prose", choices=TEXTS
+    )
     parser.option("--prompt-tokens", 4096, "tokens of each that are read before the first step")
     parser.option("--tokens", 512, "tokens of each that are decoded")
     text = "fidelity, sweep: means are over so many last tokens of each (default: all decoded)"
