@@ -90,8 +90,8 @@ bench: install  ## time the kernels on this GPU, and dense attention beside them
 evidence-small: real  ## measure docs/evidence.md again, in small: minutes on two CPU cores, resumable
 	$(PYTHON) -m resa.reference evidence --size small --device cpu --jobs 2 $(ARGS)
 
-evidence: real  ## measure all of it on one GPU, six parts at a time; resumable
-	$(PYTHON) -m resa.fast evidence --size full --device cuda --jobs 6 $(ARGS)
+evidence: real  ## measure all of it on one GPU, four parts at a time; resumable
+	$(PYTHON) -m resa.fast evidence --size full --device cuda --jobs 4 $(ARGS)
 
 evidence-check: install  ## how many of the recorded numbers a run in out/evidence gives again
 	$(PYTHON) docs/compare_evidence.py out/evidence

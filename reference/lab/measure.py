@@ -1,6 +1,6 @@
 """The loop that all evaluations share, and what is made of its numbers: means with intervals."""
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -16,10 +16,13 @@ SAMPLES = 2000  # draws of the bootstrap
 POINTS = 16  # of curves along the text
 
 
-def shown(items: Collection[Item], title: str) -> Iterable[Item]:
-    """Iterate with a progress bar on standard error, where that is a terminal."""
+def shown(items: Iterable[Item], title: str, total: int | None = None) -> Iterable[Item]:
+    """Iterate with a progress bar on standard error, where that is a terminal.
+
+    `total` is the number of items, for those that don't know it themselves.
+    """
     console = Console(stderr=True)
-    return track(items, title, console=console, disable=not console.is_terminal)
+    return track(items, title, total, console=console, disable=not console.is_terminal)
 
 
 def over_documents(
@@ -34,10 +37,16 @@ def over_documents(
     `prepare` makes what all ways share, such as the dense reading of a document.
     """
     found: dict[Way, list[Any]] = {way: [] for way in ways}
-    for document in shown(documents, title):
-        shared = prepare(document)
-        for way, results in found.items():
-            results.append(measure(shared, way))
+
+    def measured() -> Iterator[None]:
+        for document in documents:
+            shared = prepare(document)
+            for way, results in found.items():
+                results.append(measure(shared, way))
+                yield
+
+    for _ in shown(measured(), title, len(documents) * len(found)):
+        pass
     return found
 
 
