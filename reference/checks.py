@@ -52,16 +52,36 @@ def plain_fields(config: object) -> None:
             object.__setattr__(config, name, plain)
 
 
-def require_integer(argument: str, value: object, minimum: int) -> int:
-    """Require an integer of at least `minimum`, and return it as Python's own."""
-    require(is_integer(value, minimum), argument, repr(value), f"an integer ≥ {minimum}")
+def require_integer(argument: str, value: object, minimum: int, what: str = "") -> int:
+    """Require an integer of at least `minimum`, and return it as Python's own.
+
+    `what` says where the minimum comes from.
+    """
+    require(is_integer(value, minimum), argument, repr(value), f"an integer ≥ {what}{minimum}")
     return int(value)
+
+
+def require_optional(argument: str, value: object, minimum: int, none: str) -> None:
+    """Require an integer of at least `minimum`, or None, of which `none` says what it means."""
+    allowed = f"an integer ≥ {minimum}, or None for {none}"
+    require(value is None or is_integer(value, minimum), argument, repr(value), allowed)
+
+
+def require_share(argument: str, value: object) -> None:
+    """Require a number above 0 and up to 1."""
+    is_share = is_number(value) and 0 < value <= 1
+    require(is_share, argument, repr(value), f"0 < {argument} ≤ 1")
 
 
 def require_positive(argument: str, value: object) -> None:
     """Require a finite number above 0."""
     is_positive = is_number(value) and 0 < value < float("inf")
     require(is_positive, argument, repr(value), "a finite number > 0")
+
+
+def require_one_of(argument: str, value: object, allowed: Sequence[str]) -> None:
+    """Require one of a few words."""
+    require(value in allowed, argument, repr(value), " or ".join(map(repr, allowed)))
 
 
 def require_flag(argument: str, value: object) -> None:

@@ -6,15 +6,7 @@ them: `config → blocks → attention → operations → cache → model → sa
 
 from dataclasses import dataclass
 
-from .checks import (
-    is_integer,
-    is_number,
-    plain_fields,
-    require,
-    require_flag,
-    require_integer,
-    require_positive,
-)
+from . import checks
 from .rope import RopeScaling
 
 SCHEDULES = ("fused", "paper")
@@ -47,20 +39,15 @@ class ReSAConfig:
     eight_bit_bounds: bool = False  # bounds rounded outward to 8 bits; the Triton path alone
 
     def __post_init__(self) -> None:
-        plain_fields(self)
-        p, n_local, f = self.active_ratio, self.local_blocks, self.interval
-        require_integer("block_size", self.block_size, 1)
-        require(is_number(p) and 0 < p <= 1, "active_ratio", repr(p), "0 < active_ratio ≤ 1")
-        require_integer("local_blocks", n_local, 1)
-        is_enough = is_integer(self.min_blocks, n_local)
-        allowed = f"an integer ≥ local_blocks = {n_local}"
-        require(is_enough, "min_blocks", repr(self.min_blocks), allowed)
-        is_interval, allowed = f is None or is_integer(f, 1), "an integer ≥ 1, or None for never"
-        require(is_interval, "interval", repr(f), allowed)
-        allowed = " or ".join(map(repr, SCHEDULES))
-        require(self.schedule in SCHEDULES, "schedule", repr(self.schedule), allowed)
-        require_integer("dense_layers", self.dense_layers, 0)
-        require_flag("eight_bit_bounds", self.eight_bit_bounds)
+        checks.plain_fields(self)
+        checks.require_integer("block_size", self.block_size, 1)
+        checks.require_share("active_ratio", self.active_ratio)
+        n_local = checks.require_integer("local_blocks", self.local_blocks, 1)
+        checks.require_integer("min_blocks", self.min_blocks, n_local, "local_blocks = ")
+        checks.require_optional("interval", self.interval, 1, "never")
+        checks.require_one_of("schedule", self.schedule, SCHEDULES)
+        checks.require_integer("dense_layers", self.dense_layers, 0)
+        checks.require_flag("eight_bit_bounds", self.eight_bit_bounds)
 
     @property
     def drift_limit(self) -> int | None:
@@ -107,16 +94,16 @@ class GPTConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        plain_fields(self)
+        checks.plain_fields(self)
         sizes = ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "hidden_size")
         for name in (*sizes, "intermediate_size", "context"):
-            require_integer(name, getattr(self, name), 1)
-        n_head, n_kv_head = self.n_head, self.n_kv_head
-        require(n_head % n_kv_head == 0, "n_head", n_head, f"a multiple of n_kv_head = {n_kv_head}")
-        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even: RoPE rotates pairs")
+            checks.require_integer(name, getattr(self, name), 1)
+        n_head, n, size = self.n_head, self.n_kv_head, self.head_dim
+        checks.require(n_head % n == 0, "n_head", n_head, f"a multiple of n_kv_head = {n}")
+        checks.require(size % 2 == 0, "head_dim", size, "even: RoPE rotates pairs")
         for name in ("rope_theta", "norm_eps"):
-            require_positive(name, getattr(self, name))
+            checks.require_positive(name, getattr(self, name))
         for name in ("qkv_bias", "qk_norm", "tied_embeddings"):
-            require_flag(name, getattr(self, name))
+            checks.require_flag(name, getattr(self, name))
         is_known = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
-        require(is_known, "rope_scaling", repr(self.rope_scaling), "a RopeScaling or None")
+        checks.require(is_known, "rope_scaling", repr(self.rope_scaling), "a RopeScaling or None")

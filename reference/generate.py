@@ -173,7 +173,6 @@ def generate(
     config = ReSAConfig() if config is None else config
     sampling = Sampling() if sampling is None else sampling
     check_request(model, prompts, max_new_tokens, config, sampling, stop_tokens, resume, generators)
-    max_new_tokens = int(max_new_tokens)
     opened = open_caches(model, prompts, max_new_tokens, config, resume)
     own = sequence_generators(len(prompts), sampling, generators)
 

@@ -5,7 +5,7 @@ makes operations public: they refuse by name what does not fit. At a first readi
 Triton path and ports keep the same contract and add their own limits.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from inspect import signature
@@ -67,12 +67,9 @@ def checked(ops: Operations, *, limits: Callable[..., None] | None = None) -> Op
         @wraps(operation)
         def call(*args: Any, **kwargs: Any) -> Any:
             bound = parameters.bind(*args, **kwargs)
-            arguments = bound.arguments
-            sizes = check_arguments(name, arguments)
+            sizes = check_arguments(name, bound.arguments)
             if limits is not None:
-                limits(name, arguments, sizes)
-            if "block_size" in arguments:  # kernels take Python's own integers
-                arguments["block_size"] = int(arguments["block_size"])
+                limits(name, bound.arguments, sizes)
             return operation(*bound.args, **bound.kwargs)
 
         return call
@@ -80,7 +77,7 @@ def checked(ops: Operations, *, limits: Callable[..., None] | None = None) -> Op
     return Operations(*(check_first(field.name) for field in fields(Operations)))
 
 
-def check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, int]:
+def check_arguments(name: str, arguments: dict[str, Any]) -> dict[str, int]:
     """Check one operation's arguments against the contract; returns the size of every letter."""
     # Shapes first: every later check may rely on them.
     shapes = SHAPES[name]
@@ -99,7 +96,9 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, int]:
     block_size = arguments.get("block_size", 1)  # dense attention knows no blocks
     if "config" in arguments:
         block_size = getattr(arguments["config"], "block_size", None)
-    checks.require_integer("block_size", block_size, 1)
+    block_size = checks.require_integer("block_size", block_size, 1)
+    if "block_size" in arguments:  # kernels need Python's own integers
+        arguments["block_size"] = block_size
     capacity = sizes["T_max"] if "T_max" in sizes else sizes["M"] * block_size
     checks.check_lengths("lengths", given["lengths"], capacity)
     if "query_lengths" in given:

@@ -115,7 +115,7 @@ def open_caches(
         kept = resume.cache.length - resume.n_drifted
         again = resume.tokens[-resume.n_drifted - 1 :]
     feeds = [[*again, *prompt] for prompt in prompts]
-    room = kept + max(max_new_tokens - 1, 0)  # the last token is never fed
+    room = kept + max(int(max_new_tokens) - 1, 0)  # the last token is never fed
     capacities = [len(feed) + room for feed in feeds]
 
     # All of them have to fit, not each by itself.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import plain_fields, require, require_integer, require_positive
+from .checks import plain_fields, require, require_integer, require_one_of, require_positive
 
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
 
@@ -33,8 +33,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        kinds = " or ".join(map(repr, ROPE_SCALINGS))
-        require(self.kind in ROPE_SCALINGS, "kind", repr(self.kind), kinds)
+        require_one_of("kind", self.kind, ROPE_SCALINGS)
         for name in ("factor", "slow", "fast", "amplitude"):
             require_positive(name, getattr(self, name))
         require(self.slow < self.fast, "slow", self.slow, f"less than fast = {self.fast}")

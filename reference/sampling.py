@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import is_integer, is_number, plain_fields, require
+from .checks import is_number, plain_fields, require, require_optional, require_share
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,8 @@ class Sampling:
         plain_fields(self)
         is_finite = is_number(self.temperature) and 0 <= self.temperature < float("inf")
         require(is_finite, "temperature", repr(self.temperature), "a finite number ≥ 0")
-        is_share = is_number(self.top_p) and 0 < self.top_p <= 1
-        require(is_share, "top_p", repr(self.top_p), "0 < top_p ≤ 1")
-        is_count = self.top_k is None or is_integer(self.top_k, 1)
-        require(is_count, "top_k", repr(self.top_k), "an integer ≥ 1, or None for all tokens")
+        require_share("top_p", self.top_p)
+        require_optional("top_k", self.top_k, 1, "all tokens")
 
     def token(self, logits: Tensor, generator: torch.Generator | None) -> int:
         """Choose a token from logits [V]. Uses one uniform number, at temperature 0 none."""
