@@ -22,7 +22,7 @@ from resa.reference.config import ReSAConfig
 from resa.reference.generate import Generation
 from resa.reference.model import GPT
 from resa.reference.operations import REFERENCE_OPS
-from resa.reference.requests import check_request, sequence_generators
+from resa.reference.requests import check_request, check_selection, sequence_generators
 from resa.reference.sampling import Sampling
 
 from .attention import count_split_counters, dense_attention, sparse_attention
@@ -98,6 +98,7 @@ def check_model(model: GPT, config: ReSAConfig, batch: int) -> None:
     """Refuse a model, block size or batch that the kernels do not support."""
     shape, is_known = model.config, model.ops in (REFERENCE_OPS, TRITON_OPS)
     require(is_known, "model.ops", "operations of its own", "the reference's or the kernels'")
+    check_selection(config, TRITON_OPS)
     check_kernel_dtypes(model=model.embed.weight)
     group, rows = shape.n_head // shape.n_kv_head, batch * shape.n_kv_head
     check_sizes(D=shape.head_dim, G=group, block_size=config.block_size, rows=rows)

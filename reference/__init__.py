@@ -28,6 +28,8 @@ score_blocks = CHECKED_OPS.score_blocks
 select_blocks = CHECKED_OPS.select_blocks
 sparse_attention = CHECKED_OPS.sparse_attention
 dense_attention = CHECKED_OPS.dense_attention
+sketch_keys = CHECKED_OPS.sketch_keys
+score_sketch = CHECKED_OPS.score_sketch
 
 # Loaders need more packages than torch, so they are imported when they are first used.
 _LOADERS = {
@@ -63,7 +65,9 @@ __all__ = [
     "rectify",
     "save_model",
     "score_blocks",
+    "score_sketch",
     "select_blocks",
+    "sketch_keys",
     "sparse_attention",
     "sparse_step",
     "speculate",

@@ -79,9 +79,17 @@ def require_positive(argument: str, value: object) -> None:
     require(is_positive, argument, repr(value), "a finite number > 0")
 
 
-def require_one_of(argument: str, value: object, allowed: Sequence[str]) -> None:
-    """Require one of a few words."""
-    require(value in allowed, argument, repr(value), " or ".join(map(repr, allowed)))
+def require_one_of(argument: str, value: object, allowed: Sequence[str | int]) -> None:
+    """Require one of a few words or integers; 1.0 and `True` are not 1."""
+    is_one = any(type(value) is type(each) and value == each for each in allowed)
+    require(is_one, argument, repr(value), " or ".join(map(repr, allowed)))
+
+
+def check_sketch(bits: object, head_dim: int) -> None:
+    """Refuse a sketch of other than 1 or 2 bits, or one whose codes fill no bytes."""
+    require_one_of("bits", bits, (1, 2))
+    allowed = f"a multiple of {8 // bits}: codes of {bits} bits fill whole bytes"
+    require(head_dim * bits % 8 == 0, "head_dim", head_dim, allowed)
 
 
 def require_flag(argument: str, value: object) -> None:
@@ -190,16 +198,25 @@ def memory_there_is(device: torch.device, free: int) -> str:
 
 
 def check_cache_memory(
-    shape: tuple[int, ...], block_size: int, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...],
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    sketch_bits: int | None = None,
 ) -> None:
     """Refuse a cache [layer, B, Hkv, T_max, D] that does not fit, before it is allocated."""
     n_layer, batch, kv_heads, capacity, head_dim = shape
-    row = n_layer * batch * kv_heads * head_dim * dtype.itemsize  # bytes of one token's keys
-    # Keys and values, and two bounds per block, which exist twice while the layers' are stacked.
-    needed = 2 * row * capacity + 4 * row * -(-capacity // block_size)
+    n_keys = n_layer * batch * kv_heads  # per token
+    row = n_keys * head_dim * dtype.itemsize  # bytes of one token's keys
+    # Keys and values, then sketches, or two bounds per block, which exist twice while the layers'
+    # are stacked.
+    per_token, per_block = 2 * row, 4 * row
+    if sketch_bits is not None:
+        per_token, per_block = 2 * row + n_keys * (head_dim * sketch_bits // 8 + dtype.itemsize), 0
+    needed = per_token * capacity + per_block * -(-capacity // block_size)
     free = free_memory(device)
     if needed > free:
-        fits = max(0, int(free / (2 * row + 4 * row / block_size)) // block_size * block_size)
+        fits = int(free / (per_token + per_block / block_size)) // block_size * block_size
         given = f"{batch} × {capacity:,} tokens, {needed / 1e9:.2f} GB"
         allowed = f"{batch} × {fits:,} tokens in {memory_there_is(device, free)}"
         raise torch.OutOfMemoryError(f"KV cache: got {given}; allowed: {allowed}")

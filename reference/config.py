@@ -1,7 +1,7 @@
 """The two configurations: how to decode (`ReSAConfig`) and what the model looks like (`GPTConfig`).
 
 Both are frozen and checked when they are made, so that every later file of the path can rely on
-them: `config → blocks → attention → operations → cache → model → sampling → generate`.
+them: `config → blocks → sketch → attention → operations → cache → model → sampling → generate`.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from . import checks
 from .rope import RopeScaling
 
 SCHEDULES = ("fused", "paper")
+SELECTIONS = ("bounds", "sketch")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class ReSAConfig:
     active_ratio: float = 0.1  # p, the share of blocks that a step reads, not the share left out
     min_blocks: int = 16  # n_min: up to n_min · b = 256 tokens a step reads everything
     local_blocks: int = 1  # n_local, newest blocks that every step reads
+    selection: str = "bounds"  # scores from bounds (eq. 3 and 4), or from "sketch"es (sketch.py)
+    sketch_bits: int = 2  # bits per channel of a sketch, 1 or 2
 
     # When a dense pass rectifies the cache.
     interval: int | None = 32  # f: a dense pass over the newest f tokens, every f tokens; or never
@@ -44,10 +47,19 @@ class ReSAConfig:
         checks.require_share("active_ratio", self.active_ratio)
         n_local = checks.require_integer("local_blocks", self.local_blocks, 1)
         checks.require_integer("min_blocks", self.min_blocks, n_local, "local_blocks = ")
+        checks.require_one_of("selection", self.selection, SELECTIONS)
+        checks.require_one_of("sketch_bits", self.sketch_bits, (1, 2))
         checks.require_optional("interval", self.interval, 1, "never")
         checks.require_one_of("schedule", self.schedule, SCHEDULES)
         checks.require_integer("dense_layers", self.dense_layers, 0)
         checks.require_flag("eight_bit_bounds", self.eight_bit_bounds)
+        has_bounds = self.selection == "bounds" or not self.eight_bit_bounds
+        checks.require(has_bounds, "eight_bit_bounds", True, "False: sketches have no bounds")
+
+    @property
+    def kept_bits(self) -> int | None:
+        """Bits per channel of the sketches that a cache keeps; None: it keeps bounds."""
+        return self.sketch_bits if self.selection == "sketch" else None
 
     @property
     def drift_limit(self) -> int | None:

@@ -82,6 +82,8 @@ def sparse_step(model: GPT, token: int, cache: KVCache, config: ReSAConfig) -> T
     position, b, device = cache.length, config.block_size, model.embed.weight.device
     require(position < cache.capacity, "length after the step", position + 1, f"≤ {cache.capacity}")
     require(b == cache.block_size, "config.block_size", b, f"{cache.block_size}")
+    bits, kept = config.kept_bits, cache.sketch_bits
+    require(bits == kept, "config.kept_bits", bits, f"{kept}, the cache's (None: it has bounds)")
     check_tokens([token], model.config.vocab_size)
     ids = torch.tensor([[token]], dtype=torch.int64, device=device)  # [1, 1]
     positions = torch.tensor([[position]], device=device)
@@ -90,13 +92,19 @@ def sparse_step(model: GPT, token: int, cache: KVCache, config: ReSAConfig) -> T
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # Append the token, which rebuilds the bounds of the newest block.
         cache.write(layer, position, key, value)
-        keys, values, bounds = cache.keys[layer], cache.values[layer], cache.bounds[layer]
+        keys, values = cache.keys[layer], cache.values[layer]
         if layer < config.dense_layers:
             return model.ops.dense_attention(query, keys, values, lengths)
 
-        # Score every block by its bounds, select a few, attend to those alone.
+        # Score every block by its bounds, or by its keys' sketches.
         query = query[:, :, 0]  # [1, Hq, D]
-        scores = model.ops.score_blocks(query, bounds, lengths, b)
+        if bits is None:
+            scores = model.ops.score_blocks(query, cache.bounds[layer], lengths, b)
+        else:
+            codes, scales = cache.codes[layer], cache.scales[layer]
+            scores = model.ops.score_sketch(query, codes, scales, lengths, b)
+
+        # Select a few, and attend to those alone.
         indices = model.ops.select_blocks(scores, lengths, config)
         return model.ops.sparse_attention(query, keys, values, indices, lengths, b)[:, :, None]
 

@@ -146,12 +146,10 @@ class GPT(nn.Module):
         twin.ops = ops
         return twin
 
-    def new_cache(self, capacity: int, block_size: int) -> KVCache:
+    def new_cache(self, capacity: int, block_size: int, sketch_bits: int | None = None) -> KVCache:
         """An empty cache of this model's dtype and on its device."""
-        like = self.embed.weight
-        return KVCache.empty(
-            self.config, capacity, block_size, dtype=like.dtype, device=like.device
-        )
+        place = {"dtype": self.embed.weight.dtype, "device": self.embed.weight.device}
+        return KVCache.empty(self.config, capacity, block_size, sketch_bits, **place)
 
 
 def causal_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

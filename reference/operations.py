@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, blocks, checks
+from . import attention, blocks, checks, sketch
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Operations:
     sparse_attention: Callable[..., Any]  # query [B, Hq, D], the cache, indices → out (eq. 2)
     dense_attention: Callable[..., Any]  # query [B, Hq, Q, D], the cache → out
 
+    # Instead of bounds; this project's own. None: an implementation without them.
+    sketch_keys: Callable[..., Any] | None = None  # keys → codes, scales. As `block_bounds`
+    score_sketch: Callable[..., Tensor] | None = None  # query, codes, scales → scores [B, Hkv, M]
+
 
 REFERENCE_OPS = Operations(
     blocks.block_bounds,
@@ -34,22 +38,28 @@ REFERENCE_OPS = Operations(
     blocks.select_blocks,
     attention.sparse_attention,
     attention.dense_attention,
+    sketch.sketch_keys,
+    sketch.score_sketch,
 )
 
 # Shapes in the letters that `blocks.py` explains. A letter has one size per call.
 _CACHE = {"keys": "B Hkv T_max D", "values": "B Hkv T_max D"}
+_SKETCH = {"codes": "B Hkv T_max W", "scales": "B Hkv T_max"}  # W bytes a key
 SHAPES = {
     "block_bounds": {"keys": "B Hkv T_max D", "lengths": "B"},
     "score_blocks": {"query": "B Hq D", "bounds": "B Hkv 2 D M", "lengths": "B"},
     "select_blocks": {"scores": "B Hkv M", "lengths": "B"},
     "sparse_attention": {"query": "B Hq D", **_CACHE, "indices": "B Hkv N", "lengths": "B"},
     "dense_attention": {"query": "B Hq Q D", **_CACHE, "lengths": "B", "query_lengths": "B"},
+    "sketch_keys": {"keys": "B Hkv T_max D"},
+    "score_sketch": {"query": "B Hq D", **_SKETCH, "lengths": "B"},
 }
 # Tensors that share one dtype, and what that may be. Scores are sums, so they have 32 or 64 bits.
 DTYPES = {
-    ("query", "keys", "values", "bounds"): checks.FLOATS,
+    ("query", "keys", "values", "bounds", "scales"): checks.FLOATS,
     ("scores",): (torch.float32, torch.float64),
     ("indices",): checks.INTEGERS,
+    ("codes",): (torch.uint8,),
 }
 
 
@@ -74,7 +84,8 @@ def checked(ops: Operations, *, limits: Callable[..., None] | None = None) -> Op
 
         return call
 
-    return Operations(*(check_first(field.name) for field in fields(Operations)))
+    names = [field.name for field in fields(Operations) if getattr(ops, field.name) is not None]
+    return Operations(**{name: check_first(name) for name in names})
 
 
 def check_arguments(name: str, arguments: dict[str, Any]) -> dict[str, int]:
@@ -100,9 +111,17 @@ def check_arguments(name: str, arguments: dict[str, Any]) -> dict[str, int]:
     if "block_size" in arguments:  # kernels need Python's own integers
         arguments["block_size"] = block_size
     capacity = sizes["T_max"] if "T_max" in sizes else sizes["M"] * block_size
-    checks.check_lengths("lengths", given["lengths"], capacity)
+    if "lengths" in given:
+        checks.check_lengths("lengths", given["lengths"], capacity)
     if "query_lengths" in given:
         checks.check_lengths("query_lengths", given["query_lengths"], sizes["Q"])
+
+    # The width of the codes says how many bits a channel has.
+    if name == "sketch_keys":
+        checks.check_sketch(arguments.get("bits", 2), sizes["D"])
+    if name == "score_sketch":
+        n_bytes, is_width = sizes["W"], 8 * sizes["W"] in (sizes["D"], 2 * sizes["D"])
+        checks.require(is_width, "codes", f"{n_bytes} bytes a key", "1 or 2 bits per channel")
     return sizes
 
 

@@ -12,6 +12,7 @@ from .cache import KVCache
 from .checks import check_cache_memory, check_tokens, is_integer, require, require_integer
 from .config import ReSAConfig
 from .model import GPT
+from .operations import Operations
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def open_caches(
     """
     only = "False: only the Triton path rounds bounds"
     require(not config.eight_bit_bounds, "config.eight_bit_bounds", True, only)
+    check_selection(config, model.ops)
     kept, again = 0, []
     if resume is not None:
         kept = resume.cache.length - resume.n_drifted
@@ -121,8 +123,9 @@ def open_caches(
     # All of them have to fit, not each by itself.
     shape, weight, b = model.config, model.embed.weight, config.block_size
     together = (shape.n_layer, 1, shape.n_kv_head, sum(capacities), shape.head_dim)
-    check_cache_memory(together, b, weight.dtype, weight.device)
-    caches = [model.new_cache(capacity, b) for capacity in capacities]
+    bits = config.kept_bits
+    check_cache_memory(together, b, weight.dtype, weight.device, bits)
+    caches = [model.new_cache(capacity, b, bits) for capacity in capacities]
 
     if resume is not None:
         old = zip(resume.cache.keys, resume.cache.values, strict=True)
@@ -130,6 +133,13 @@ def open_caches(
             caches[0].write(layer, 0, keys[:, :, :kept], values[:, :, :kept])
         caches[0].length = kept
     return list(zip(caches, feeds, strict=True))
+
+
+def check_selection(config: ReSAConfig, ops: Operations) -> None:
+    """Refuse sketches where the operations have none."""
+    has_it = config.kept_bits is None or ops.score_sketch is not None
+    allowed = "'bounds': these operations have no sketches"
+    require(has_it, "config.selection", repr(config.selection), allowed)
 
 
 def check_generators(

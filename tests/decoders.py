@@ -76,7 +76,7 @@ class ReferenceDecoder:
 
     def _truth(self, model, prompt, n_tokens, config):
         done = oracle.generate(weights(model), asdict(model.config), asdict(config), prompt, n_tokens)
-        cache = model.new_cache(done.cache.length, config.block_size)
+        cache = model.new_cache(done.cache.length, config.block_size, config.kept_bits)
         for name in ("keys", "values"):
             for layer, array in enumerate(getattr(done.cache, name)):
                 getattr(cache, name)[layer, 0] = torch.from_numpy(array)

@@ -569,6 +569,14 @@ def stored(value):
     return np.ascontiguousarray(array, np.int32 if array.dtype.kind in "iu" else np.float32)
 
 
+def halved(weight):
+    """The array in float16, which holds every weight exactly."""
+    half = weight.astype(np.float16)
+    if not np.array_equal(half, weight):
+        raise ValueError("a weight needs more than 11 bits")
+    return half
+
+
 def operations():
     """Tensors and manifest entries of every case of the five operations."""
     tensors, entries = {}, []
@@ -636,7 +644,7 @@ def files():
     return {
         "manifest.json": (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(),
         "operations.safetensors": save(dict(sorted(cases.items()))),
-        "weights.safetensors": save(dict(sorted(weights.items()))),
+        "weights.safetensors": save({name: halved(weight) for name, weight in sorted(weights.items())}),
         "traces.safetensors": save(dict(sorted(decodings.items()))),
     }
 

@@ -80,7 +80,7 @@ def near_tie(model, prompt, tokens, config, rivals=None):
     models = {"exact": deepcopy(model).double().with_ops(exact.ops()), "rounded": model.with_ops(rounded.ops())}
     text, states, logits = [*prompt, *tokens[:fed]], {}, {}
     for name, each in models.items():
-        cache = each.new_cache(len(prompt) + len(tokens), config.block_size)
+        cache = each.new_cache(len(prompt) + len(tokens), config.block_size, config.kept_bits)
         logits[name] = prefill(each, text, cache)
         states[name] = Generation([], cache)
 

@@ -101,6 +101,86 @@ def select_blocks(scores, lengths, config):
     return indices
 
 
+def sign(channel):
+    """1 or -1, from a hash of the channel's number (section 6, "Rotation")."""
+    x = (channel + 1) * 2654435761 % 2**32
+    y = (x ^ (x >> 15)) * 2246822519 % 2**32
+    return 1 - 2 * (y >> 31)
+
+
+def rotate(x):
+    """Signs, then a Hadamard transform of every run of m channels, by its definition (section 6): [D] -> [D]."""
+    m = next(m for m in range(len(x), 0, -1) if len(x) % m == 0 and m & (m - 1) == 0)
+    signed = [sign(d) * x[d] for d in range(len(x))]
+    rotated = np.zeros(len(x))
+    for d in range(len(x)):
+        run = d // m * m
+        for i in range(m):
+            rotated[d] += signed[run + i] * (-1) ** ((d % m) & i).bit_count()
+    return rotated / math.sqrt(m)
+
+
+def sketch_key(key, bits):
+    """Levels [D] and scale of one finite key [D] (section 6, "Code" and "Scale")."""
+    rotated = rotate(key)
+    step = 0.9957 * math.sqrt(np.mean(rotated**2))
+    thresholds = [0.0] if bits == 1 else [-step, 0.0, step]
+    levels = np.array([sum(r >= threshold for threshold in thresholds) for r in rotated])
+    code = code_of(levels, bits)
+    return levels, np.dot(rotated, code) / np.dot(code, code)
+
+
+def code_of(levels, bits):
+    """c for levels u: 2 u - 1 of one bit, u - 1.5 of two (section 6, "Code")."""
+    return 2 * levels - 1 if bits == 1 else levels - 1.5
+
+
+def sketch_keys(keys, bits=2):
+    """Codes and scales (section 6): keys [B, Hkv, T_max, D] -> [B, Hkv, T_max, D bits / 8] uint8, [B, Hkv, T_max]."""
+    keys = np.asarray(keys, np.float64)
+    codes = np.zeros((*keys.shape[:3], keys.shape[3] * bits // 8), np.uint8)
+    scales = np.full(keys.shape[:3], math.nan)
+    for place in np.ndindex(keys.shape[:3]):
+        if np.isfinite(keys[place]).all():
+            levels, scales[place] = sketch_key(keys[place], bits)
+            for d, level in enumerate(levels):
+                codes[place][d * bits // 8] |= level << d * bits % 8
+    return codes, scales
+
+
+def score_sketch(query, codes, scales, lengths, block_size):
+    """Estimated attention mass of each block, over the heads of a group (section 6, "Estimate" and "Score").
+
+    query [B, Hq, D], codes [B, Hkv, T_max, D bits / 8], scales [B, Hkv, T_max] -> scores [B, Hkv, M]; past the end
+    -inf. A valid token whose scale is NaN has no mass, and its block scores NaN.
+    """
+    query, scales = np.asarray(query, np.float64), np.asarray(scales, np.float64)
+    n_sequences, n_kv_heads, capacity, width = codes.shape
+    head_dim, group = query.shape[2], query.shape[1] // n_kv_heads
+    bits = 8 * width // head_dim
+    scores = np.full((n_sequences, n_kv_heads, count_blocks(capacity, block_size)), -math.inf)
+    for s in range(n_sequences):
+        for h in range(n_kv_heads):
+            scores[s, h, : count_blocks(lengths[s], block_size)] = 0
+            known = [t for t in range(lengths[s]) if not math.isnan(scales[s, h, t])]
+            shifts = np.arange(head_dim) * bits % 8
+            levels = [(codes[s, h, t].repeat(8 // bits) >> shifts) % 2**bits for t in known]
+            for g in range(group):
+                rotated = rotate(query[s, h * group + g])
+                logits = np.array(
+                    [
+                        scales[s, h, t] * np.dot(rotated, code_of(level.astype(np.float64), bits)) / math.sqrt(head_dim)
+                        for t, level in zip(known, levels, strict=True)
+                    ]
+                )
+                weights = np.exp(logits - logits.max()) if known else []
+                for t, weight in zip(known, weights, strict=True):
+                    scores[s, h, t // block_size] += weight / sum(weights)
+            for t in set(range(lengths[s])) - set(known):
+                scores[s, h, t // block_size] = math.nan
+    return scores
+
+
 def attend(query, keys, values):
     """One query, exactly: softmax(q k D**-0.5) v and the log-sum-exp of the logits (section 2, eq. 2).
 
@@ -262,7 +342,10 @@ def sparse_step(weights, config, resa, cache, token, selected=None):
     def attention(query, keys, values):
         lengths, block_size = [keys.shape[1]], resa["block_size"]
         query, keys, values = query[None, :, 0], keys[None], values[None]
-        scores = score_blocks(query, block_bounds(keys, lengths, block_size), lengths, block_size)
+        if resa.get("selection") == "sketch":
+            scores = score_sketch(query, *sketch_keys(keys, resa["sketch_bits"]), lengths, block_size)
+        else:
+            scores = score_blocks(query, block_bounds(keys, lengths, block_size), lengths, block_size)
         indices = select_blocks(scores, lengths, resa)
         if selected is not None:
             selected.append((scores[0], indices[0]))
@@ -284,11 +367,11 @@ class Generation:
 def generate(weights, config, resa, prompt, max_new_tokens, stop=(), forced=None, watch=None):
     """Greedy rectified sparse decoding of one sequence (section 3; Algorithm 1).
 
-    resa holds block_size, active_ratio, min_blocks, local_blocks, interval (None: never rectify) and schedule
-    ("paper" or "fused"). The last generated token, or a stop token, is never fed. With `forced`, those tokens take
-    the place of the chosen ones, so that two decoders can be compared under the same tokens. `watch(done, logits,
-    selected)` is called after the prefill and after every step, a rectification included, with the logits of the next
-    token and each layer's selection (empty after a dense pass).
+    resa holds block_size, active_ratio, min_blocks, local_blocks, interval (None: never rectify), schedule ("paper" or
+    "fused") and, where it is "sketch", selection with sketch_bits. The last generated token, or a stop token, is never
+    fed. With `forced`, those tokens take the place of the chosen ones, so that two decoders can be compared under the
+    same tokens. `watch(done, logits, selected)` is called after the prefill and after every step, a rectification
+    included, with the logits of the next token and each layer's selection (empty after a dense pass).
     """
     cache, interval = Cache.empty(config), resa["interval"]
     logits = dense_pass(weights, config, cache, prompt, 0)[-1]

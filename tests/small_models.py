@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import oracle
-from resa.reference import GPT, Generation, GPTConfig, ReSAConfig, block_bounds, decode_step, prefill
+from resa.reference import GPT, Generation, GPTConfig, ReSAConfig, block_bounds, decode_step, prefill, sketch_keys
 from tolerances import assert_same_bits
 
 EXACT = 1e-9  # the specification's tolerance in float64, for relative differences
@@ -114,6 +114,7 @@ def sparse_configs(draw, interval=None, schedule=None):
         active_ratio=draw(st.sampled_from([0.1, 0.25, 0.4])),
         min_blocks=local_blocks + draw(st.integers(0, 1)),
         local_blocks=local_blocks,
+        selection=draw(st.sampled_from(["bounds", "sketch"])),
         interval=draw(st.integers(1, 6)) if interval is None else interval,
         schedule=draw(st.sampled_from(["fused", "paper"])) if schedule is None else schedule,
     )
@@ -170,10 +171,17 @@ def relative(actual, expected):
 
 
 def assert_bounds_rebuilt(cache):
-    """Law 2: bounds that came about token by token are those of the keys as they stand, bit for bit.
+    """Laws 2 and 12: what came about token by token is what the keys as they stand give, bit for bit.
 
-    Up to the sign of zero, of which renderings may take either.
+    Bounds up to the sign of zero, of which renderings may take either.
     """
+    if cache.sketch_bits is not None:
+        assert cache.bounds is None
+        for keys, *stored in zip(cache.keys, cache.codes, cache.scales, strict=True):
+            rebuilt = sketch_keys(keys[:, :, : cache.length], cache.sketch_bits)
+            for kept, expected in zip(stored, rebuilt, strict=True):
+                assert_same_bits(kept[:, :, : cache.length], expected, "sketches")
+        return
     lengths = torch.tensor([cache.length], device=cache.keys.device)
     assert cache.bounds.dtype == cache.keys.dtype
     for layer, keys in enumerate(cache.keys):
@@ -183,7 +191,8 @@ def assert_bounds_rebuilt(cache):
 
 def assert_untouched(cache, before):
     """Every byte is as in the copy `before`, slots past the length included."""
-    for name in ("keys", "values", "bounds"):
+    kept = ("bounds",) if cache.sketch_bits is None else ("codes", "scales")
+    for name in ("keys", "values", *kept):
         assert_same_bits(getattr(cache, name), getattr(before, name), name)
     assert cache.length == before.length
 
@@ -194,12 +203,12 @@ def poison(cache, garbage):
     cache.values[:, :, :, cache.length :] = garbage
 
 
-def started(model, prompt, block_size, capacity, tokens=(), n_drifted=0):
+def started(model, prompt, block_size, capacity, tokens=(), n_drifted=0, sketch_bits=None):
     """A `Generation` set by hand: the prompt prefilled, and `tokens` as if generated, the last of them pending.
 
     The newest `n_drifted` of the others lie at the end of the prompt, as its open window.
     """
-    cache = model.new_cache(capacity, block_size)
+    cache = model.new_cache(capacity, block_size, sketch_bits)
     prefill(model, prompt, cache)
     return Generation(list(tokens), cache, n_drifted)
 
@@ -212,5 +221,5 @@ def feed(model, generation, config, token):
 
 def decoded_along(model, prompt, tokens, config):
     """Decode along given tokens after a prompt. -> logits [S, V] after each"""
-    generation = started(model, prompt, config.block_size, len(prompt) + len(tokens))
+    generation = started(model, prompt, config.block_size, len(prompt) + len(tokens), sketch_bits=config.kept_bits)
     return torch.stack([feed(model, generation, config, token) for token in tokens])

@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 
 from ..checks import checked_device, require
-from ..config import SCHEDULES, ReSAConfig
+from ..config import SCHEDULES, SELECTIONS, ReSAConfig
 from ..generate import Generation, generate
 from ..lab.evidence import without
 from ..operations import REFERENCE_OPS, Operations
@@ -204,11 +204,17 @@ def add_sparsity(parser: Parser, *, schedule: str) -> None:
         " predicts the next token as well"
     )
     parser.option("--schedule", schedule, text, choices=SCHEDULES)
+    text = (
+        "how blocks are scored. bounds: by the smallest and largest key of each (the paper's);"
+        " sketch: by the attention that keys of a few bits per channel let expect"
+    )
+    parser.option("--selection", "bounds", text, choices=SELECTIONS)
+    parser.option("--sketch-bits", 2, "bits per channel of a sketch", choices=(1, 2))
 
 
 def sparsity(options: argparse.Namespace, **more: Any) -> ReSAConfig:
     """Make a configuration of the arguments of `add_sparsity` and more."""
-    names = (*SPARSITY, "schedule")
+    names = (*SPARSITY, "schedule", "selection", "sketch_bits")
     config = ReSAConfig(**{name: getattr(options, name) for name in names}, **more)
     # A block is padded to its full size: larger ones only cost memory.
     require(config.block_size <= 65536, "--block-size", config.block_size, "1 … 65536")

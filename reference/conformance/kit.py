@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +31,8 @@ from ..operations import Operations
 from .trace import DRIFT, TRACE, check_steps, expected_steps, read_trace
 from .wrong import IMPRECISE, Wrong, foreign_code, in_one_line, part_of, wrong_clause, wrong_order
 
-OPERATIONS = tuple(field.name for field in fields(Operations))
+# Those that every port has; sketches have no vectors yet.
+OPERATIONS = tuple(field.name for field in fields(Operations) if field.default is MISSING)
 PASS, FAIL, UNCHECKED = "pass", "FAIL", "not checked"
 STYLES = {PASS: "none", FAIL: "bold red", UNCHECKED: "yellow"}
 SIGNATURES = "2 signatures"
@@ -66,7 +67,9 @@ def load_vectors() -> Vectors:
     names = ("operations", "weights", "traces")
     stored = ((folder / f"{name}.safetensors").read_bytes() for name in names)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return Vectors(manifest, *map(safetensors.numpy.load, stored))
+    operations, weights, traces = map(safetensors.numpy.load, stored)
+    weights = {name: weight.astype(np.float32) for name, weight in weights.items()}  # half the file
+    return Vectors(manifest, operations, weights, traces)
 
 
 def load_port(name: str) -> ModuleType:

@@ -1,5 +1,5 @@
 """Who may import whom: each file of the reading path only from its left,
-`config → blocks → attention → operations → cache → model → sampling → generate`.
+`config → blocks → sketch → attention → operations → cache → model → sampling → generate`.
 
 Rooms import from the path, never the reverse, and `fast/` imports from the reference, never the reverse. Read from the
 syntax trees, function bodies and type-checking blocks included. That the reference needs torch alone is tested with the
@@ -16,8 +16,8 @@ import pytest
 ROOTS = {package: Path(find_spec(package).origin).parent for package in ("resa.reference", "resa.fast")}
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 ARROW = [
-    "checks", "rope", "config", "blocks", "attention", "operations", "cache", "model", "sampling", "requests",
-    "generate", "speculate",
+    "checks", "rope", "config", "blocks", "sketch", "attention", "operations", "cache", "model", "sampling",
+    "requests", "generate", "speculate",
 ]  # fmt: skip
 # A kernel that appends a token and scores blocks needs what the cache does, so here the cache comes first.
 FAST_ARROW = [

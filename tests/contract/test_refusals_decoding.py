@@ -15,6 +15,7 @@ import torch
 from decoders import TRITON
 from resa.reference import (
     GPT,
+    REFERENCE_OPS,
     Generation,
     GPTConfig,
     KVCache,
@@ -124,6 +125,9 @@ def test_what_one_way_alone_can_do_is_refused_by_the_others():
     for decode in (generate, speculate):
         with refused("config.eight_bit_bounds", "True", "False: only the Triton path rounds bounds"):
             decode(SHAPE.model(), [[1]], 4, replace(CONFIG, eight_bit_bounds=True))
+    without = SHAPE.model().with_ops(replace(REFERENCE_OPS, score_sketch=None))
+    with refused("config.selection", "'sketch'", "'bounds': these operations have no sketches"):
+        generate(without, [[1]], 4, replace(CONFIG, selection="sketch"))
     with refused("config.interval", "None", "an integer, to speculate"):
         speculate(SHAPE.model(), [[1]], 4, replace(CONFIG, interval=None))
 
@@ -167,6 +171,10 @@ STEPS = [  # step(model, cache), and what its refusal says
     *((lambda m, c, id=id: sparse_step(m, id, c, CONFIG), "tokens", f"[{id}]", IDS)
       for id in (23, -1, 1.5, None, [1])),
     (lambda m, c: sparse_step(m, 1, c, ReSAConfig(block_size=4)), "config.block_size", "4", "2"),
+    (lambda m, c: sparse_step(m, 1, c, replace(CONFIG, selection="sketch")), "config.kept_bits", "2", "None, the…"),
+    (lambda m, c: sparse_step(m, 1, m.new_cache(8, 2, 2), CONFIG), "config.kept_bits", "None", "2, the cache's…"),
+    *((lambda m, c, n=n: m.new_cache(8, 2, n), "bits", repr(n), "1 or 2") for n in (0, 3, True, 2.0)),
+    (lambda m, c: Shape(head_dim=4).model().new_cache(8, 2, 1), "head_dim", 4, "a multiple of 8: codes of 1 bits…"),
     # A window that is too short would leave drifted tokens behind, one that starts late a gap.
     (lambda m, c: rectify(m, [1], c, 2), "tokens", "1 tokens", AT_LEAST),
     (lambda m, c: rectify(m, [], c, 0), "tokens", "0 tokens", "at least the 0 tokens of the window, and one"),
@@ -185,6 +193,7 @@ STEPS = [  # step(model, cache), and what its refusal says
     # Fields that depend on each other.
     (lambda m, c: ReSAConfig(min_blocks=2, local_blocks=3), "min_blocks", 2, "an integer ≥ local_blocks = 3"),
     (lambda m, c: ReSAConfig(local_blocks=17), "min_blocks", 16, "an integer ≥ local_blocks = 17"),
+    (lambda m, c: ReSAConfig(selection="sketch", eight_bit_bounds=True), "eight_bit_bounds", True, "False: sketches…"),
     (lambda m, c: replace(m.config, n_kv_head=4), "n_head", 6, "a multiple of n_kv_head = 4"),
     (lambda m, c: replace(m.config, n_kv_head=12), "n_head", 6, "a multiple of n_kv_head = 12"),
 ]  # fmt: skip
@@ -236,6 +245,8 @@ FIELDS = [  # configuration, field, values taken, values refused, allowed
     (ReSAConfig, "active_ratio", [1, 1e-9, np.float32(0.5)], [*SHARE, 1.0000001, np.True_], "0 < active_ratio ≤ 1"),
     (ReSAConfig, "local_blocks", [1, 3, 16], [0, -1, 1.0, True, None], POSITIVE),
     (ReSAConfig, "min_blocks", [1, 30], [0, -1, 16.0, True, None], "an integer ≥ local_blocks = 1"),
+    (ReSAConfig, "selection", ["bounds", "sketch"], ["Sketch", "", None, 2], "'bounds' or 'sketch'"),
+    (ReSAConfig, "sketch_bits", [1, 2, np.int64(2)], [0, 3, 4, True, 2.0, None, "2"], "1 or 2"),
     (ReSAConfig, "interval", [None, 1, np.int8(2)], [0, -1, True, 32.0, INF, "32"], f"{POSITIVE}, or None for never"),
     (ReSAConfig, "schedule", ["paper", "fused"], ["Fused", "", "papers", None, 1], "'fused' or 'paper'"),
     (ReSAConfig, "dense_layers", [0, 3], [-1, 0.5, True, None], "an integer ≥ 0"),
@@ -301,6 +312,19 @@ def test_a_cache_that_memory_cannot_hold_is_refused_with_what_would_fit(monkeypa
     with pytest.raises(torch.OutOfMemoryError, match="KV cache: got 1 × "):
         generate(model, [[]], 9, CONFIG, resume=begun)
     check()
+
+
+def test_sketches_count_in_what_would_fit(monkeypatch):
+    model, size = SHAPE.model(torch.float32), 50_000
+    monkeypatch.setattr("resa.reference.checks.free_memory", lambda device: size)
+    with pytest.raises(torch.OutOfMemoryError) as refusal:
+        model.new_cache(10**6, 2, 1)
+    fits = int(re.search(r"allowed: 1 × ([\d,]+) tokens", str(refusal.value))[1].replace(",", ""))
+    cache = model.new_cache(fits, 2, 1)
+    held = sum(tensor.nbytes for tensor in (cache.keys, cache.values, cache.codes, cache.scales))
+    assert size * 0.9 < held <= size
+    with pytest.raises(torch.OutOfMemoryError):
+        model.new_cache(fits + 2, 2, 1)
 
 
 def test_the_caches_of_all_prompts_have_to_fit_together(monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from backends import OPERATIONS
+from resa import reference
 from resa.reference import ReSAConfig
 from strategies import BLOCK_SIZES, DEVICE, HEAD_DIMS
 
@@ -161,6 +162,51 @@ def test_block_sizes(backend, operation, block_size):
     if "block_size" in call:
         found = refusal(backend, operation, call | {"block_size": block_size})
         assert found == f"block_size: got {block_size}; allowed: an integer ≥ 1"
+
+
+# Sketches, which the kernels don't have.
+
+SKETCH = {
+    "query": (torch.float32, [2, 6, 16]), "codes": (torch.uint8, [2, 2, 20, 4]), "scales": (torch.float32, [2, 2, 20]),
+    "lengths": (torch.int32, [2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codes": torch.zeros(2, 2, 20, 4)}, "codes: got torch.float32; allowed: uint8"),
+        ({"codes": torch.zeros(2, 2, 20, 3, dtype=torch.uint8)},
+         "codes: got 3 bytes a key; allowed: 1 or 2 bits per channel"),
+        ({"scales": torch.zeros(2, 2, 19)},
+         "scales: got shape [2, 2, 19]; allowed: [B Hkv T_max] with T_max = 20"),
+        ({"scales": torch.zeros(2, 2, 20).double()},
+         "scales: got torch.float64; allowed: torch.float32, as the arguments before it"),
+        ({"query": torch.zeros(2, 5, 16)}, "query: got 5 heads; allowed: a positive multiple of the 2 KV heads"),
+        ({"lengths": torch.tensor([21, 0])}, "lengths: got 0 … 21; allowed: 0 … 20"),
+        ({"block_size": 0}, "block_size: got 0; allowed: an integer ≥ 1"),
+    ],
+)  # fmt: skip
+def test_a_sketch_that_cannot_be_scored(changes, message):
+    call = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in SKETCH.items()} | {"block_size": BLOCK}
+    reference.score_sketch(**call)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the whole message is compared
+        reference.score_sketch(**call | changes)
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "message"),
+    [
+        *((8, bits, f"bits: got {bits!r}; allowed: 1 or 2") for bits in (0, 3, 4, True, None, 2.0)),
+        (4, 1, "head_dim: got 4; allowed: a multiple of 8: codes of 1 bits fill whole bytes"),
+        (6, 2, "head_dim: got 6; allowed: a multiple of 4: codes of 2 bits fill whole bytes"),
+    ],
+)
+def test_keys_that_cannot_be_sketched(head_dim, bits, message):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the whole message is compared
+        reference.sketch_keys(torch.zeros(1, 1, 3, head_dim), bits)
+    assert str(refused.value) == message
 
 
 # Limits of the kernels.

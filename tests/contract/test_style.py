@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 FILES = [
     path for folder in ("reference", "fast", "tests", "docs", "tutorials") for path in (ROOT / folder).rglob("*.py")
 ]
-READING_PATH = ("config", "blocks", "attention", "operations", "cache", "model", "sampling", "generate")
+READING_PATH = ("config", "blocks", "sketch", "attention", "operations", "cache", "model", "sampling", "generate")
 # A docstring begins with a verb or a noun.
 WEAK = ("Of ", "What ", "How ", "Whether ", "The same ", "As ")
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

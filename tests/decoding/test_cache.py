@@ -46,13 +46,15 @@ class CacheMachine(RuleBasedStateMachine):
         seed=st.integers(0, 2**32 - 1),
         group=st.sampled_from([3, 1]),
         block_size=st.sampled_from([2, 1, 3, 4]),
+        sketch_bits=st.sampled_from([None, 2, 1]),
         length=st.integers(1, 14),
     )
-    def begin(self, seed, group, block_size, length):
+    def begin(self, seed, group, block_size, sketch_bits, length):
         self.shape = Shape(seed=seed, group=group, qk_norm=seed % 2 == 1, qkv_bias=seed % 3 == 1)
         self.model = self.shape.model()
-        self.config = ReSAConfig(block_size=block_size, active_ratio=0.2, min_blocks=2)
-        self.cache = self.model.new_cache(CAPACITY, block_size)
+        selected = {} if sketch_bits is None else {"selection": "sketch", "sketch_bits": sketch_bits}
+        self.config = ReSAConfig(block_size=block_size, active_ratio=0.2, min_blocks=2, **selected)
+        self.cache = self.model.new_cache(CAPACITY, block_size, sketch_bits)
         self.drawn = self.open = self.bounds_seen = 0
         self.tokens = self.fresh(length)
         self.sparse_tokens = set()  # positions whose own step left blocks out
@@ -122,8 +124,9 @@ class CacheMachine(RuleBasedStateMachine):
         [(new, feed)] = open_caches(self.model, [[]], CAPACITY - len(self.tokens), self.config, resume)
         assert feed == self.tokens[kept:] + pending
         assert new.length == kept
-        for stored in (new.keys, new.values, new.bounds):
-            stored.add_(1)  # the copy has memory of its own
+        for stored in (new.keys, new.values, new.bounds, new.codes, new.scales):
+            if stored is not None:
+                stored.add_(1)  # the copy has memory of its own
         assert_untouched(old, before)
         [(self.cache, feed)] = open_caches(self.model, [[]], CAPACITY - len(self.tokens), self.config, resume)
         self.tokens, self.open = self.tokens[:kept], 0
@@ -147,6 +150,8 @@ class CacheMachine(RuleBasedStateMachine):
     def bounds_are_those_of_the_keys(self):
         """Bit for bit as rebuilt, and as the oracle has them in one layer, in turn."""
         assert_bounds_rebuilt(self.cache)
+        if self.cache.bounds is None:
+            return
         layer = self.bounds_seen % self.shape.layers
         self.bounds_seen += 1
         keys = self.cache.keys[layer].numpy()

@@ -129,17 +129,19 @@ def test_the_reference_tells_a_token_before_it_computes_the_next(monkeypatch):
 
 # --- Resuming ---
 
+TURNS = st.tuples(st.integers(0, 4), st.integers(0, 7), st.sampled_from(["bounds", "sketch"]))
+
 
 @share(2)
-@given(shapes(), sparse_configs(), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 7)), min_size=1, max_size=4),
-       st.booleans(), st.sampled_from([18, 1]))  # fmt: skip
+@given(shapes(), sparse_configs(), st.lists(TURNS, min_size=1, max_size=4), st.booleans(), st.sampled_from([18, 1]))
 def test_turns_equal_one_dense_prefill_up_to_the_last_window(shape, config, turns, endless_window, length):
-    """Any number of turns, each with new prompt tokens, or none, and some generated ones, or none."""
+    """Any number of turns, each with some new prompt tokens, some generated ones, and another selection."""
     config = replace(config, interval=None) if endless_window else config
     model, text = shape.model(), shape.tokens(length)
     (done,) = generate(model, [text], 3, config)
     text = text + done.tokens
-    for turn, (n_prompt, n_tokens) in enumerate(turns, start=1):
+    for turn, (n_prompt, n_tokens, selection) in enumerate(turns, start=1):
+        config = replace(config, selection=selection)  # what the cache keeps is built again
         if not done.tokens:  # nothing is pending: go on with a prompt, or not at all
             n_prompt = max(1, n_prompt)
         prompt = shape.tokens(n_prompt, stream=turn)

@@ -53,7 +53,8 @@ class Scene:
         return self.text[self.length :]
 
     def start(self, model, config, spare=0):
-        return started(model, self.text[: self.length], config.block_size, self.length + self.fed + spare)
+        capacity = self.length + self.fed + spare
+        return started(model, self.text[: self.length], config.block_size, capacity, sketch_bits=config.kept_bits)
 
 
 @st.composite

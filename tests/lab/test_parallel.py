@@ -11,12 +11,14 @@ from resa.reference.lab.parallel import decode_at_once, exact_stream, pooled_sco
 from small_models import EXACT, VISIBLE, Shape, decoded_along
 
 T, PROMPT = 86, 24
+SKETCH = {"selection": "sketch", "sketch_bits": 2}
 CORNERS = [
     {"interval": None},
     {"interval": 1, "schedule": "paper"},
     {"interval": 1, "schedule": "fused"},
     {"interval": 3, "schedule": "paper"},
     {"interval": 7, "schedule": "fused"},
+    {"interval": 7, "schedule": "fused", "selection": "sketch", "sketch_bits": 1},
 ]
 
 
@@ -61,7 +63,7 @@ def assert_same(model, tokens, config, prompt_tokens):
 
 @pytest.mark.parametrize("schedule", ["paper", "fused"])
 @pytest.mark.parametrize("interval", [1, 2, 5, 8, 12, 32, None])
-@pytest.mark.parametrize("more", [{}, {"local_blocks": 2, "dense_layers": 1}, {"active_ratio": 0.5}])
+@pytest.mark.parametrize("more", [{}, {"local_blocks": 2, "dense_layers": 1}, {"active_ratio": 0.5}, SKETCH])
 def test_it_equals_the_loop(model, tokens, schedule, interval, more):
     """Windows may begin inside a block, which then holds tokens of both streams."""
     options = {"block_size": 8, "active_ratio": 0.2, "min_blocks": 2, **more, "schedule": schedule}

@@ -1,0 +1,266 @@
+"""Key sketches (section 6 of the specification) and their laws 11 to 15, in float64 unless a test says otherwise."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracle
+from judging import arrays, full, int32
+from resa.reference import ReSAConfig, score_sketch, select_blocks, sketch_keys
+from resa.reference.sketch import rotate, unpacked
+from small_models import EXACT
+from strategies import GARBAGE, INF, NAN, ORDINARY_KEYS, Case, cases, examples, garbage
+from tolerances import assert_same_bits, eps
+
+HEAD_DIMS = (8, 16, 24, 64, 80, 96, 128)
+BITS = (1, 2)
+
+a_case = cases(
+    head_dims=HEAD_DIMS, block_sizes=(2, 3, 8), groups=(1, 2, 3), keys=ORDINARY_KEYS, max_blocks=4, max_batch=2
+)
+drawn = examples(12)
+
+
+def sketched(x, bits):
+    """Scores of a case, and the sketch they come from."""
+    codes, scales = sketch_keys(x.keys, bits)
+    return score_sketch(x.query, codes, scales, x.lengths, x.block_size), codes, scales
+
+
+def logits_of(query, keys):
+    """True logits [B, Hkv, G, T]: query [B, Hq, D], keys [B, Hkv, T, D]."""
+    return query.unflatten(1, (keys.shape[1], -1)) @ keys.mT * query.shape[-1] ** -0.5
+
+
+def estimates(query, codes, scales):
+    """Estimated logits [B, Hkv, G, T] and the approximate keys [B, Hkv, T, D] that give them, rotated."""
+    approximate = scales[..., None] * unpacked(codes, codes.shape[-1] * 8 // query.shape[-1], scales.dtype)
+    return logits_of(rotate(query), approximate), approximate
+
+
+# --- By hand ---
+
+
+def test_a_channel_alone_is_spread_over_all():
+    """A key of one channel: every rotated channel is its size over sqrt(D), so the outer levels, by signs."""
+    keys = full(1, 1, 1, 8, dtype=torch.float64)
+    keys[..., 0] = -4.0  # sign 1: all rotated channels are -4 / sqrt(8)
+    codes, scales = sketch_keys(keys, 2)
+    assert codes.tolist() == [[[[0, 0]]]]
+    assert scales.item() == pytest.approx(4 / math.sqrt(8) / 1.5, rel=1e-15)
+    keys[..., 0], keys[..., 1] = 0.0, 4.0  # sign -1, and ± by turns after the first butterfly
+    codes, scales = sketch_keys(keys, 2)
+    assert codes.tolist() == [[[[0b11001100, 0b11001100]]]], "the first channel takes the lowest bits"
+    assert sketch_keys(keys, 1)[0].tolist() == [[[[0b10101010]]]]
+    assert sketch_keys(keys, 1)[1].item() == pytest.approx(4 / math.sqrt(8), rel=1e-15)
+
+
+def test_a_key_of_zeros_has_scale_zero_and_its_token_still_has_mass():
+    keys = full(1, 1, 2, 8, dtype=torch.float64)
+    for bits in BITS:
+        codes, scales = sketch_keys(keys, bits)
+        assert scales.tolist() == [[[0.0, 0.0]]]
+        assert score_sketch(full(1, 1, 8, value=3.0, dtype=torch.float64), codes, scales, int32(2), 1).tolist() == [
+            [[0.5, 0.5]]
+        ]
+
+
+def test_a_length_of_zero_scores_nothing():
+    codes, scales = sketch_keys(full(1, 1, 3, 8), 2)
+    assert score_sketch(full(1, 2, 8), codes, scales, int32(0), 2).tolist() == [[[-INF, -INF]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("lost", [NAN, INF, -INF])
+def test_a_key_that_is_not_finite_leaves_the_softmax(dtype, lost):
+    """Its block scores NaN, which ranks last; the other tokens share the whole mass."""
+    keys = torch.randn(1, 1, 12, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    keys[0, 0, 5, 3] = lost
+    codes, scales = sketch_keys(keys, 2)
+    assert codes[0, 0, 5].tolist() == [0, 0]
+    assert scales.isnan().nonzero().tolist() == [[0, 0, 5]]
+    scores = score_sketch(full(1, 2, 8, value=1.0, dtype=dtype), codes, scales, int32(12), 4)
+    assert scores.isnan().tolist() == [[[False, True, False]]]
+    alone = score_sketch(full(1, 2, 8, value=1.0, dtype=dtype), codes, scales, int32(12), 1)
+    assert alone.nansum().item() == pytest.approx(2, rel=1e-6)
+    config = ReSAConfig(block_size=4, min_blocks=2, active_ratio=0.1)
+    assert select_blocks(scores, int32(12), config).tolist() == [[[0, 2]]]
+
+
+def test_a_scale_that_its_dtype_cannot_hold_counts_as_lost():
+    """In float16, keys near the largest number whose rotated channels lie between the levels."""
+    keys = full(1, 1, 1, 8, value=65504.0, dtype=torch.float16) * rotate(torch.eye(8)).T[0].sign().to(torch.float16)
+    codes, scales = sketch_keys(keys, 2)
+    assert scales.isfinite().all() == (codes.sum() > 0), "a code and a scale, or neither"
+
+
+# --- Beside the oracle ---
+
+
+@given(st.integers(0, 2**32), st.sampled_from(HEAD_DIMS))
+def test_rotation_is_the_oracles_and_keeps_products(seed, head_dim):
+    q, k = torch.randn(2, head_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for x in (q, k):
+        np.testing.assert_allclose(rotate(x), oracle.rotate(x.numpy()), atol=1e-13)
+    assert float(rotate(q) @ rotate(k)) == pytest.approx(float(q @ k), abs=1e-12)
+    assert not torch.allclose(rotate(k), k)
+
+
+@drawn
+@given(a_case, st.sampled_from(BITS))
+def test_sketches_are_the_oracles(case, bits):
+    """Codes may differ where a rotated channel lies within rounding of a threshold: grids have such."""
+    x = case.build(slack=0.0)
+    codes, scales = sketch_keys(x.keys, bits)
+    expected_codes, expected_scales = oracle.sketch_keys(*arrays(x.keys), bits)
+    rotated = rotate(x.keys)
+    step = 0.9957 * rotated.square().mean(dim=-1, keepdim=True).sqrt()
+    thresholds = (0 * step,) if bits == 1 else (-step, 0 * step, step)
+    nearest = torch.stack([(rotated - threshold).abs() for threshold in thresholds]).amin(dim=0)
+    is_clear = (nearest > 1e-12 * step).all(dim=-1)
+    same = (codes.numpy() == expected_codes).all(axis=-1)
+    assert (same | ~is_clear.numpy()).all()
+    np.testing.assert_allclose(scales.numpy()[same], expected_scales[same], rtol=1e-12)
+    assert codes.dtype == torch.uint8
+    assert codes.shape[-1] * 8 == bits * case.head_dim
+
+
+@drawn
+@given(a_case, st.sampled_from(BITS))
+def test_scores_are_the_oracles(case, bits):
+    x = case.build(slack=0.0)
+    scores, codes, scales = sketched(x, bits)
+    expected = oracle.score_sketch(*arrays(x.query), codes.numpy(), *arrays(scales), x.lengths.tolist(), x.block_size)
+    np.testing.assert_allclose(scores, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_narrow_dtypes_are_summed_in_float32(dtype, bits):
+    """Scales have the keys' dtype, rounded to nearest; scores are float32."""
+    x = Case(3, 2, 3, 64, 8, lengths=(37, 5), capacity=40).build(dtype, slack=0.0)
+    scores, codes, scales = sketched(x, bits)
+    assert (scores.dtype, scales.dtype) == (torch.float32, dtype)
+    wide, expected_scales = oracle.sketch_keys(*arrays(x.keys), bits)
+    same = (codes.numpy() == wide).all(axis=-1)
+    assert same.mean() > 0.95, "thresholds are rarely within rounding"
+    np.testing.assert_allclose(scales.double()[same], expected_scales[same], rtol=eps(dtype) + 8 * eps(torch.float32))
+    expected = oracle.score_sketch(*arrays(x.query), codes.numpy(), *arrays(scales), [37, 5], 8)
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+# --- Law 11, estimate, and what it certifies ---
+
+
+@drawn
+@given(a_case, st.sampled_from(BITS))
+def test_the_estimate_is_within_the_residual(case, bits):
+    x = case.build(slack=0.0)
+    _, codes, scales = sketched(x, bits)
+    found, approximate = estimates(x.query, codes, scales)
+    residual = (rotate(x.keys) - approximate).norm(dim=-1)[:, :, None]
+    limit = x.query.unflatten(1, (case.kv_heads, -1)).norm(dim=-1, keepdim=True) * residual * case.head_dim**-0.5
+    size = logits_of(x.query.abs(), x.keys.abs())
+    assert ((found - logits_of(x.query, x.keys)).abs() <= limit + 1e-12 * size).all()
+
+
+@drawn
+@given(a_case, st.sampled_from(BITS), st.floats(0.2, 0.8))
+def test_the_mass_left_out_is_certified(case, bits, ratio):
+    """Law 10's twin: ε = R / (Z + R), where R sums exp(estimate + its error) over tokens that are not selected."""
+    x = case.build(slack=0.0)
+    scores, codes, scales = sketched(x, bits)
+    config = ReSAConfig(block_size=case.block_size, min_blocks=1, active_ratio=ratio)
+    indices = select_blocks(scores, x.lengths, config)
+    found, approximate = estimates(x.query, codes, scales)
+    residual = (rotate(x.keys) - approximate).norm(dim=-1)[:, :, None]
+    norms = x.query.unflatten(1, (case.kv_heads, -1)).norm(dim=-1, keepdim=True)
+    upper, true = found + norms * residual * case.head_dim**-0.5, logits_of(x.query, x.keys)
+    for s, length in enumerate(case.lengths):
+        for h in range(case.kv_heads):
+            block = torch.arange(length) // case.block_size
+            chosen = torch.isin(block, indices[s, h])
+            if length == 0 or chosen.all():
+                continue
+            own, bound = true[s, h, :, :length], upper[s, h, :, :length]
+            taken = own[:, chosen].logsumexp(dim=-1)
+            left_out = torch.sigmoid(own[:, ~chosen].logsumexp(dim=-1) - taken)
+            certified = torch.sigmoid(bound[:, ~chosen].logsumexp(dim=-1) - taken)
+            assert (left_out <= certified + 1e-9).all()
+
+
+# --- Laws 12 to 15 ---
+
+
+@drawn
+@given(a_case, st.sampled_from(BITS), st.data())
+def test_a_sketch_belongs_to_its_token(case, bits, data):
+    """Law 12: sketching keys in parts gives the same bits as sketching them together."""
+    keys = case.build(torch.float32, slack=0.0).keys
+    at = data.draw(st.integers(0, case.capacity), label="first part")
+    parts = [sketch_keys(part, bits) for part in (keys[:, :, :at], keys[:, :, at:])]
+    for together, apart in zip(sketch_keys(keys, bits), zip(*parts, strict=True), strict=True):
+        assert_same_bits(together, torch.cat(apart, dim=2), "sketches in parts")
+
+
+@drawn
+@given(a_case, st.sampled_from(BITS), st.sampled_from(GARBAGE))
+def test_what_lies_past_the_length_changes_no_bit(case, bits, kind):
+    x = case.build(torch.float32, slack=0.0)
+    scores, codes, scales = sketched(x, bits)
+    past = torch.arange(case.capacity) >= x.lengths[:, None, None]
+    other = codes.masked_fill(past[..., None], 0b10010011), scales.masked_fill(past, garbage(kind, torch.float32))
+    assert_same_bits(score_sketch(x.query, *other, x.lengths, x.block_size), scores, f"past the length lies {kind}")
+
+
+@drawn
+@given(a_case, st.sampled_from(BITS))
+def test_scores_add_up_to_the_group(case, bits):
+    scores, _, _ = sketched(case.build(slack=NAN), bits)
+    total = scores.masked_fill(scores == -INF, 0.0).sum(dim=-1)
+    expected = torch.tensor([case.group if length else 0 for length in case.lengths], dtype=torch.float64)
+    assert (total - expected[:, None]).abs().max() <= EXACT
+    assert (
+        scores.isfinite().sum(dim=-1) == torch.tensor([[math.ceil(n / case.block_size)] for n in case.lengths])
+    ).all()
+
+
+@drawn
+@given(a_case, st.sampled_from(BITS))
+def test_keys_that_lie_on_their_levels_get_their_true_mass(case, bits):
+    """Law 15: whoever is its own sketch loses nothing to it."""
+    x = case.build(slack=0.0)
+    _, codes, scales = sketched(x, bits)
+    _, approximate = estimates(x.query, codes, scales)
+    # Undo the rotation: its rows are the rotated unit vectors.
+    own = approximate @ rotate(torch.eye(case.head_dim, dtype=torch.float64)).T
+    is_kept = (sketch_keys(own, bits)[0] == codes).all(dim=-1)  # a scale times a level may lie beyond another threshold
+    kept = replace(x, keys=torch.where(is_kept[..., None], own, 0.0))
+    scores, codes, scales = sketched(kept, bits)
+    true = logits_of(kept.query, kept.keys)
+    for s, length in enumerate(case.lengths):
+        mass = true[s, :, :, :length].softmax(dim=-1).sum(dim=1)  # [Hkv, T]
+        blocks = torch.nn.functional.pad(mass, (0, -length % case.block_size)).unflatten(-1, (-1, case.block_size))
+        n_blocks = math.ceil(length / case.block_size)
+        np.testing.assert_allclose(scores[s, :, :n_blocks], blocks.sum(dim=-1), atol=1e-9)
+    assert is_kept.double().mean() > 0.5 or case.key_kind != "normal"
+
+
+def test_a_sketch_finds_what_bounds_hide():
+    """Two large channels in one block, never in one key: its bounds promise what no key has."""
+    from resa.reference import block_bounds, score_blocks
+
+    keys = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    keys[0, 0, 0, 0] = keys[0, 0, 1, 1] = 30.0  # block 0: one channel each
+    keys[0, 0, 40, :2] = 20.0  # block 2: both
+    query = full(1, 1, 64, dtype=torch.float64)
+    query[..., :2] = 4.0
+    bounds = score_blocks(query, block_bounds(keys, int32(64), 16), int32(64), 16)
+    codes, scales = sketch_keys(keys, 2)
+    assert bounds.argmax().item() == 0
+    assert score_sketch(query, codes, scales, int32(64), 16).argmax().item() == 2
