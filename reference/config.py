@@ -30,8 +30,6 @@ class ReSAConfig:
     active_ratio: float = 0.1  # p, the share of blocks that a step reads, not the share left out
     min_blocks: int = 16  # n_min: up to n_min · b = 256 tokens a step reads everything
     local_blocks: int = 1  # n_local, newest blocks that every step reads
-    selection: str = "bounds"  # scores from bounds (eq. 3 and 4), or from "sketch"es (sketch.py)
-    sketch_bits: int = 2  # bits per channel of a sketch, 1 or 2
 
     # When a dense pass rectifies the cache.
     interval: int | None = 32  # f: a dense pass over the newest f tokens, every f tokens; or never
@@ -40,6 +38,10 @@ class ReSAConfig:
     # Options of the paper's tables, and of the Triton path.
     dense_layers: int = 0  # first layers that read everything, in sparse steps too (Table 1)
     eight_bit_bounds: bool = False  # bounds rounded outward to 8 bits; the Triton path alone
+
+    # How blocks are scored.
+    selection: str = "bounds"  # the paper's (eq. 3 and 4), or "sketch": this project's own
+    sketch_bits: int = 2  # bits per channel of a sketch, 1 or 2
 
     def __post_init__(self) -> None:
         checks.plain_fields(self)

@@ -16,6 +16,7 @@ from ..lab.corpus import TEXTS, read_documents
 from ..lab.evidence import SIZES, Part, run_parts
 from ..lab.fidelity import measure_fidelity
 from ..lab.free import measure_free
+from ..lab.scorers import SCORERS
 from ..lab.selection import measure_selection
 from ..weights.checkpoint import file_digest
 from ..weights.files import source_digest
@@ -89,8 +90,8 @@ def add_eval(commands: cli.Commands) -> None:
     parser.option("--lengths", [1024, 2048, 4096, 8192], "retrieval: tokens of the texts")
     parser.option("--seeds", 4, "free: texts that are written after each prompt")
     parser.option("--temperature", 0.7, "free: 0 takes the most likely token")
-    text = "carried: how blocks are scored"
-    parser.option("--scores", ["pooled"], text, choices=tuple(carried.SCORES))
+    text = "fidelity, sweep, carried: ways to score blocks, for comparison (default: --selection)"
+    parser.option("--scores", None, text, nargs="+", choices=tuple(SCORERS))
     cli.add_sparsity(parser, schedule="paper")
     cli.add_model(parser)
     parser.set_defaults(backend="auto")
@@ -141,6 +142,7 @@ def measure(options: argparse.Namespace, loaded: TextModel, config: ReSAConfig) 
     if question == "sweep":
         ratios, sizes = options.ratios or RATIOS, BLOCK_SIZES
     more = {"intervals": intervals, "ratios": ratios, "scored": options.scored}
+    more |= {"scores": options.scores}
     result = measure_fidelity(*given, block_sizes=options.block_sizes or sizes, **more)
     if question == "sweep":
         for row, name in product(result["rows"], NOT_IN_SWEEPS):

@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..checks import require, require_integer
 from ..config import ReSAConfig
 from ..model import GPT
 from ..weights.models import Tokenizer
 from .measure import over_documents, recovered, shares_by_kind, with_intervals
-from .parallel import Score, Stream, block_upper_bounds, decode_at_once, exact_stream, pooled_scores
+from .parallel import Stream, decode_at_once, exact_stream
 from .programs import UNSEEN, Program, alias_program
-from .selection import in_eight_bits
+from .scorers import SCORERS, own_scorer
 
 WIDTH = 512  # tokens per point of the curve along the text
 AGES = (0, 32, 128, 512, 2048)  # tokens: where the classes of ages begin
@@ -35,30 +34,12 @@ TOGETHER = {"cuda": 8}  # programs decoded side by side: one alone leaves a GPU 
 ALL = slice(None)
 
 
-def per_head_scores(query: Tensor, bounds: Tensor) -> Tensor:
-    """The largest of the heads' own upper bounds; shapes as in `pooled_scores`."""
-    group = query.unflatten(1, (bounds.shape[1], -1))  # [B, Hkv, G, S, D]
-    return block_upper_bounds(group, bounds[:, :, None]).amax(dim=2)
-
-
-def eight_bit_scores(query: Tensor, bounds: Tensor) -> Tensor:
-    """Pooled, with bounds rounded outward to 8-bit floats that share scales over all blocks."""
-    return pooled_scores(query, in_eight_bits(bounds))
-
-
-SCORES: dict[str, Score] = {
-    "pooled": pooled_scores,
-    "per-head": per_head_scores,
-    "8-bits": eight_bit_scores,
-}
-
-
 @dataclass(frozen=True)
 class Way:
     """One way of decoding."""
 
     config: ReSAConfig
-    score: str = "pooled"  # one of SCORES, by which blocks are selected
+    score: str | None = None  # one of SCORERS, by which blocks are selected; None: its own
 
 
 @dataclass(frozen=True)
@@ -110,8 +91,8 @@ def marked(
         # A check is right if the likeliest token is the one asserted.
         some, stream = shared
         if way is not None:
-            score = SCORES[way.score]
-            stream = decode_at_once(model, stream, way.config, prompt_tokens, score)
+            scorer = SCORERS[way.score or own_scorer(way.config)]
+            stream = decode_at_once(model, stream, way.config, prompt_tokens, scorer)
         right = []
         for index, hidden in zip(some, stream.hidden, strict=True):
             at = checks.at[checks.program == index]
@@ -135,12 +116,13 @@ def measure_carried(
     *,
     intervals: Sequence[int],
     ratios: Sequence[float],
-    scores: Sequence[str] = ("pooled",),
+    scores: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Shares of right values for every interval, ratio and score, with intervals over programs;
-    JSON-ready.
+    JSON-ready. `scores` are names of SCORERS; None is the configuration's own.
     """
     # Check the request, and list the ways of decoding.
+    scores = scores or [own_scorer(config)]
     require_integer("n_programs", n_programs, 1)
     require_integer("prompt_tokens", prompt_tokens, 1)
     require_integer("length", length, prompt_tokens + 1)

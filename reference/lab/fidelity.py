@@ -28,8 +28,9 @@ from ..config import ReSAConfig
 from ..model import GPT
 from .measure import check_documents, over_documents, recovered, stacked, stretches, with_intervals
 from .parallel import Stream, decode_at_once, exact_stream, windows
+from .scorers import SCORERS, Scorer, own_scorer
 
-Key = tuple[int, float, str]  # block size, active ratio, name of the way
+Key = tuple[int, float, str, str]  # block size, active ratio, scorer, name of the way
 NO_TOKEN = -1  # follows a text that ends
 CHUNK = 256  # predictions compared together: each takes as many numbers as there are tokens
 
@@ -43,18 +44,21 @@ def decoding_variants(config: ReSAConfig, intervals: Sequence[int]) -> dict[str,
     return variants
 
 
-def read_ratio(config: ReSAConfig, bounds: float = 1.0) -> float:
+def read_ratio(config: ReSAConfig, bounds: float = 1.0, head_dim: int = 128) -> float:
     """KV bytes that a layer reads per token relative to dense decoding, by the cost model (eq. 6).
 
     `bounds` is the share read of both 16-bit bounds: 1/2 if only the one that each channel needs is
-    read, 1/4 if that has 8 bits.
+    read, 1/4 if that has 8 bits. Sketches of `head_dim` channels are read whole.
 
     >>> round(read_ratio(ReSAConfig(schedule="paper")), 3)
     0.194
     >>> round(read_ratio(ReSAConfig(interval=None)), 4)
     0.1625
     """
-    step = bounds / config.block_size + config.active_ratio
+    searched = bounds / config.block_size
+    if config.selection == "sketch":  # codes, and a scale of 16 bits
+        searched = config.sketch_bits / 32 + 1 / (2 * head_dim)
+    step = searched + config.active_ratio
     if config.interval is None:
         return step
     if config.schedule == "paper":
@@ -109,7 +113,9 @@ def divergence(dense: Tensor, other: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compare(model: GPT, reading: Reading, config: ReSAConfig) -> dict[str, np.ndarray]:
+def compare(
+    model: GPT, reading: Reading, config: ReSAConfig, scorer: Scorer | None = None
+) -> dict[str, np.ndarray]:
     """Lead a way of decoding along the text; what it makes of each decoded token: [N] per name.
 
     After each step and its rectification, `drift` is the new token's and `mean_drift` the mean over
@@ -117,7 +123,7 @@ def compare(model: GPT, reading: Reading, config: ReSAConfig) -> dict[str, np.nd
     """
     # Predictions.
     exact, n_prompt = reading.exact, reading.prompt_tokens
-    decoded = decode_at_once(model, exact, config, n_prompt)
+    decoded = decode_at_once(model, exact, config, n_prompt, scorer)
     own_hidden = decoded.hidden[0, n_prompt:].split(CHUNK)
     parts: dict[str, list[Tensor]] = {"kl": [], "agreement": [], "cross_entropy": []}
     dense_parts, followings = reading.log_probs.split(CHUNK), reading.following.split(CHUNK)
@@ -149,12 +155,14 @@ def measure_fidelity(
     intervals: Sequence[int],
     ratios: Sequence[float],
     block_sizes: Sequence[int],
+    scores: Sequence[str] | None = None,
     scored: int | None = None,
 ) -> dict[str, Any]:
     """Compare all ways of decoding along the last `n_tokens` of documents; JSON-ready.
 
-    Every interval with every ratio and block size makes a row. Means are over the `scored` last
-    tokens (None: all of them), curves over all.
+    Every interval with every ratio, block size and score makes a row; `scores` are names of SCORERS
+    (None: the configuration's own). Means are over the `scored` last tokens (None: all of them),
+    curves over all.
     """
     # Check the request, and list the ways of decoding.
     require_integer("n_tokens", n_tokens, 2)
@@ -162,8 +170,8 @@ def measure_fidelity(
     require(2 <= scored <= n_tokens, "scored", scored, f"2 … {n_tokens}, of the tokens decoded")
     check_documents(documents, n_tokens + 1, model.config.context)
     ways = {
-        (size, ratio, name): way
-        for size, ratio in product(block_sizes, ratios)
+        (size, ratio, score, name): way
+        for size, ratio, score in product(block_sizes, ratios, scores or [own_scorer(config)])
         for name, way in decoding_variants(
             replace(config, block_size=size, active_ratio=ratio), intervals
         ).items()
@@ -175,7 +183,7 @@ def measure_fidelity(
     def measure(reading: Reading, key: Key | None) -> Mapping[str, Any]:
         if key is None:
             return {"cross_entropy": reading.cross_entropy.double().cpu()}
-        return compare(model, reading, ways[key])
+        return compare(model, reading, ways[key], SCORERS[key[2]])
 
     results = over_documents("Fidelity", documents, [None, *ways], prepare, measure)
     found = {key: stacked(each) for key, each in results.items()}
@@ -199,10 +207,10 @@ def summarise(
     for key in found:
         if key is None:
             continue
-        size, ratio, name = key
-        exact, never = (mean((size, ratio, end), "kl") for end in ("decode-only", "sparse"))
+        size, ratio, score, name = key
+        exact, never = (mean((size, ratio, score, end), "kl") for end in ("decode-only", "sparse"))
         own, drift = mean(key, "kl"), mean(key, "kl") - exact
-        row = {"way": name, "block_size": size, "ratio": ratio}
+        row = {"way": name, "block_size": size, "ratio": ratio, "score": score}
         row |= with_intervals(
             {
                 "kl": own,

@@ -7,18 +7,16 @@ ones from there on, and of all these the blocks that a sparse step would select.
 decoding share one exact stream.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..blocks import block_bounds, select_blocks
-from ..checks import accumulation_dtype
+from ..blocks import select_blocks
 from ..config import ReSAConfig
 from ..model import GPT, causal_attention
-from ..sketch import rotate, sketch_keys, unpacked
+from .scorers import SCORERS, Scorer, Steps, own_scorer
 
 SLICE = 512  # steps whose attention is computed together: bounds memory, changes no result
 
@@ -42,24 +40,6 @@ def windows(n_tokens: int, prompt_tokens: int, config: ReSAConfig) -> tuple[Tens
             n_drifted = 0
     found = torch.tensor([begins, is_dense], dtype=torch.int64, device="cpu")
     return found[0], found[1].bool()
-
-
-# query [B, Hq, S, D], bounds [B, Hkv, 2, D, M] → scores [B, Hkv, S, M]
-Score = Callable[[Tensor, Tensor], Tensor]
-
-
-def pooled_scores(query: Tensor, bounds: Tensor) -> Tensor:
-    """Scores of eq. 4 for many queries: [B, Hq, S, D], [B, Hkv, 2, D, M] → [B, Hkv, S, M]."""
-    return block_upper_bounds(query.unflatten(1, (bounds.shape[1], -1)).mean(dim=2), bounds)
-
-
-def block_upper_bounds(query: Tensor, bounds: Tensor) -> Tensor:
-    """Upper bounds of query · key over every block: [..., S, D], [..., 2, D, M] → [..., S, M].
-
-    max(q·lo, q·hi) is q·hi where q is positive and q·lo where it is negative: two matrix products.
-    """
-    lo, hi = bounds.to(query.dtype).unbind(dim=-3)
-    return query.clamp(min=0) @ hi + query.clamp(max=0) @ lo
 
 
 @dataclass(frozen=True)
@@ -129,12 +109,17 @@ def slices(
 
 
 def decode_at_once(
-    model: GPT, exact: Stream, config: ReSAConfig, prompt_tokens: int, score: Score = pooled_scores
+    model: GPT,
+    exact: Stream,
+    config: ReSAConfig,
+    prompt_tokens: int,
+    scorer: Scorer | None = None,
 ) -> Stream:
     """Decode along the text after its first `prompt_tokens`, which are prefilled and not all of it.
 
-    Differentiable in both streams. `score` takes the place of eq. 4, for comparison.
+    Differentiable in both streams. `scorer` takes the place of the configuration's, for comparison.
     """
+    scorer = SCORERS[own_scorer(config)] if scorer is None else scorer
     n_tokens, device = exact.tokens.shape[1], exact.tokens.device
     begins = windows(n_tokens, prompt_tokens, config)[0].to(device)
     parts = slices(n_tokens, prompt_tokens, config, device)
@@ -143,7 +128,7 @@ def decode_at_once(
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         is_sparse, group = layer >= config.dense_layers, query.shape[1] // key.shape[1]
         if is_sparse:
-            chosen = selected_tokens(query, exact.keys[layer], key, begins, config, score)
+            chosen = selected_tokens(query, exact.keys[layer], key, begins, config, scorer)
         keys.append(key)
         values.append(value)
         streams = (exact.keys[layer], key), (exact.values[layer], value)
@@ -173,101 +158,28 @@ def decode_at_once(
 
 @torch.no_grad()
 def selected_tokens(
-    query: Tensor, exact_key: Tensor, key: Tensor, begins: Tensor, config: ReSAConfig, score: Score
+    query: Tensor,
+    exact_key: Tensor,
+    key: Tensor,
+    begins: Tensor,
+    config: ReSAConfig,
+    scorer: Scorer,
 ) -> Tensor:
-    """Tokens in the blocks that the last S steps select (eq. 3–5): [B, Hkv, S, T] bool.
+    """Tokens in the blocks that the last S steps select: [B, Hkv, S, T] bool.
 
     query [B, Hq, S, D], keys of the exact stream [B, Hkv, T, D] and of the decoded one
-    [B, Hkv, S, D], begins [S] of the windows. A step selects its own block whatever that scores,
-    so bounds of whole blocks do, future tokens included.
+    [B, Hkv, S, D], begins [S] of the windows.
     """
     (batch, _, n_tokens, _), n_steps, b = exact_key.shape, len(begins), config.block_size
     decoded_key = torch.cat((exact_key[:, :, : n_tokens - n_steps], key), dim=2)
     at = torch.arange(n_tokens - n_steps, n_tokens, device=key.device)
-    if config.selection == "sketch":
-        scores = sketch_scores(query, exact_key, decoded_key, begins, at, config)
-    else:
-        scores = bound_scores(query, exact_key, decoded_key, begins, at, b, score)
+    scores = scorer(Steps(query, exact_key, decoded_key, begins, at, b))
 
     # Every step is a sequence of its own, as long as its cache is then.
     flat = scores.transpose(1, 2).flatten(0, 1)  # [B·S, Hkv, M]
     chosen = is_selected(flat, (at + 1).to(torch.int32).repeat(batch), config)
     by_block = chosen.unflatten(0, (batch, n_steps)).transpose(1, 2)
     return by_block.repeat_interleave(b, dim=-1)[..., :n_tokens]
-
-
-def sketch_scores(
-    query: Tensor,
-    exact_key: Tensor,
-    decoded_key: Tensor,
-    begins: Tensor,
-    at: Tensor,
-    config: ReSAConfig,
-) -> Tensor:
-    """Scores [B, Hkv, S, M] by sketches, of exact keys before each window and decoded ones after.
-
-    query [B, Hq, S, D], keys [B, Hkv, T, D], begins and positions `at` [S].
-    """
-    # Estimate all logits from either stream, as `score_sketch` does from one.
-    b, bits, n_tokens = config.block_size, config.sketch_bits, exact_key.shape[2]
-    slots = torch.arange(n_tokens, device=at.device)
-    rotated = rotate(query).unflatten(1, (exact_key.shape[1], -1))  # [B, Hkv, G, S, D]
-    streams = []
-    for keys in (exact_key, decoded_key):
-        codes, scales = sketch_keys(keys, bits)
-        streams.append((unpacked(codes, bits, rotated.dtype).mT, scales.to(rotated.dtype)))
-
-    # One softmax per step and head over the tokens up to the step's own.
-    scores = []
-    for steps in torch.arange(len(at), device=at.device).split(SLICE):
-        exact, decoded = (
-            (rotated[:, :, :, steps] @ code[:, :, None]) * scale[:, :, None, None]
-            for code, scale in streams
-        )
-        logits = torch.where(slots < begins[steps, None], exact, decoded) * query.shape[-1] ** -0.5
-        logits = logits.masked_fill(slots > at[steps, None], float("-inf"))
-        mass = F.pad(logits.softmax(dim=-1), (0, -n_tokens % b))  # [B, Hkv, G, S, M·b]
-        scores.append(mass.unflatten(-1, (-1, b)).sum(dim=(2, 5)))
-    return torch.cat(scores, dim=2)
-
-
-def bound_scores(
-    query: Tensor,
-    exact_key: Tensor,
-    decoded_key: Tensor,
-    begins: Tensor,
-    at: Tensor,
-    b: int,
-    score: Score,
-) -> Tensor:
-    """Scores [B, Hkv, S, M] by bounds, of exact keys before each window and decoded ones after.
-
-    query [B, Hq, S, D], keys [B, Hkv, T, D], begins and positions `at` [S]; blocks of b tokens.
-    """
-    # Score the blocks of both streams, in float32: half precision would tie what differs.
-    batch, _, n_tokens, _ = exact_key.shape
-    wide = query.to(accumulation_dtype(query.dtype))
-    lengths = torch.full((batch,), n_tokens, dtype=torch.int32, device=at.device)
-    with torch.autocast(at.device.type, enabled=False):
-        exact_scores, decoded_scores = (
-            score(wide, block_bounds(each, lengths, b)) for each in (exact_key, decoded_key)
-        )
-        ends = (torch.arange(exact_scores.shape[-1], device=at.device) + 1) * b
-        scores = torch.where(ends <= begins[:, None], exact_scores, decoded_scores)
-
-        # A window that begins inside an older block finds keys of both streams in it.
-        first = begins // b
-        (cut,) = ((begins % b > 0) & (first < at // b)).nonzero(as_tuple=True)
-        if len(cut):
-            own, window = begins[cut].unique(return_inverse=True)  # [W], [cut]
-            slots = (own // b * b)[:, None] + torch.arange(b, device=at.device)  # [W, b]
-            is_exact = (slots < own[:, None])[..., None]
-            mixed = torch.where(is_exact, exact_key[:, :, slots], decoded_key[:, :, slots])
-            bounds = torch.stack((mixed.amin(dim=3), mixed.amax(dim=3)), dim=2).mT
-            own_scores = score(wide[:, :, cut], bounds)  # [B, Hkv, cut, W]
-            rows = torch.arange(len(cut), device=at.device)
-            scores[:, :, cut, first[cut]] = own_scores[:, :, rows, window]
-    return scores
 
 
 def is_selected(scores: Tensor, lengths: Tensor, config: ReSAConfig) -> Tensor:

@@ -26,7 +26,8 @@ from ..checks import require_integer
 from ..config import ReSAConfig
 from ..model import GPT, causal_attention
 from .measure import check_documents, shown, stacked, with_intervals
-from .parallel import block_upper_bounds, is_selected
+from .parallel import is_selected
+from .scorers import block_upper_bounds, in_eight_bits
 
 SLICE = 16  # steps looked at together: each copies the keys of its cache
 SLACK = 1e-5  # rounding of float32, on masses of at most 1
@@ -70,26 +71,6 @@ def upper_bounds(step: Step, bounds: Tensor) -> Tensor:
     group = step.query.unflatten(1, (step.keys.shape[1], -1))  # [B, Hkv, G, D]
     finite = torch.where(bounds.isfinite(), bounds, 0)  # a block past the end has none
     return block_upper_bounds(group, finite) * step.query.shape[-1] ** -0.5
-
-
-def in_eight_bits(bounds: Tensor) -> Tensor:
-    """Round bounds [B, Hkv, 2, D, M] outward to e4m3 numbers times a power of two.
-
-    Each head and channel has a power of its own. Bounds of ±∞, past the end, stay.
-    """
-    # 448 is the largest e4m3 number.
-    finite = torch.where(bounds.isfinite(), bounds, 0).float()
-    largest = finite.abs().amax(dim=(2, 4), keepdim=True)
-    scale = torch.exp2(torch.ceil(torch.log2(largest / 448).clamp(min=-120)))
-    lo, hi = (bound.contiguous() for bound in (finite / scale).unbind(dim=2))
-
-    # Look up the greatest number that is no greater than lo, and the least that is no less than hi.
-    numbers = torch.arange(256, dtype=torch.uint8, device=bounds.device).view(torch.float8_e4m3fn)
-    numbers = numbers.float()[numbers.float().isfinite()].unique()  # ascending
-    below = numbers[torch.searchsorted(numbers, lo, right=True) - 1]
-    above = numbers[torch.searchsorted(numbers, hi)]
-    rounded = torch.stack((below, above), dim=2) * scale
-    return torch.where(bounds.isfinite(), rounded.to(bounds.dtype), bounds)
 
 
 def mean_logits(step: Step) -> Tensor:

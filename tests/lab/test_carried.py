@@ -9,10 +9,10 @@ import torch
 from resa.reference import GPT, GPTConfig, ReSAConfig, load_model, load_tokenizer
 from resa.reference.blocks import block_bounds
 from resa.reference.lab import carried
-from resa.reference.lab.carried import SCORES, Checks, Way, marked, measure_carried, summarise
+from resa.reference.lab.carried import Checks, Way, marked, measure_carried, summarise
 from resa.reference.lab.measure import recovered
-from resa.reference.lab.parallel import pooled_scores
 from resa.reference.lab.programs import UNSEEN, alias_program, program_rows
+from resa.reference.lab.scorers import eight_bit_scores, per_head_scores, pooled_scores
 from resa.reference.weights.checkpoint import shipped_checkpoint
 from small_models import decoded_along
 
@@ -64,7 +64,7 @@ def test_scores_are_what_they_are_called():
     torch.manual_seed(0)
     keys, query = torch.randn(1, 2, 64, 8), torch.randn(1, 4, 5, 8)
     bounds = block_bounds(keys, torch.tensor([64]), 16)
-    pooled, per_head, eight = (SCORES[name](query, bounds) for name in ("pooled", "per-head", "8-bits"))
+    pooled, per_head, eight = (score(query, bounds) for score in (pooled_scores, per_head_scores, eight_bit_scores))
     alone = [pooled_scores(query[:, heads], bounds) for heads in ([0, 2], [1, 3])]
     torch.testing.assert_close(per_head, torch.maximum(*alone))
     assert (eight >= pooled - 1e-6).all()

@@ -77,6 +77,8 @@ def reading(model, prompt, continuation):
         ({"schedule": "fused", "interval": 2, "block_size": 8}, (1 / 8 + 0.1 + 1) / 2),
         ({"schedule": "fused", "interval": 1}, 1.0),
         ({"interval": None, "schedule": "paper", "active_ratio": 0.5}, 1 / 16 + 0.5),
+        ({"interval": None, "selection": "sketch"}, 1 / 16 + 1 / 256 + 0.1),
+        ({"interval": None, "selection": "sketch", "sketch_bits": 1, "block_size": 32}, 1 / 32 + 1 / 256 + 0.1),
     ],
 )
 def test_the_cost_model_by_hand(change, expected):
@@ -195,9 +197,21 @@ def test_fidelity_over_documents_is_the_mean_of_comparisons(model, prompt, score
         assert row["by_position"]["kl"] == pytest.approx(curve.tolist()), "of all tokens, scored or not"
 
 
-def test_a_default_device_changes_no_number(model, prompt):
-    """Every tensor names its device."""
+def test_scores_are_compared_beside_each_other(model, prompt):
+    """Each with the ends of its own; a configuration's own score is one of them."""
     more = {"intervals": [4], "ratios": [0.1], "block_sizes": [4]}
+    both = measure_fidelity(model, [prompt], 9, CONFIG, **more, scores=["pooled", "sketch-2"])["rows"]
+    sketch = replace(CONFIG, selection="sketch")
+    assert both == [
+        row for own in (CONFIG, sketch) for row in measure_fidelity(model, [prompt], 9, own, **more)["rows"]
+    ]
+    assert both[0]["step_error"] != both[3]["step_error"]
+
+
+@pytest.mark.parametrize("scores", [["pooled"], ["sketch-2"]])
+def test_a_default_device_changes_no_number(model, prompt, scores):
+    """Every tensor names its device."""
+    more = {"intervals": [4], "ratios": [0.1], "block_sizes": [4], "scores": scores}
     expected = measure_fidelity(model, [prompt], 9, CONFIG, **more)
     with torch.device("meta"):
         assert measure_fidelity(model, [prompt], 9, CONFIG, **more) == expected
@@ -218,8 +232,8 @@ def test_a_row_by_hand():
     found = {None: {"cross_entropy": np.array([[1.0], [2.0]])}}
     for name, values in kl.items():
         column = np.array(values)[:, None]
-        found[16, 0.1, name] = {"kl": column, "agreement": 1 - column, "mean_drift": column}
-        found[16, 0.1, name]["cross_entropy"] = found[None]["cross_entropy"] + 2 * column
+        found[16, 0.1, "pooled", name] = {"kl": column, "agreement": 1 - column, "mean_drift": column}
+        found[16, 0.1, "pooled", name]["cross_entropy"] = found[None]["cross_entropy"] + 2 * column
     rows = {row["way"]: row for row in summarise(found, 1)}
     expected = {"kl": 0.175, "step_error": 0.1, "drift": 0.075, "gain": 0.225, "cross_entropy_lost": 0.35}
     for name, value in (expected | {"recovered": 1 - 0.075 / 0.3, "agreement": 0.825}).items():

@@ -1,13 +1,15 @@
 """Decoding at once gives what decoding step by step gives: every schedule, interval, block size and corner."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 from resa.reference import ReSAConfig
 from resa.reference.lab import parallel
-from resa.reference.lab.parallel import decode_at_once, exact_stream, pooled_scores
+from resa.reference.lab.parallel import decode_at_once, exact_stream
+from resa.reference.lab.scorers import by_bounds, pooled_scores
 from small_models import EXACT, VISIBLE, Shape, decoded_along
 
 T, PROMPT = 86, 24
@@ -104,5 +106,5 @@ def test_scores_are_asked_for_decoded_steps_alone_and_in_float32(model, tokens):
         return pooled_scores(query, bounds)
 
     config = ReSAConfig(block_size=8, active_ratio=0.1, min_blocks=2, dense_layers=1)
-    decode_at_once(half, exact_stream(half, tokens), config, PROMPT, score)
+    decode_at_once(half, exact_stream(half, tokens), config, PROMPT, partial(by_bounds, score=score))
     assert asked == [(T - PROMPT, torch.float32)] * 4  # of both streams, in the two layers that select

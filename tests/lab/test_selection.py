@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from resa.reference import ReSAConfig, block_bounds, score_blocks
 from resa.reference.lab import selection
+from resa.reference.lab.scorers import in_eight_bits
 from resa.reference.lab.selection import (
     Step,
     certified_bound,
-    in_eight_bits,
     is_selected,
     left_out,
     measure_selection,
