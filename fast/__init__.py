@@ -23,6 +23,8 @@ if find_spec("triton") is not None:
     select_blocks = CHECKED_OPS.select_blocks
     sparse_attention = CHECKED_OPS.sparse_attention
     dense_attention = CHECKED_OPS.dense_attention
+    sketch_keys = CHECKED_OPS.sketch_keys
+    score_sketch = CHECKED_OPS.score_sketch
 
     __all__ = [
         "TRITON_OPS",
@@ -34,6 +36,8 @@ if find_spec("triton") is not None:
         "generate",
         "prefill",
         "score_blocks",
+        "score_sketch",
         "select_blocks",
+        "sketch_keys",
         "sparse_attention",
     ]

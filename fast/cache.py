@@ -22,42 +22,55 @@ from resa.reference.config import GPTConfig
 
 from .gpu.bounds8 import Bounds8, encode_e4m3, table_and_scale
 from .gpu.launch import let_next_start
+from .sketch import Sketches, write_sketched
 
 
 @dataclass
 class BatchedCache:
     """Keys and values [layer, B, Hkv, T_max, D] of B sequences, their bounds and lengths.
 
-    `bounds` holds one table [B, Hkv, 2, D, M] per layer, exact or in 8 bits. Slots at or past a
-    length hold anything at all.
+    `bounds` holds one table [B, Hkv, 2, D, M] per layer, exact or in 8 bits; with `sketches` it is
+    None. Slots at or past a length hold anything at all.
     """
 
     keys: Tensor
     values: Tensor
-    bounds: Tensor | Sequence[Tensor | Bounds8]
+    bounds: Tensor | Sequence[Tensor | Bounds8] | None
     lengths: Tensor  # [B] int32, tokens cached
     block_size: int
+    sketches: Sketches | None = None
 
     @classmethod
     def empty(
         cls, config: GPTConfig, batch: int, capacity: int, block_size: int,
-        *, dtype: torch.dtype, device: torch.device | str,
+        sketch_bits: int | None = None, *, dtype: torch.dtype, device: torch.device | str,
     ) -> BatchedCache:  # fmt: skip
         """A cache with room for `capacity` tokens per sequence and none in it."""
         shape = (config.n_layer, batch, config.n_kv_head, capacity, config.head_dim)
-        check_cache_memory(shape, block_size, dtype, torch.device(device))
+        check_cache_memory(shape, block_size, dtype, torch.device(device), sketch_bits)
         keys = torch.zeros(shape, dtype=dtype, device=device)
+        values, lengths = (
+            torch.zeros_like(keys),
+            torch.zeros(batch, dtype=torch.int32, device=device),
+        )
+        if sketch_bits is not None:
+            codes = keys.new_zeros(*shape[:4], shape[4] * sketch_bits // 8, dtype=torch.uint8)
+            sketches = Sketches(codes, keys.new_zeros(shape[:4]), sketch_bits)
+            return cls(keys, values, None, lengths, block_size, sketches)
         n_blocks = triton.cdiv(capacity, block_size)
         bounds = keys.new_empty(*shape[:3], 2, config.head_dim, n_blocks)
         bounds[:, :, :, 0] = float("inf")  # no block holds a token yet
         bounds[:, :, :, 1] = float("-inf")
-        lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        return cls(keys, torch.zeros_like(keys), bounds, lengths, block_size)
+        return cls(keys, values, bounds, lengths, block_size)
 
     @property
     def capacity(self) -> int:
         """T_max, the most tokens of a sequence that fit."""
         return self.keys.shape[3]
+
+    def searched(self, layer: int) -> Tensor | Bounds8 | Sketches:
+        """What a step searches for blocks in: a layer's bounds or sketches."""
+        return self.bounds[layer] if self.sketches is None else self.sketches.of_layer(layer)
 
     def sequence(self, index: int, length: int) -> KVCache:
         """One sequence, `length` tokens of it, as the reference's cache.
@@ -66,27 +79,33 @@ class BatchedCache:
         of its sequences is held.
         """
         own = slice(index, index + 1)
-        cached = self.keys[:, own], self.values[:, own], self.bounds[:, own]
-        return KVCache(*cached, length, self.block_size)
+        keys, values, sketches = self.keys[:, own], self.values[:, own], self.sketches
+        if sketches is None:
+            return KVCache(keys, values, self.bounds[:, own], length, self.block_size)
+        stored = sketches.bits, sketches.codes[:, own], sketches.scales[:, own]
+        return KVCache(keys, values, None, length, self.block_size, *stored)
 
 
 def write_window(
-    keys: Tensor, values: Tensor, bounds: Tensor | Bounds8, new_keys: Tensor, new_values: Tensor,
-    start: Tensor, end: Tensor, block_size: int
+    keys: Tensor, values: Tensor, bounds: Tensor | Bounds8 | Sketches, new_keys: Tensor,
+    new_values: Tensor, start: Tensor, end: Tensor, block_size: int
 ) -> None:  # fmt: skip
     """Store one layer's new keys and values in place, and rebuild the bounds they touch (law 2).
 
-    keys and values [B, Hkv, T_max, D], bounds [B, Hkv, 2, D, M], exact or in 8 bits, new_keys and
-    new_values [B, Hkv, Q, D], start and end [B]. Sequence s stores its first end[s] − start[s] ≤ Q
-    new tokens at positions start[s], start[s] + 1, … Positions from end[s] on do not count in the
-    bounds, whatever they hold. end[s] = start[s] leaves sequence s as it is.
+    keys and values [B, Hkv, T_max, D], bounds [B, Hkv, 2, D, M], exact or in 8 bits, or sketches,
+    new_keys and new_values [B, Hkv, Q, D], start and end [B]. Sequence s stores its first end[s] −
+    start[s] ≤ Q new tokens at positions start[s], start[s] + 1, … Positions from end[s] on do not
+    count in the bounds, whatever they hold. end[s] = start[s] leaves sequence s as it is.
     """
     batch, n_kv_head, capacity, head_dim = keys.shape
     width = new_keys.shape[2]
     if new_keys.numel():
+        start, end = (ends.to(torch.int32).contiguous() for ends in (start, end))
+        if isinstance(bounds, Sketches):
+            write_sketched(keys, values, bounds, new_keys, new_values, start, end)
+            return
         touched = (width + block_size - 2) // block_size + 1  # by a window of so many tokens
         table, scale = table_and_scale(bounds)
-        start, end = (ends.to(torch.int32).contiguous() for ends in (start, end))
         # Not started early: beside the scoring there is time enough, and steps have measured up to
         # a quarter slower.
         _write_kernel[(touched, batch * n_kv_head)](

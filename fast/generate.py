@@ -22,7 +22,7 @@ from resa.reference.config import ReSAConfig
 from resa.reference.generate import Generation
 from resa.reference.model import GPT
 from resa.reference.operations import REFERENCE_OPS
-from resa.reference.requests import check_request, check_selection, sequence_generators
+from resa.reference.requests import check_request, sequence_generators
 from resa.reference.sampling import Sampling
 
 from .attention import count_split_counters, dense_attention, sparse_attention
@@ -35,6 +35,7 @@ from .gpu.limits import INTERPRETED, check_kernel_dtypes, check_sizes
 from .model import accelerated, check_plain
 from .operations import TRITON_OPS
 from .sampling import Sampler
+from .sketch import Sketches, score_sketch, sketch_keys
 
 NO_TOKEN = -1
 PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt, at most; changes no result
@@ -98,7 +99,6 @@ def check_model(model: GPT, config: ReSAConfig, batch: int) -> None:
     """Refuse a model, block size or batch that the kernels do not support."""
     shape, is_known = model.config, model.ops in (REFERENCE_OPS, TRITON_OPS)
     require(is_known, "model.ops", "operations of its own", "the reference's or the kernels'")
-    check_selection(config, TRITON_OPS)
     check_kernel_dtypes(model=model.embed.weight)
     group, rows = shape.n_head // shape.n_kv_head, batch * shape.n_kv_head
     check_sizes(D=shape.head_dim, G=group, block_size=config.block_size, rows=rows)
@@ -128,15 +128,20 @@ def open_cache(
     capacity = padded_capacity(kept + max(map(len, feed)) + room, config.block_size)
     weight, b = model.embed.weight, config.block_size
     cache = BatchedCache.empty(
-        model.config, len(prompts), capacity, b, dtype=weight.dtype, device=weight.device
-    )
+        model.config, len(prompts), capacity, b, config.kept_bits,
+        dtype=weight.dtype, device=weight.device
+    )  # fmt: skip
 
     if resume is not None:
         cache.keys[:, :, :, :kept] = resume.cache.keys[:, :, :, :kept]
         cache.values[:, :, :, :kept] = resume.cache.values[:, :, :, :kept]
         cache.lengths += kept
         for layer, keys in enumerate(cache.keys):
-            cache.bounds[layer] = block_bounds(keys, cache.lengths, b)
+            if cache.sketches is None:
+                cache.bounds[layer] = block_bounds(keys, cache.lengths, b)
+            else:
+                codes, scales = sketch_keys(keys, cache.sketches.bits)
+                cache.sketches.codes[layer], cache.sketches.scales[layer] = codes, scales
     return cache, feed
 
 
@@ -204,8 +209,8 @@ def dense_pass(
     visible = torch.where(counts > 0, end, 0)  # a sequence that feeds nothing computes nothing
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values, bounds = cache.keys[layer], cache.values[layer], cache.bounds[layer]
-        write_window(keys, values, bounds, key, value, start, end, cache.block_size)
+        keys, values, searched = cache.keys[layer], cache.values[layer], cache.searched(layer)
+        write_window(keys, values, searched, key, value, start, end, cache.block_size)
         return dense_attention(
             query, keys, values, visible, query_lengths=counts, split_counters=split_counters
         )
@@ -227,18 +232,23 @@ class SparseStep:
 
 def attend_sparsely(
     step: SparseStep, query: Tensor, key: Tensor, value: Tensor,
-    keys: Tensor, values: Tensor, bounds: Tensor | Bounds8,
+    keys: Tensor, values: Tensor, bounds: Tensor | Bounds8 | Sketches,
 ) -> Tensor:  # fmt: skip
     """One layer of a sparse step: append, score, select, attend.
 
     query [B, Hq, D], key and value [B, Hkv, 1, D] → out [B, Hq, D]. keys, values [B, Hkv, T_max, D]
-    and bounds [B, Hkv, 2, D, M] are extended in place.
+    and bounds [B, Hkv, 2, D, M] or sketches are extended in place.
     """
     # Append and score side by side. The newest block is always attended, so its score is not
-    # needed: scoring covers the blocks before it and does not wait for the write.
+    # needed: scoring covers the blocks before it and does not wait for the write. Sketches share
+    # one softmax among all tokens, the new one included.
     plan, side, b = step.plan, step.side_stream, step.config.block_size
     n_scores = keys.shape[0] * keys.shape[1] * (keys.shape[2] // b)
-    if side is None and b * keys.shape[3] <= SMALL_BLOCK and n_scores < MANY_SCORES:
+    if isinstance(bounds, Sketches):
+        side = None
+        write_window(keys, values, bounds, key, value, plan.start, plan.end, b)
+        scores = score_sketch(query, bounds.codes, bounds.scales, plan.visible, b)
+    elif side is None and b * keys.shape[3] <= SMALL_BLOCK and n_scores < MANY_SCORES:
         new = key, value, keys, values, bounds
         scores = append_and_score(query, *new, plan.start, plan.end, plan.completed, b)
     else:
@@ -268,16 +278,16 @@ def sparse_step(model: GPT, tokens: Tensor, cache: BatchedCache, step: SparseSte
     plan, b = step.plan, step.config.block_size
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values, bounds = cache.keys[layer], cache.values[layer], cache.bounds[layer]
+        keys, values, searched = cache.keys[layer], cache.values[layer], cache.searched(layer)
         key, value = key.contiguous(), value.contiguous()
         if layer < step.config.dense_layers:
-            write_window(keys, values, bounds, key, value, plan.start, plan.end, b)
+            write_window(keys, values, searched, key, value, plan.start, plan.end, b)
             return dense_attention(
                 query, keys, values, plan.visible,
                 query_lengths=plan.mask, split_counters=step.split_counters
             )  # fmt: skip
         query = query[:, :, 0].contiguous()
-        return attend_sparsely(step, query, key, value, keys, values, bounds)[:, :, None]
+        return attend_sparsely(step, query, key, value, keys, values, searched)[:, :, None]
 
     hidden = model.hidden_states(tokens[:, None], plan.start[:, None], attend)
     return model.output(hidden[:, 0])

@@ -1,4 +1,4 @@
-"""The five operations in Triton, and their public forms, which check their arguments.
+"""The operations in Triton, and their public forms, which check their arguments.
 
 The contract is the reference's (`resa.reference.operations`); `gpu/limits.py` adds what the kernels
 cannot do. 8-bit bounds have no counterpart there, so they are checked here. The unchecked
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resa.reference.operations import Operations, check_arguments, checked
 
-from . import attention, blocks
+from . import attention, blocks, sketch
 from .gpu.bounds8 import Bounds8
 from .gpu.limits import check_limits
 
@@ -23,6 +23,8 @@ TRITON_OPS = Operations(
     blocks.select_blocks,
     attention.sparse_attention,
     attention.dense_attention,
+    sketch.sketch_keys,
+    sketch.score_sketch,
 )
 
 CHECKED_OPS = checked(TRITON_OPS, limits=check_limits)

@@ -170,15 +170,15 @@ def relative(actual, expected):
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-def assert_bounds_rebuilt(cache):
+def assert_bounds_rebuilt(cache, sketch_keys=sketch_keys):
     """Laws 2 and 12: what came about token by token is what the keys as they stand give, bit for bit.
 
-    Bounds up to the sign of zero, of which renderings may take either.
+    Bounds up to the sign of zero, of which renderings may take either; sketches by the rendering that made them.
     """
     if cache.sketch_bits is not None:
         assert cache.bounds is None
         for keys, *stored in zip(cache.keys, cache.codes, cache.scales, strict=True):
-            rebuilt = sketch_keys(keys[:, :, : cache.length], cache.sketch_bits)
+            rebuilt = sketch_keys(keys[:, :, : cache.length].contiguous(), cache.sketch_bits)
             for kept, expected in zip(stored, rebuilt, strict=True):
                 assert_same_bits(kept[:, :, : cache.length], expected, "sketches")
         return

@@ -35,7 +35,7 @@ def check_limits(operation: str, arguments: Mapping[str, Any], sizes: Mapping[st
         check_dtypes((torch.float32,), scores=arguments["scores"])
         check_device("scores", arguments["scores"])
     else:
-        names = ("query", "keys", "values", "bounds")
+        names = ("query", "keys", "values", "bounds", "scales")
         tensors = {name: arguments[name] for name in names if name in arguments}
         if operation == "score_blocks" and tensors["bounds"].dtype == torch.uint8:
             del tensors["bounds"]
@@ -47,12 +47,12 @@ def check_limits(operation: str, arguments: Mapping[str, Any], sizes: Mapping[st
         found["G"] = sizes["Hq"] // sizes["Hkv"]
     if operation == "select_blocks":
         found["block_size"] = arguments["config"].block_size
-    elif operation != "dense_attention":
+    elif "block_size" in arguments:
         found["block_size"] = arguments["block_size"]
     check_sizes(**found)
 
     # Layout. Kernels take no strides, and a cache is never copied behind the caller's back.
-    for name in ("keys", "values", "bounds", "scores"):
+    for name in ("keys", "values", "bounds", "scores", "codes", "scales"):
         if name in arguments:
             check_layout(name, arguments[name])
     if operation == "dense_attention":  # the bulk copy engine reads from multiples of 16 bytes

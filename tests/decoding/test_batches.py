@@ -60,6 +60,29 @@ def test_bounds_in_eight_bits(monkeypatch):
     assert_dense_before_the_window(TRITON, model, [*text, 7, again.tokens[0]], again)
 
 
+@pytest.mark.parametrize(
+    ("bits", "schedule", "interval", "dense_layers"), [(2, "fused", 3, 0), (1, "paper", 4, 1), (2, "fused", None, 0)]
+)
+def test_sketches_decode_like_the_references(bits, schedule, interval, dense_layers):
+    """A batch of unequal lengths, then another turn of its first sequence, which has a cache of its own."""
+    how = {"schedule": schedule, "interval": interval, "dense_layers": dense_layers}
+    model, config = TRITON.model(), replace(SPARSE, selection="sketch", sketch_bits=bits, **how)
+    prompts = SMALL.prompts((40, 12))
+    expected = reference.generate(model, prompts, 8, config)
+    done = TRITON.generate(model, prompts, 8, config)
+    for prompt, ours, theirs in zip(prompts, done, expected, strict=True):
+        assert ours.cache.bounds is None
+        assert ours.n_drifted == theirs.n_drifted
+        agreement(model, prompt, ours.tokens, theirs.tokens, config)
+        assert_dense_before_the_window(TRITON, model, (prompt + ours.tokens)[:-1], ours)
+    text = prompts[0] + done[0].tokens
+    for selection in ("sketch", "bounds"):
+        own = replace(config, selection=selection)
+        (again,) = TRITON.generate(model, [[7]], 2, own, resume=done[0])
+        assert (again.cache.bounds is None) == (selection == "sketch")
+        assert_dense_before_the_window(TRITON, model, [*text, 7, again.tokens[0]], again)
+
+
 def test_a_rectification_whose_window_has_several_tiles_per_head():
     """3 tokens of 16 heads are 48 rows of queries, more than a tile holds; the steps between them need but one."""
     model, config = TRITON.model(replace(SMALL, group=16)), replace(SPARSE, interval=3)

@@ -10,11 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
+from backends import poisoned_memory
 from judging import arrays, full, int32
 from resa.reference import ReSAConfig, score_sketch, select_blocks, sketch_keys
 from resa.reference.sketch import rotate, unpacked
 from small_models import EXACT
-from strategies import GARBAGE, INF, NAN, ORDINARY_KEYS, Case, cases, examples, garbage
+from strategies import (
+    DEVICE,
+    FAST_BLOCK_SIZES,
+    FAST_DTYPES,
+    FAST_HEAD_DIMS,
+    GARBAGE,
+    INF,
+    NAN,
+    ORDINARY_KEYS,
+    Case,
+    cases,
+    examples,
+    garbage,
+)
 from tolerances import assert_same_bits, eps
 
 HEAD_DIMS = (8, 16, 24, 64, 80, 96, 128)
@@ -249,6 +263,66 @@ def test_keys_that_lie_on_their_levels_get_their_true_mass(case, bits):
         n_blocks = math.ceil(length / case.block_size)
         np.testing.assert_allclose(scores[s, :, :n_blocks], blocks.sum(dim=-1), atol=1e-9)
     assert is_kept.double().mean() > 0.5 or case.key_kind != "normal"
+
+
+# --- The kernels beside the reference ---
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return pytest.importorskip("resa.fast", reason="triton comes for Linux only")
+
+
+a_kernels_case = cases(
+    head_dims=FAST_HEAD_DIMS, block_sizes=FAST_BLOCK_SIZES, groups=(3, 1, 7, 16), sizes=("plain",), max_batch=2
+)
+
+
+@pytest.mark.fast
+@examples(8)
+@given(case=a_kernels_case, bits=st.sampled_from(BITS), dtype=st.sampled_from(FAST_DTYPES))
+def test_kernels_sketch_like_the_reference(kernels, case, bits, dtype):
+    """Codes may differ where a rotated channel lies within rounding of a threshold. What is not finite is lost."""
+    keys = case.build(dtype, slack=0.0).keys
+    if case.capacity > 2:
+        keys[0, :, 2, 1] = NAN
+    codes, scales = (each.cpu() for each in kernels.sketch_keys(keys.to(DEVICE), bits))
+    expected_codes, expected = sketch_keys(keys, bits)
+    rotated = rotate(keys)
+    step = 0.9957 * rotated.square().mean(dim=-1, keepdim=True).sqrt()
+    thresholds = (0 * step,) if bits == 1 else (-step, 0 * step, step)
+    nearest = torch.stack([(rotated - threshold).abs() for threshold in thresholds]).amin(dim=0)
+    is_clear = ~(nearest <= 1e-5 * step).any(dim=-1)
+    same = (codes == expected_codes).all(dim=-1)
+    assert (same | ~is_clear).all()
+    assert torch.equal(scales.isnan(), expected.isnan())
+    rtol = 2 * eps(dtype) + 8 * eps(torch.float32)
+    torch.testing.assert_close(scales[same], expected[same], rtol=rtol, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.fast
+@examples(8)
+@given(
+    case=a_kernels_case, bits=st.sampled_from(BITS), dtype=st.sampled_from(FAST_DTYPES), kind=st.sampled_from(GARBAGE)
+)
+def test_kernels_score_like_the_reference(kernels, case, bits, dtype, kind):
+    """From the same sketches, of which one is lost, and with garbage past the lengths."""
+    x = case.build(dtype, slack=0.0)
+    codes, scales = sketch_keys(x.keys, bits)
+    scales[0, 0, 0] = NAN
+    past = torch.arange(case.capacity) >= x.lengths[:, None, None]
+    codes, scales = codes.masked_fill(past[..., None], 0xA7), scales.masked_fill(past, garbage(kind, dtype))
+    call = x.query, codes, scales, x.lengths
+    with poisoned_memory():
+        found = kernels.score_sketch(*(each.to(DEVICE) for each in call), x.block_size).cpu()
+    expected = score_sketch(x.query.double(), codes, scales.double(), x.lengths, x.block_size)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found == -INF, expected == -INF)
+    # A logit is off by some roundings of its size L, and the mass by twice as much of itself.
+    size = logits_of(x.query.double().abs(), x.keys.double().abs()).amax() if case.capacity else 1.0
+    allowed = 1e-6 + 2 * eps(torch.float32) * (case.head_dim + 8) * 2 * float(size) * case.group
+    is_number = expected.isfinite()
+    assert ((found.double() - expected)[is_number].abs() <= allowed).all()
 
 
 def test_a_sketch_finds_what_bounds_hide():
