@@ -69,7 +69,7 @@ class BatchedCache:
         return self.keys.shape[3]
 
     def searched(self, layer: int) -> Tensor | Bounds8 | Sketches:
-        """What a step searches for blocks in: a layer's bounds or sketches."""
+        """Bounds or sketches of one layer, whichever a step searches for blocks in."""
         return self.bounds[layer] if self.sketches is None else self.sketches.of_layer(layer)
 
     def sequence(self, index: int, length: int) -> KVCache:

@@ -14,15 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import checks
 from .blocks import block_bounds
-from .checks import (
-    FLOATS,
-    check_cache_memory,
-    check_sketch,
-    is_integer,
-    require,
-    require_integer,
-)
 from .config import GPTConfig
 from .sketch import sketch_keys
 
@@ -55,13 +48,15 @@ class KVCache:
         device="cpu",
     ) -> KVCache:
         """A cache with room for `capacity` tokens and none in it."""
-        capacity = require_integer("capacity", capacity, 0)
-        block_size = require_integer("block_size", block_size, 1)
-        require(dtype in FLOATS, "dtype", dtype, "float16, bfloat16, float32 or float64")
+        capacity = checks.require_integer("capacity", capacity, 0)
+        block_size = checks.require_integer("block_size", block_size, 1)
+        checks.require(
+            dtype in checks.FLOATS, "dtype", dtype, "float16, bfloat16, float32 or float64"
+        )
         shape = (config.n_layer, 1, config.n_kv_head, capacity, config.head_dim)
         if sketch_bits is not None:
-            check_sketch(sketch_bits, config.head_dim)
-        check_cache_memory(shape, block_size, dtype, torch.device(device), sketch_bits)
+            checks.check_sketch(sketch_bits, config.head_dim)
+        checks.check_cache_memory(shape, block_size, dtype, torch.device(device), sketch_bits)
         keys = torch.zeros(shape, dtype=dtype, device=device)
         values = torch.zeros_like(keys)
         if sketch_bits is not None:
@@ -100,8 +95,8 @@ class KVCache:
 
     def truncate(self, length: int) -> None:
         """Forget the tokens at and past position `length`."""
-        is_shorter = is_integer(length, 0) and length <= self.length
-        require(is_shorter, "length", repr(length), f"an integer 0 … {self.length}")
+        is_shorter = checks.is_integer(length, 0) and length <= self.length
+        checks.require(is_shorter, "length", repr(length), f"an integer 0 … {self.length}")
         # What belongs to a token may stay: nothing reads past the length. Bounds must not count it.
         if self.sketch_bits is None:
             for layer in range(len(self.keys)):
