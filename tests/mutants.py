@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS, DECODING, CONTRACT = "tests/operations", "tests/decoding", "tests/contract"
+SKETCHES = "tests/operations/test_sketch.py"
 
 
 class Mistake(NamedTuple):
@@ -55,25 +56,25 @@ PATH = [
     Mistake("ties go to the higher index", "reference/blocks.py", "comparable.argsort(dim=2, descending=True, stable=True)", "comparable.flip(2).argsort(dim=2, descending=True, stable=True).mul(-1).add(scores.shape[2] - 1)", OPERATIONS),
     Mistake("indices by score, not ascending", "reference/blocks.py", ".sort(dim=2).values", "", OPERATIONS),
     # sketch.
-    Mistake("signs of the wrong hash bit", "reference/sketch.py", "y >> 31", "(y >> 30) & 1", OPERATIONS),
-    Mistake("every run of channels one sign", "reference/sketch.py", "* random_signs(x.shape[-1], x.device)", "", OPERATIONS),
-    Mistake("butterflies without the last stride", "reference/sketch.py", "while stride < m:", "while stride < m // 2:", OPERATIONS),
-    Mistake("rotation not normalised", "reference/sketch.py", "return wide * m**-0.5", "return wide", OPERATIONS),
-    Mistake("normalised by all channels", "reference/sketch.py", "return wide * m**-0.5", "return wide * x.shape[-1] ** -0.5", OPERATIONS),
-    Mistake("another step of levels", "reference/sketch.py", "STEP = 0.9957", "STEP = 1.0957", OPERATIONS),
-    Mistake("a threshold is exclusive", "reference/sketch.py", "(rotated >= 0).to(torch.uint8)", "(rotated > 0).to(torch.uint8)", OPERATIONS),
-    Mistake("the highest level is never reached", "reference/sketch.py", "+ (rotated >= step)", "+ (rotated >= 9 * step)", OPERATIONS),
-    Mistake("step from the largest channel", "reference/sketch.py", "rotated.square().mean(dim=-1, keepdim=True).sqrt()", "rotated.abs().amax(dim=-1, keepdim=True)", OPERATIONS),
-    Mistake("scale by the root of the code", "reference/sketch.py", "/ code.square().sum(dim=-1)", "/ code.square().sum(dim=-1).sqrt()", OPERATIONS),
-    Mistake("a key that is not finite has a code", "reference/sketch.py", "levels.masked_fill(is_lost[..., None], 0)", "levels", OPERATIONS),
-    Mistake("a key that is not finite has a scale", "reference/sketch.py", 'scales.masked_fill(is_lost, float("nan"))', "scales.nan_to_num()", OPERATIONS),
-    Mistake("the first channel takes the highest bits", "reference/sketch.py", "torch.arange(0, 8, bits, dtype=torch.uint8, device=device)", "torch.arange(0, 8, bits, dtype=torch.uint8, device=device).flip(0)", OPERATIONS),
-    Mistake("estimates without the scale of the softmax", "reference/sketch.py", " * query.shape[-1] ** -0.5  # [B, Hkv, G, T]", "  # [B, Hkv, G, T]", OPERATIONS),
-    Mistake("the query is not rotated", "reference/sketch.py", "rotate(query).unflatten", "query.to(accumulation_dtype(query.dtype)).unflatten", OPERATIONS),
-    Mistake("tokens past the length have mass", "reference/sketch.py", "is_seen = is_valid & ~is_lost", "is_seen = ~is_lost", OPERATIONS),
-    Mistake("a lost token keeps its block a number", "reference/sketch.py", '.masked_fill(is_lost, float("nan"))\n\n    # Sum', '\n\n    # Sum', OPERATIONS),
-    Mistake("the largest head instead of the sum", "reference/sketch.py", "blocks.sum(dim=(2, 4))", "blocks.sum(dim=4).amax(dim=2)", OPERATIONS),
-    Mistake("scores of sketches past the end stay", "reference/sketch.py", "first_slot >= lengths", "first_slot > lengths", OPERATIONS),
+    Mistake("signs of the wrong hash bit", "reference/sketch.py", "y >> 31", "(y >> 30) & 1", SKETCHES),
+    Mistake("every run of channels one sign", "reference/sketch.py", "* random_signs(x.shape[-1], x.device)", "", SKETCHES),
+    Mistake("butterflies without the last stride", "reference/sketch.py", "while stride < m:", "while stride < m // 2:", SKETCHES),
+    Mistake("rotation not normalised", "reference/sketch.py", "return wide * m**-0.5", "return wide", SKETCHES),
+    Mistake("normalised by all channels", "reference/sketch.py", "return wide * m**-0.5", "return wide * x.shape[-1] ** -0.5", SKETCHES),
+    Mistake("another step of levels", "reference/sketch.py", "STEP = 0.9957", "STEP = 1.0957", SKETCHES),
+    Mistake("a threshold is exclusive", "reference/sketch.py", "(rotated >= 0).to(torch.uint8)", "(rotated > 0).to(torch.uint8)", SKETCHES),
+    Mistake("the highest level is never reached", "reference/sketch.py", "+ (rotated >= step)", "+ (rotated >= 9 * step)", SKETCHES),
+    Mistake("step from the largest channel", "reference/sketch.py", "rotated.square().mean(dim=-1, keepdim=True).sqrt()", "rotated.abs().amax(dim=-1, keepdim=True)", SKETCHES),
+    Mistake("scale by the root of the code", "reference/sketch.py", "/ code.square().sum(dim=-1)", "/ code.square().sum(dim=-1).sqrt()", SKETCHES),
+    Mistake("a key that is not finite has a code", "reference/sketch.py", "levels.masked_fill(is_lost[..., None], 0)", "levels", SKETCHES),
+    Mistake("a key that is not finite has a scale", "reference/sketch.py", 'scales.masked_fill(is_lost, float("nan"))', "scales.nan_to_num()", SKETCHES),
+    Mistake("the first channel takes the highest bits", "reference/sketch.py", "torch.arange(0, 8, bits, dtype=torch.uint8, device=device)", "torch.arange(0, 8, bits, dtype=torch.uint8, device=device).flip(0)", SKETCHES),
+    Mistake("estimates without the scale of the softmax", "reference/sketch.py", " * query.shape[-1] ** -0.5  # [B, Hkv, G, T]", "  # [B, Hkv, G, T]", SKETCHES),
+    Mistake("the query is not rotated", "reference/sketch.py", "rotate(query).unflatten", "query.to(accumulation_dtype(query.dtype)).unflatten", SKETCHES),
+    Mistake("tokens past the length have mass", "reference/sketch.py", "is_seen = is_valid & ~is_lost", "is_seen = ~is_lost", SKETCHES),
+    Mistake("a lost token keeps its block a number", "reference/sketch.py", '.masked_fill(is_lost, float("nan"))\n\n    # Sum', '\n\n    # Sum', SKETCHES),
+    Mistake("the largest head instead of the sum", "reference/sketch.py", "blocks.sum(dim=(2, 4))", "blocks.sum(dim=4).amax(dim=2)", SKETCHES),
+    Mistake("scores of sketches past the end stay", "reference/sketch.py", "first_slot >= lengths", "first_slot > lengths", SKETCHES),
     Mistake("a window keeps its old sketches", "reference/cache.py", "self.codes[layer, :, :, start:end] = codes", "self.codes[layer, :, :, end - 1 : end] = codes[:, :, -1:]"),
     Mistake("a window keeps its old scales", "reference/cache.py", "self.scales[layer, :, :, start:end] = scales", "self.scales[layer, :, :, end - 1 : end] = scales[:, :, -1:]"),
     # attention.

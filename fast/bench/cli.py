@@ -7,8 +7,9 @@ import argparse
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from resa.reference.checks import require
 from resa.reference.cli.main import Commands, Parser, add_command
-from resa.reference.config import ReSAConfig
+from resa.reference.config import SELECTIONS, ReSAConfig
 from resa.reference.lab.evidence import without
 from resa.reference.weights.files import as_json, write_atomically
 
@@ -50,7 +51,9 @@ def _add_points(parser: Parser, contexts: list[int], batches: list[int], out: st
     parser.option("--batches", batches, "batch sizes")
     parser.option("--block-size", 16, "tokens per block")
     parser.option("--active-ratio", 0.1, "share of blocks that a sparse step reads")
-    parser.option("--interval", 32, "f, tokens per rectification")
+    parser.option("--intervals", [32], "f, tokens per rectification")
+    parser.option("--selection", "bounds", "what blocks are chosen by", choices=SELECTIONS)
+    parser.option("--sketch-bits", 2, "bits per channel of a sketch", choices=(1, 2))
     parser.option("--out", Path(out), "file to write, after every row")
     parser.option("--commit", None, "the revision measured; the default asks git")
 
@@ -62,10 +65,10 @@ def run_layer(options: argparse.Namespace) -> None:
 
     shape = Shape(options.query_heads, options.kv_heads, options.head_dim, options.dtype)
     result = {**_provenance(options, config), "shape": asdict(shape), "rows": []}
-    for context in sorted(options.contexts):
-        for batch in sorted(options.batches):
-            row = measure(shape, config, batch, context, result["copy_tbs"])
-            _keep(options.out, result, row, f"{batch} × {context:,} tokens")
+    points = product(sorted(options.contexts), sorted(options.batches), sorted(options.intervals))
+    for context, batch, f in points:
+        row = measure(shape, replace(config, interval=f), batch, context, result["copy_tbs"])
+        _keep(options.out, result, row, f"{batch} × {context:,} tokens, f = {f}")
 
 
 def run_e2e(options: argparse.Namespace) -> None:
@@ -98,11 +101,14 @@ def run_e2e(options: argparse.Namespace) -> None:
         points = [(batch, context, True) for context in contexts for batch in batches]
         for context in sorted(options.true_contexts):
             points.append((e2e.largest_batch(model, config, context), context, False))
-        for batch, context, is_shared in points:
+        for (batch, context, is_shared), f in product(points, sorted(options.intervals)):
             if batch > 0:
                 point = batch, context, result["copy_tbs"]
-                row = e2e.measure(model, config, *point, is_shared=is_shared)
-                title = f"{weights}, {batch} × {context:,} tokens, {row['protocol']} caches"
+                own = replace(config, interval=f)
+                row = e2e.measure(model, own, *point, is_shared=is_shared)
+                title = (
+                    f"{weights}, {batch} × {context:,} tokens, {row['protocol']} caches, f = {f}"
+                )
                 _keep(options.out, result, {"weights": weights, **row}, title)
         del model
         torch.cuda.empty_cache()
@@ -110,12 +116,14 @@ def run_e2e(options: argparse.Namespace) -> None:
 
 def _checked(options: argparse.Namespace) -> ReSAConfig:
     """The configuration; what is wrong with the arguments is said before anything is measured."""
-    b, p, interval = options.block_size, options.active_ratio, options.interval
-    config = ReSAConfig(block_size=b, active_ratio=p, interval=interval)
-    require(interval > 1, "--interval", interval, "2 or more, to have sparse steps at all")
+    b, p, longest = options.block_size, options.active_ratio, max(options.intervals)
+    how = {"selection": options.selection, "sketch_bits": options.sketch_bits}
+    config = ReSAConfig(block_size=b, active_ratio=p, interval=longest, **how)
+    least, allowed = min(options.intervals), "2 or more, to have sparse steps at all"
+    require(least > 1, "--intervals", least, allowed)
     contexts = [*options.contexts, *getattr(options, "true_contexts", [])]
     require(len(contexts) > 0, "--contexts", "none", "at least one")
-    require(min(contexts) > interval, "--contexts", min(contexts), "> --interval")
+    require(min(contexts) > longest, "--contexts", min(contexts), "> --intervals")
     require(min(options.batches) >= 1, "--batches", min(options.batches), "1 or more")
     require(torch.cuda.device_count() > 0, "device", "no NVIDIA GPU", "a machine with one")
     options.out.parent.mkdir(parents=True, exist_ok=True)

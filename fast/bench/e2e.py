@@ -32,6 +32,7 @@ from ..generate import DecodeLoop, passes
 from ..gpu.elementwise import add_norm, split_heads, swiglu
 from ..model import FusedGPT, FusedLayer, Linear
 from ..sampling import Sampler
+from ..sketch import Sketches, sketch_keys
 from .four_bit import FourBitLinear, quantise, round_to_four_bits, widened
 from .layer import BACKENDS, Shape, distance, floors, require_close
 from .timing import Time, elapsed, time_calls
@@ -69,14 +70,20 @@ def new_cache(
     shape, like, b = model.config, model.embed.weight, config.block_size
     layers = 1 if is_shared else shape.n_layer
     both = like.new_empty(layers, 2, batch, shape.n_kv_head, context, shape.head_dim)
-    n_blocks = math.ceil(context / b)
-    bounds = like.new_empty(layers, batch, shape.n_kv_head, 2, shape.head_dim, n_blocks)
     lengths = torch.full((batch,), context, dtype=torch.int32, device=like.device)
+    bits, searched = config.kept_bits, []
     for layer in range(layers):
-        both[layer].normal_()
-        bounds[layer] = block_bounds(both[layer, 0], lengths, b)
-    both, bounds = (tensor.expand(shape.n_layer, *tensor.shape[1:]) for tensor in (both, bounds))
-    return BatchedCache(both[:, 0], both[:, 1], bounds, lengths, b)
+        keys = both[layer].normal_()[0]
+        found = (block_bounds(keys, lengths, b),) if bits is None else sketch_keys(keys, bits)
+        searched = searched or [tensor.new_empty(layers, *tensor.shape) for tensor in found]
+        for stored, tensor in zip(searched, found, strict=True):
+            stored[layer] = tensor
+    both, *searched = (
+        tensor.expand(shape.n_layer, *tensor.shape[1:]) for tensor in (both, *searched)
+    )
+    if bits is None:
+        return BatchedCache(both[:, 0], both[:, 1], *searched, lengths, b)
+    return BatchedCache(both[:, 0], both[:, 1], None, lengths, b, Sketches(*searched, bits))
 
 
 def new_sampler(model: FusedGPT, sampling: Sampling, batch: int, tokens: int) -> Sampler:
@@ -171,6 +178,7 @@ def measure(
         "protocol": "shared" if is_shared else "true",
         "batch": batch,
         "context": context,
+        "interval": f,
         "memory_bytes": torch.cuda.memory_allocated(),
         "dense": {name: asdict(time) for name, time in dense.items()},
         "sparse": asdict(sparse),
@@ -244,8 +252,8 @@ def floors_us(
 ) -> dict[str, float]:
     """Microseconds per token, at `bandwidth` TB/s, for the bytes that a step must read.
 
-    These are the weights, and of the cache half the bounds and the selected blocks in a sparse
-    step, all of it in a dense one.
+    These are the weights, and of the cache half the bounds, or the sketches, and the selected
+    blocks in a sparse step, all of it in a dense one.
     """
     shape, f, weights = model.config, config.interval, weight_bytes(model)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
@@ -266,7 +274,11 @@ def weight_bytes(model: FusedGPT) -> int:
 def largest_batch(model: FusedGPT, config: ReSAConfig, context: int) -> int:
     """The most sequences of `context` tokens, true caches, that fit the GPU beside the weights."""
     shape, weight = model.config, model.embed.weight
-    n_blocks = math.ceil(context / config.block_size)
-    numbers = 2 * shape.head_dim * (context + n_blocks)  # keys and values, lo and hi
-    each = shape.n_layer * shape.n_kv_head * numbers * weight.element_size()
+    size = weight.element_size()
+    per_token = 2 * shape.head_dim * size  # a key and a value
+    if config.kept_bits is None:
+        searched = math.ceil(context / config.block_size) * per_token  # lo and hi
+    else:
+        searched = context * (shape.head_dim * config.kept_bits // 8 + size)
+    each = shape.n_layer * shape.n_kv_head * (context * per_token + searched)
     return free_memory(weight.device) // each

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resa.reference import attention as plain
 from resa.reference import blocks as plain_blocks
+from resa.reference import sketch as plain_sketch
 from resa.reference.checks import require
 from resa.reference.config import ReSAConfig
 
@@ -24,6 +25,7 @@ from ..cache import write_window
 from ..generate import SparseStep, attend_sparsely
 from ..gpu.bookkeeping import plan_step
 from ..gpu.bounds8 import compress_bounds
+from ..sketch import Sketches, score_sketch, sketch_keys
 from .timing import Time, time_calls
 
 L2_BYTES = 50e6
@@ -78,17 +80,24 @@ class Layer:
         self.token = token = normal(2, batch, heads, 1, size)
         self.window_query = normal(batch, shape.query_heads, f, size)
         window = normal(2, batch, heads, f, size)
-        self.bounds = block_bounds(self.keys, self.end, b)
-        bounds8 = compress_bounds(self.bounds)
+        if config.kept_bits is None:
+            self.searched = block_bounds(self.keys, self.end, b)
+        else:
+            self.searched = Sketches(*sketch_keys(self.keys, config.kept_bits), config.kept_bits)
 
         # The step as the decode loop plans it.
         dense = count_split_counters(self.keys, shape.query_heads // heads, f)
         counters = torch.zeros(max(batch * heads, dense), dtype=torch.int32, device=device)
         running = torch.ones(batch, dtype=torch.bool, device=device)
         self.plan = plan = plan_step(self.end - 1, torch.zeros_like(self.end), running, config)
-        self.scores = score_blocks(self.query, self.bounds, plan.completed, b)
+        if config.kept_bits is None:
+            score = partial(score_blocks, self.query, self.searched, plan.completed, b)
+        else:
+            stored = self.searched.codes, self.searched.scales
+            score = partial(score_sketch, self.query, *stored, plan.visible, b)
+        self.scores = score()
         self.indices = select_blocks(self.scores, self.end, config, counts=plan.counts)
-        cached, table = (self.keys, self.values), (self.keys, self.values, self.bounds)
+        cached, table = (self.keys, self.values), (self.keys, self.values, self.searched)
         side_stream = torch.cuda.Stream() if device == "cuda" else None
         step = SparseStep(plan, config, counters, side_stream)
 
@@ -97,8 +106,7 @@ class Layer:
         # decode loop has them.
         self.parts = {
             "append": partial(write_window, *table, *token, plan.start, self.end, b),
-            "score": partial(score_blocks, self.query, self.bounds, plan.completed, b),
-            "score, 8-bit bounds": partial(score_blocks, self.query, bounds8, plan.completed, b),
+            "score": score,
             "select": partial(select_blocks, self.scores, self.end, config, counts=plan.counts),
             "attend": partial(
                 sparse_attention, self.query, *cached, self.indices, self.end, b,
@@ -115,6 +123,10 @@ class Layer:
                 query_lengths=lengths(1), split_counters=counters,
             ),
         }  # fmt: skip
+        if config.kept_bits is None:
+            bounds8 = compress_bounds(self.searched)
+            score = partial(score_blocks, self.query, bounds8, plan.completed, b)
+            self.parts["score, 8-bit bounds"] = score
         for name, backend in BACKENDS.items():
             self.parts[name] = partial(torch_dense, backend, self.query[:, :, None], *cached)
 
@@ -124,14 +136,19 @@ class Layer:
         self.parts["refresh"]()
         self.parts["append"]()
         cached, end, query = (self.keys[last], self.values[last]), self.end[last], self.query[last]
-        bounds = plain_blocks.block_bounds(cached[0], end, b)
         stored = zip((self.keys, self.values), self.token, strict=True)
-        errors = {
-            "append": float(sum((cache[:, :, -1:] != new).sum() for cache, new in stored)),
-            "bounds": float((self.bounds[last] != bounds).sum()),
-        }
+        errors = {"append": float(sum((cache[:, :, -1:] != new).sum() for cache, new in stored))}
+        if self.config.kept_bits is None:
+            bounds = plain_blocks.block_bounds(cached[0], end, b)
+            errors["bounds"] = float((self.searched[last] != bounds).sum())
+            score = plain_blocks.score_blocks(query, bounds, self.plan.completed[last], b)
+        else:
+            kept = self.searched.codes[last], self.searched.scales[last]
+            codes, _ = plain_sketch.sketch_keys(cached[0], self.config.kept_bits)
+            errors["codes"] = float((kept[0] != codes).any(dim=-1).float().mean())
+            score = plain_sketch.score_sketch(query, *kept, end, b)
         right = {
-            "score": plain_blocks.score_blocks(query, bounds, self.plan.completed[last], b),
+            "score": score,
             "select": plain_blocks.select_blocks(self.scores[last], end, self.config),
             "attend": plain.sparse_attention(query, *cached, self.indices[last], end, b),
             "rectify": plain.dense_attention(self.window_query[last], *cached, end),
@@ -141,7 +158,9 @@ class Layer:
         for name, expected in right.items():
             errors[name] = distance(self.parts[name]()[last], expected)
 
-        limits = {"append": 0, "bounds": 0, "select": 0, "score": 1e-5}
+        # A channel within rounding of a threshold may have either code; sums of exponentials round.
+        limits = {"append": 0, "bounds": 0, "select": 0, "codes": 1e-3}
+        limits["score"] = 1e-5 if self.config.kept_bits is None else 1e-3
         rounding = 4 * torch.finfo(self.keys.dtype).eps  # of probabilities and outputs
         for name, error in errors.items():
             require_close(name, error, limits.get(name, rounding))
@@ -181,8 +200,8 @@ def measure(
         return time_calls([layer.parts[part] for layer in layers], **options)
 
     # Parts. Decoding rectifies once in f steps, so the pass is timed at about that duty.
-    names = ("append", "score", "select", "attend", "refresh", "score, 8-bit bounds")
-    parts = {part: each(part) for part in (*names, OWN_DENSE)}
+    names = ("append", "score", "select", "attend", "refresh", "score, 8-bit bounds", OWN_DENSE)
+    parts = {part: each(part) for part in names if part in layers[0].parts}
     sustained = each("rectify")
     parts["rectify"] = each("rectify", pause_us=int(4 * sustained.us * n_layers))
     parts["rectify, without a pause"] = sustained
@@ -196,6 +215,7 @@ def measure(
     return {
         "batch": batch,
         "context": context,
+        "interval": f,
         "cache_bytes": cache_bytes,
         "caches": n_layers,
         "errors": errors,
@@ -219,15 +239,20 @@ def _cycle(layers: list[Layer], f: int) -> None:
 
 
 def floors(shape: Shape, config: ReSAConfig, batch: int, context: int) -> dict[str, float]:
-    """Bytes that each part must move: half the bounds, scores, selected blocks, the cache."""
+    """Bytes that each part must move: half the bounds or all sketches, scores, selected blocks, the
+    cache.
+    """
     token, itemsize = shape.token_bytes(batch), getattr(torch, shape.dtype).itemsize
     n_blocks, cache = math.ceil(context / config.block_size), 2 * context * token
     selected = (
         int(plain_blocks.active_blocks(torch.tensor([context], device="cpu"), config)) / n_blocks
     )
+    searched = {"score": n_blocks * token, "score, 8-bit bounds": n_blocks * token // itemsize}
+    if config.kept_bits is not None:
+        a_key = shape.head_dim * config.kept_bits // 8 + itemsize  # its code and its scale
+        searched = {"score": context * batch * shape.kv_heads * a_key}
     return {
-        "score": n_blocks * token,
-        "score, 8-bit bounds": n_blocks * token // itemsize,
+        **searched,
         "select": batch * shape.kv_heads * n_blocks * 4,
         "attend": selected * cache,
         "rectify": cache,

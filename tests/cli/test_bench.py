@@ -108,17 +108,22 @@ def one_layer(monkeypatch):
     """Makes one layer's cache; its dense peers are the one backend that every device has."""
     monkeypatch.setattr(layer, "BACKENDS", PLAIN)
     shape = layer.Shape(query_heads=6, kv_heads=2, head_dim=16, dtype="float32")
-    return lambda: layer.Layer(shape, CONFIG, 2, CONTEXT, 0, DEVICE)
+    return lambda config=CONFIG: layer.Layer(shape, config, 2, CONTEXT, 0, DEVICE)
 
 
-def test_every_part_of_a_layer_is_the_references(one_layer):
-    made = one_layer()
+@pytest.mark.parametrize("selection", ["bounds", "sketch"])
+def test_every_part_of_a_layer_is_the_references(one_layer, selection):
+    made = one_layer(replace(CONFIG, selection=selection))
     errors = made.check()
-    assert set(errors) == {"append", "bounds", "score", "select", "attend", "rectify", layer.OWN_DENSE, "math"}
+    parts = {"append", "score", "select", "attend", "rectify", layer.OWN_DENSE, "math"}
+    assert set(errors) == parts | {"bounds" if selection == "bounds" else "codes"}
     assert max(errors.values()) < 1e-6
     # The step that a cycle is made of: append, score, select and attend with the indices of now.
     end, b = made.end, CONFIG.block_size
-    scores = plain.score_blocks(made.query, made.bounds, made.plan.completed, b)
+    if selection == "bounds":
+        scores = plain.score_blocks(made.query, made.searched, made.plan.completed, b)
+    else:
+        scores = reference.score_sketch(made.query, made.searched.codes, made.searched.scales, end, b)
     indices = plain.select_blocks(scores, end, CONFIG)
     expected = reference.sparse_attention(made.query, made.keys, made.values, indices, end, b)
     assert layer.distance(made.parts["step"](), expected) < 1e-6
@@ -300,7 +305,9 @@ def machine(monkeypatch, model, untimed):
 
 def test_the_command_writes_what_it_measured(machine, monkeypatch, tmp_path, capsys):
     out = tmp_path / "new" / "e2e.json"
-    words = "bench e2e --contexts 160 80 --batches 2 1 --true-contexts 80 --interval 2 --block-size 8 --weights float16"
+    words = (
+        "bench e2e --contexts 160 80 --batches 2 1 --true-contexts 80 --intervals 2 --block-size 8 --weights float16"
+    )
     monkeypatch.setattr("sys.argv", ["resa", *words.split(), "--out", str(out), "--commit", "abc"])
     assert cli.main() == 0
     result = json.loads(out.read_text())
@@ -314,14 +321,14 @@ def test_the_command_writes_what_it_measured(machine, monkeypatch, tmp_path, cap
     assert set(result["weights"]["float16"]) == {"bytes", "parts"}
     assert set(result["weights"]["float16"]["parts"]) == {"1", "2"}
     shown = capsys.readouterr().out
-    assert "float16, 2 × 160 tokens, shared caches: dense 200.0 µs, ReSA 80.0 µs, ratio 2.50" in shown
+    assert "float16, 2 × 160 tokens, shared caches, f = 2: dense 200.0 µs, ReSA 80.0 µs, ratio 2.50" in shown
     assert str(out) in shown.replace("\n", "")
 
 
 BAD = {
-    "--interval 1": "--interval: got 1; allowed: 2 or more",
+    "--intervals 1 4": "--intervals: got 1; allowed: 2 or more",
     "--contexts --true-contexts": "--contexts: got none",
-    "--contexts 32": "--contexts: got 32; allowed: > --interval",
+    "--contexts 32": "--contexts: got 32; allowed: > --intervals",
     "--batches 0": "--batches: got 0; allowed: 1 or more",
     "--active-ratio 2": "active_ratio: got 2.0",
 }
