@@ -13,10 +13,10 @@ def record(name="model"):
 
 
 def digests(name="model"):
-    """SHA-256 of the shipped file, and of the one in 16 bits that it was rounded from, if it was.
+    """SHA-256 of the shipped file, of the same weights before they were deflated, and of those in 16 bits, if any.
 
     Results measured before the rounding count for both: docs/log.md has the figures of both.
     """
     found = record(name)
     assert found["sha256"] == file_digest(shipped_checkpoint(name)), f"{RECORDS[name]} is of another file"
-    return {found["sha256"], found.get("rounded_from", found["sha256"])}
+    return {found[name] for name in ("sha256", "deflated_from", "rounded_from") if name in found}

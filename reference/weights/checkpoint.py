@@ -1,13 +1,15 @@
 """Weights on disk: safetensors files alone, checked before use; nothing is ever unpickled.
 
 A checkpoint is one file that describes itself: the `GPTConfig` travels as JSON in its header, which
-also says whether matrices take 8 bits per weight. The file is replaced in one step, so a crash
-leaves the old one or the new one. `pretrained.py` reads the checkpoints of other projects instead.
+also says whether matrices take 8 bits per weight, deflated. The file is replaced in one step, so a
+crash leaves the old one or the new one. `pretrained.py` reads the checkpoints of other projects.
 """
 
 import hashlib
 import json
+import math
 import os
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from itertools import product
@@ -25,7 +27,7 @@ from ..rope import RopeScaling
 from .files import write_atomically
 
 MODEL_FORMAT = "resa model"
-EIGHT_BIT_FORMAT = "resa model, matrices in 8 bits"
+EIGHT_BIT_FORMAT = "resa model, matrices in 8 bits, deflated"
 SCALE = ".scale"  # follows the name of a matrix in 8 bits
 STORED_DTYPES = dict(zip(("F16", "BF16", "F32", "F64"), FLOATS, strict=True))
 
@@ -59,9 +61,9 @@ def save_model(
 ) -> None:
     """Write a model's weights in `dtype`, with its configuration and `metadata` in the header.
 
-    `eight_bits` stores every matrix [m, n] as whole numbers −127 … 127 with a float32 scale [m] per
-    row, rounded to nearest. That is half the size and another model: measure it as it is stored. A
-    tied output projection is not stored twice.
+    `eight_bits` stores every matrix [m, n] as whole numbers −127 … 127, deflated, with a float32
+    scale [m] per row, rounded to nearest. That is less than half the size and another model:
+    measure it as it is stored. A tied output projection is not stored twice.
 
     Errors: ValueError for a weight that is not finite in `dtype`; OSError if the disk refuses. The
     file that was there before is then untouched.
@@ -71,7 +73,8 @@ def save_model(
     for name, parameter in model.named_parameters():
         tensors[name] = parameter.detach().cpu().to(dtype)
         if eight_bits and parameter.dim() == 2:
-            tensors[name], tensors[name + SCALE] = rounded_rows(parameter.detach().cpu().float())
+            rows, tensors[name + SCALE] = rounded_rows(parameter.detach().cpu().float())
+            tensors[name] = deflated(rows)
     form = EIGHT_BIT_FORMAT if eight_bits else MODEL_FORMAT
     header = {"format": form, "config": json.dumps(asdict(model.config))}
     save_tensors(path, tensors, {**(metadata or {}), **header})
@@ -81,6 +84,24 @@ def rounded_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Round float32 [m, n] to int8 [m, n] and scales [m] whose product is nearest; zeros stay 0."""
     scale = (matrix.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return (matrix / scale[:, None]).round().to(torch.int8), scale
+
+
+def deflated(rows: Tensor) -> Tensor:
+    """Bytes of an int8 tensor, compressed by zlib: [any length] uint8."""
+    content = zlib.compress(rows.contiguous().numpy().tobytes(), 9)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def inflated(path: str | os.PathLike, name: str, content: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo `deflated`, whose tensor had this shape; ValueError if it had not."""
+    size = math.prod(shape)
+    try:
+        found = zlib.decompressobj().decompress(content.numpy().tobytes(), size + 1)  # no more
+    except zlib.error as error:
+        refuse(f"{path}: tensor {name}", error, "bytes that zlib wrote")
+    allowed = f"{size}, its shape being {shape}"
+    require(len(found) == size, f"{path}: tensor {name}", f"{len(found)} bytes or more", allowed)
+    return torch.frombuffer(bytearray(found), dtype=torch.int8).view(shape)
 
 
 def load_model(
@@ -112,7 +133,7 @@ def load_model(
     is_eight_bit = header["format"] == EIGHT_BIT_FORMAT
     matrices = [name for name, shape in shapes.items() if is_eight_bit and len(shape) == 2]
     scales = {name + SCALE: shapes[name][:1] for name in matrices}
-    tensors = read_tensors(path, {**shapes, **scales}, whole_numbers=matrices)
+    tensors = read_tensors(path, {**shapes, **scales}, packed=matrices)
     for name in matrices:
         tensors[name] = tensors[name] * tensors.pop(name + SCALE)[:, None]
 
@@ -190,9 +211,9 @@ def read_header(path: str | os.PathLike, *expected_formats: str) -> dict[str, st
 def read_tensors(
     path: str | os.PathLike,
     shapes: Mapping[str, tuple[int, ...]],
-    whole_numbers: Collection[str] = (),
+    packed: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Read exactly the tensors named in `shapes`, finite, on the CPU; `whole_numbers` are int8.
+    """Read exactly the tensors named in `shapes`, finite, on the CPU; `packed` are deflated int8.
 
     Names, shapes and types are checked from the header, before any tensor is read.
     """
@@ -202,9 +223,13 @@ def read_tensors(
             given = "extra" if name in names else "missing"
             refuse(f"{path}: tensor {name}", given, f"{len(shapes)} known tensors")
         for name, shape in shapes.items():
-            allowed = ("I8",) if name in whole_numbers else STORED_DTYPES
-            check_stored(path, file, name, shape, allowed)
+            if name in packed:
+                check_stored(path, file, name, None, ("U8",))
+            else:
+                check_stored(path, file, name, shape)
         tensors = {name: file.get_tensor(name) for name in shapes}
+    for name in packed:
+        tensors[name] = inflated(path, name, tensors[name], shapes[name])
     for name, tensor in tensors.items():
         is_finite = bool(tensor.isfinite().all())
         require(is_finite, f"{path}: tensor {name}", "NaN or infinity", "finite values")
@@ -215,14 +240,15 @@ def check_stored(
     path: str | os.PathLike,
     file: safe_open,
     name: str,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] | None,
     allowed: Collection[str] = tuple(STORED_DTYPES),
 ) -> None:
-    """Check a stored tensor's type and shape from the file's header."""
+    """Check a stored tensor's type and, unless None, its shape from the file's header."""
     stored = file.get_slice(name)
     dtype, given = stored.get_dtype(), tuple(stored.get_shape())
     require(dtype in allowed, f"{path}: tensor {name}", dtype, ", ".join(allowed))
-    require(given == shape, f"{path}: tensor {name}", f"shape {given}", f"shape {shape}")
+    is_right = shape is None or given == shape
+    require(is_right, f"{path}: tensor {name}", f"shape {given}", f"shape {shape}")
 
 
 def open_checked(path: str | os.PathLike) -> safe_open:

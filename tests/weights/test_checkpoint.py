@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from resa.reference import GPTConfig, RopeScaling, load_model, save_model
 from resa.reference.weights import files
-from resa.reference.weights.checkpoint import read_header, read_tensors, save_tensors
+from resa.reference.weights.checkpoint import deflated, read_header, read_tensors, save_tensors
 from resa.reference.weights.files import write_atomically
 from small_models import Shape, shapes
 
@@ -286,10 +286,19 @@ def test_whole_numbers_and_scales_belong_to_the_format_in_eight_bits(saved, tmp_
         load_model(path)
     save_model(path, Shape().model(), eight_bits=True)
     rounded = safetensors.torch.load_file(path)
-    header = {**header, "format": "resa model, matrices in 8 bits"}
+    header = {**header, "format": "resa model, matrices in 8 bits, deflated"}
     safetensors.torch.save_file({**rounded, "embed.weight": tensors["embed.weight"]}, path, header)
-    with pytest.raises(ValueError, match=r"embed\.weight: got F32; allowed: I8"):
+    with pytest.raises(ValueError, match=r"embed\.weight: got F32; allowed: U8"):
         load_model(path)
+    size = tensors["embed.weight"].numel()
+    for wrong, message in (
+        (rounded["embed.weight"].flip(0), r"got Error -3 .*; allowed: bytes that zlib wrote"),
+        (rounded["embed.weight"][:-9], rf"got \d+ bytes or more; allowed: {size}, its shape being"),
+        (deflated(torch.zeros(10**6, dtype=torch.int8)), rf"got {size + 1} bytes or more; allowed: {size}, "),
+    ):
+        safetensors.torch.save_file({**rounded, "embed.weight": wrong.contiguous()}, path, header)
+        with pytest.raises(ValueError, match=rf"embed\.weight: {message}"):
+            load_model(path)
     del rounded["embed.weight.scale"]
     safetensors.torch.save_file(rounded, path, header)
     with pytest.raises(ValueError, match=r"tensor embed\.weight\.scale: got missing"):
