@@ -25,6 +25,8 @@ score_blocks = as_numpy(CHECKED_OPS.score_blocks, DEVICE)
 select_blocks = as_numpy(CHECKED_OPS.select_blocks, DEVICE)
 sparse_attention = as_numpy(CHECKED_OPS.sparse_attention, DEVICE)
 dense_attention = as_numpy(CHECKED_OPS.dense_attention, DEVICE)
+sketch_keys = as_numpy(CHECKED_OPS.sketch_keys, DEVICE)
+score_sketch = as_numpy(CHECKED_OPS.score_sketch, DEVICE)
 
 
 @torch.no_grad()

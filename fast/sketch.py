@@ -2,8 +2,8 @@
 
 The reference states rotation, code, estimate and mass over the whole cache. Here one kernel stores
 a window's keys and values with their sketches. Another reads every code once for the whole group of
-query heads, and leaves per block and head the log-sum-exp of the estimated logits. Two small ones
-then add up the heads' totals, and the blocks' shares of them.
+query heads, and leaves per block and head the largest estimated logit and a sum of exponentials.
+Two small ones then add up the heads' totals, and the blocks' shares of them.
 """
 
 from dataclasses import dataclass
@@ -159,9 +159,9 @@ def score_sketch(
     if scores.numel():
         query, lengths = query.contiguous(), lengths.to(torch.int32).contiguous()
         rotated = query.new_empty(rows, group, head_dim, dtype=torch.float32)
-        by_block = rotated.new_empty(rows, n_blocks, group)
         n_tiles = triton.cdiv(capacity, TOKENS)
-        by_tile, total = rotated.new_empty(rows, n_tiles, group), rotated.new_empty(rows, group)
+        by_block = rotated.new_empty(rows, n_blocks, 2, group)  # a maximum and a sum
+        by_tile, total = (rotated.new_empty(rows, n, 2, group) for n in (n_tiles, 1))
         early = overlapped(query.device)
         _rotate_kernel[(rows,)](query, rotated, group, head_dim, **early)
         _estimate_kernel[(n_tiles, rows)](
@@ -195,9 +195,10 @@ def _estimate_kernel(
     n_kv_head, capacity, n_blocks, G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, IS_WIDE: tl.constexpr
 ):  # fmt: skip
-    """Log-sum-exps of the estimated logits of TOKENS tokens of one KV head, by block and by tile.
+    """Maxima and sums of the estimated logits of TOKENS tokens of one KV head, by block and tile.
 
-    Grid: (ceil(T_max / TOKENS), B·Hkv). Tiles: codes [TOKENS, D·BITS/8], queries [16, D].
+    Grid: (ceil(T_max / TOKENS), B·Hkv). Tiles: codes [TOKENS, D·BITS/8], queries [16, D]. A sum is
+    of exp(logit − maximum): a logarithm would lose it beside a large maximum.
     Invariant: a block's score is left NaN if the scale of one of its valid tokens is, else 0.
     """
     wait_for_previous()
@@ -244,29 +245,33 @@ def _estimate_kernel(
         mark = tl.max(tl.reshape(is_lost.to(tl.int32), [BLOCKS, BLOCK_SIZE]), axis=1)
         mark = tl.where(mark > 0, float("nan"), 0.0)
         tl.store(scores_ptr + i_row * n_blocks + o_block, mark, mask=m_block)
-        by_block = _log_sum_exp(tl.reshape(logit, [BLOCKS, BLOCK_SIZE, HEADS]))  # [BLOCKS, 16]
-        p_block = by_block_ptr + (i_row * n_blocks + o_block)[:, None] * G + o_g
-        tl.store(p_block, by_block, mask=m_block[:, None] & (o_g < G)[None, :])
-        by_tile = _log_sum_exp(tl.reshape(by_block, [1, BLOCKS, HEADS]))  # [1, 16]
-        p_tile = by_tile_ptr + (i_row * tl.num_programs(0) + i_tile) * G + o_g
-        tl.store(p_tile[None, :], by_tile, mask=(o_g < G)[None, :])
+        logit = tl.reshape(logit, [BLOCKS, BLOCK_SIZE, HEADS])
+        m = tl.max(logit, axis=1)  # [BLOCKS, 16]
+        z = tl.sum(tl.exp(logit - _finite(m)[:, None, :]), axis=1)
+        p_block = by_block_ptr + (i_row * n_blocks + o_block)[:, None] * 2 * G + o_g
+        mask = m_block[:, None] & (o_g < G)[None, :]
+        tl.store(p_block, m, mask=mask)
+        tl.store(p_block + G, z, mask=mask)
+        top = tl.max(m, axis=0)  # [16]
+        p_tile = by_tile_ptr + (i_row * tl.num_programs(0) + i_tile) * 2 * G + o_g
+        tl.store(p_tile, top, mask=o_g < G)
+        z = tl.sum(z * tl.exp(m - _finite(top)[None, :]), axis=0)
+        tl.store(p_tile + G, z, mask=o_g < G)
 
 
 @triton.jit
-def _log_sum_exp(x):
-    """Log-sum-exp over the middle of three dimensions; −∞ of nothing but −∞, NaN where one is."""
-    top = tl.max(x, axis=1)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    return top + tl.log(tl.sum(tl.exp(x - top[:, None, :]), axis=1))
+def _finite(maximum):
+    """The maximum of logits, or 0 where there is none: exp(−∞ − 0) is 0, exp(−∞ + ∞) is not."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
 def _total_kernel(
     by_tile_ptr, lengths_ptr, total_ptr, n_kv_head, n_tiles, G: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip
-    """Log-sum-exp over all tiles of one KV head. Grid: (B·Hkv,). Tile: [64, 16].
+    """Maximum and sum over all tiles of one KV head. Grid: (B·Hkv,). Tile: [64, 16].
 
-    Invariant: z = Σ exp(x − m) over the tiles so far, m the largest of them or 0.
+    Invariant: z = Σ exp(s − m) over the logits so far, m ≥ each of their maxima.
     """
     wait_for_previous()
     let_next_start()
@@ -277,13 +282,16 @@ def _total_kernel(
     z = tl.zeros([HEADS], tl.float32)
     for first in range(0, n_used, 64):
         mask = (first + o_tile < n_used)[:, None] & (o_g < G)[None, :]
-        p_tile = by_tile_ptr + (i_row * n_tiles + first + o_tile)[:, None] * G + o_g
-        x = tl.load(p_tile, mask=mask, other=float("-inf"))  # [64, 16]
-        top = tl.maximum(m, tl.max(x, axis=0))
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        z = z * tl.exp(m - safe) + tl.sum(tl.exp(x - safe[None, :]), axis=0)
+        p_tile = by_tile_ptr + (i_row * n_tiles + first + o_tile)[:, None] * 2 * G + o_g
+        own = tl.load(p_tile, mask=mask, other=float("-inf"))  # [64, 16]
+        own_z = tl.load(p_tile + G, mask=mask, other=0.0)
+        top = tl.maximum(m, tl.max(own, axis=0))
+        safe = _finite(top)
+        z = z * tl.exp(m - safe) + tl.sum(own_z * tl.exp(own - safe[None, :]), axis=0)
         m = top
-    tl.store(total_ptr + i_row * G + o_g, m + tl.log(z), mask=o_g < G)
+    p_total = total_ptr + i_row * 2 * G + o_g
+    tl.store(p_total, _finite(m), mask=o_g < G)
+    tl.store(p_total + G, z, mask=o_g < G)
 
 
 @triton.jit
@@ -291,7 +299,7 @@ def _share_kernel(
     by_block_ptr, total_ptr, lengths_ptr, scores_ptr, n_kv_head, n_blocks,
     G: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """Scores of BLOCKS blocks of one KV head, from their log-sum-exps and the heads' totals.
+    """Scores of BLOCKS blocks of one KV head, from their maxima and sums and the heads' totals.
 
     Grid: (ceil(M / BLOCKS), B·Hkv). Invariant: every score is written, −∞ past the end.
     """
@@ -301,11 +309,14 @@ def _share_kernel(
     used = tl.cdiv(tl.load(lengths_ptr + i_row // n_kv_head), BLOCK_SIZE)
     o_block, o_g = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS), tl.arange(0, HEADS)
     mask = (o_block < used)[:, None] & (o_g < G)[None, :]
-    p_block = by_block_ptr + (i_row * n_blocks + o_block)[:, None] * G + o_g
-    x = tl.load(p_block, mask=mask, other=float("-inf"))  # [BLOCKS, 16]
-    total = tl.load(total_ptr + i_row * G + o_g, mask=o_g < G, other=0.0)
-    total = tl.where(total == float("-inf"), 0.0, total)  # no token has a sketch that is a number
-    share = tl.sum(tl.exp(x - total[None, :]), axis=1)
+    p_block = by_block_ptr + (i_row * n_blocks + o_block)[:, None] * 2 * G + o_g
+    own = tl.load(p_block, mask=mask, other=float("-inf"))  # [BLOCKS, 16]
+    own_z = tl.load(p_block + G, mask=mask, other=0.0)
+    p_total = total_ptr + i_row * 2 * G + o_g
+    m = tl.load(p_total, mask=o_g < G, other=0.0)
+    z = tl.load(p_total + G, mask=o_g < G, other=1.0)
+    z = tl.where(z == 0, 1.0, z)  # no token has a sketch that is a number
+    share = tl.sum(own_z * tl.exp(own - m[None, :]) / z[None, :], axis=1)
     p_score = scores_ptr + i_row * n_blocks + o_block
     mark = tl.load(p_score, mask=o_block < used, other=0.0)
     score = tl.where(o_block < used, mark + share, float("-inf"))

@@ -8,15 +8,16 @@ every machine writes the same bytes. Whoever changes what a vector means raises 
 import json
 import math
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from safetensors.numpy import save
 
 import oracle
-from tolerances import logit_size, lse_floor, output_floor, score_floor
+from tolerances import eps, logit_size, lse_floor, output_floor, score_floor
 
-VERSION = 2
+VERSION = 3
 FOLDER = Path(__file__).parent / "vectors"
 INF, NAN = math.inf, math.nan
 D, BLOCK = 16, 8  # small, and what kernels that need powers of two can take; some cases have 32 and 16
@@ -135,6 +136,43 @@ def unseen(inputs, *changes):
     for place, key, value in changes:
         inputs["keys"][place], inputs["values"][place] = key, value
     return inputs
+
+
+def channels_of(*keys, head_dim=D):
+    """One sequence, one KV head: a key for each mapping from channels to numbers, 0 elsewhere."""
+    inputs = {"keys": np.zeros((1, 1, len(keys), head_dim), np.float32)}
+    for t, key in enumerate(keys):
+        for channel, number in key.items():
+            inputs["keys"][0, 0, t, channel] = number
+    return inputs
+
+
+def rows_of(rng, batch, kv_heads, tokens, **more):
+    return {"keys": draw(rng, batch, kv_heads, tokens, D), **more}
+
+
+def sketches_of(rng, lengths, kv_heads=1, group=1, bits=2, capacity=None, head_dim=D, block_size=BLOCK):
+    keys = draw(rng, len(lengths), kv_heads, capacity or max(lengths), head_dim)
+    codes, scales = oracle.sketch_keys(keys, bits)
+    query = draw(rng, len(lengths), kv_heads * group, head_dim)
+    rest = {"lengths": lengths, "block_size": block_size}
+    return {"query": query, "codes": codes, "scales": scales.astype(np.float32), **rest}
+
+
+def sketch_garbage(inputs, *values):
+    """Other codes past every length, and one of the values there for the scales of each sequence."""
+    for s, (length, value) in enumerate(zip(inputs["lengths"], values, strict=True)):
+        inputs["codes"][s, :, length:], inputs["scales"][s, :, length:] = 0b10010011, value
+    return inputs
+
+
+def sketch_abyss(inputs, sign):
+    """All logits the same, ±3·2**57: one channel, powers of two."""
+    query = np.zeros_like(inputs["query"])
+    query[..., 0] = sign * 2.0**30
+    inputs["codes"][...] = oracle.sketch_keys(channels_of({0: 1.0})["keys"])[0]
+    inputs["scales"][...] = 2.0**30
+    return inputs | {"query": query}
 
 
 # Operation: its ladder of (name, law, what the case says, inputs drawn from a generator).
@@ -367,6 +405,73 @@ CASES = {
          "masking is true -inf: logits may lie below any finite sentinel",
          lambda rng: abyss(dense_of(rng, [13], 4, group=2, capacity=20, garbage=3.0), -1)),
     ],
+    # Up to the packing, neighbours that share a byte have one level: their order in it does not matter.
+    "sketch_keys": [
+        ("two_channels", "2.6 rotation",
+         "signs of the channels, then a Hadamard transform: two channels are then in all, as their sum or difference",
+         lambda rng: channels_of({0: 1.0, 4: 3.0}, {8: 3.0, 12: 1.0}, {0: -3.0, 12: 1.0}, {4: 0.5, 8: 1.5})),
+        ("four_levels", "2.6 code",
+         "levels 0 to 3: r is compared with -s, 0 and s, which is 0.9957 times the root of the mean of r²",
+         lambda rng: channels_of({0: 1.0, 4: 0.75, 8: 0.25}, {0: 0.25, 4: -0.5, 12: 1.0}, {0: -1.0, 8: 0.875},
+                                 {4: 3.0, 8: 0.625, 12: 1.0}, {8: -2.0})),
+        ("on_a_threshold", "2.6 code",
+         "r = 0 belongs to the level above it: r >= 0",
+         lambda rng: channels_of({0: 1.0, 4: 1.0}, {0: 2.0, 4: 2.0, 8: -2.0, 12: 2.0}, {8: -0.5, 12: 0.5})),
+        ("first_channel_lowest", "2.6 packing",
+         "channel d takes two bits of byte d // 4, the first channel the lowest ones",
+         lambda rng: rows_of(rng, 1, 1, 4)),
+        ("scale_of_a_key", "2.6 scale",
+         "the scale is <r, c> / <c, c>, r having the key's own length and c = u - 1.5",
+         lambda rng: rows_of(rng, 1, 1, 4)),
+        ("sketches_of_heads", "2.6 layout",
+         "codes are [B, Hkv, T_max, D·bits/8] and scales [B, Hkv, T_max]: every key has its own",
+         lambda rng: rows_of(rng, 2, 3, 2)),
+        ("one_bit", "2.6 one bit",
+         "bits=1: u = [r >= 0], c = 2u - 1, eight channels in a byte",
+         lambda rng: rows_of(rng, 1, 2, 3, bits=1)),
+        ("key_of_zeros", "2.6 scale",
+         "a key of zeros has scale 0, not NaN; its r lie on all thresholds, so above them",
+         lambda rng: put(rows_of(rng, 1, 1, 2), "keys", (at[0, 0, 1], 0.0))),
+        ("keys_not_finite", "2.6 NaN keys",
+         "a key that is not finite has codes 0 and scale NaN, and spoils no other",
+         lambda rng: put(rows_of(rng, 1, 2, 4), "keys",
+                         (at[0, 0, 1, 3], NAN), (at[0, 1, 0, 5], INF), (at[0, 1, 2, :2], -INF))),
+    ],
+    "score_sketch": [
+        ("estimated_mass", "2.7 estimate",
+         "softmax of a·<r_q, c>·D**-0.5 over the tokens, r_q the rotated query, summed over each block",
+         lambda rng: sketches_of(rng, [32])),
+        ("heads_add_up", "2.7 mass",
+         "every head of the group has its own softmax, and their masses add up: G in all",
+         lambda rng: sketches_of(rng, [32], group=3)),
+        ("sketch_groups", "2.7 group order",
+         "query head h belongs to KV head h // G",
+         lambda rng: sketches_of(rng, [24, 24], kv_heads=2, group=3)),
+        ("sketch_wider_heads", "2.7 estimate",
+         "the scale is D**-0.5, be D 16 or 32, and blocks may have 16 tokens",
+         lambda rng: sketches_of(rng, [41], group=2, head_dim=32, block_size=16)),
+        ("sketch_partial_last_block", "2.7 partial block",
+         "the tokens before the length take part in the softmax, and no slot at or past it",
+         lambda rng: sketches_of(rng, [19, 17], kv_heads=2, group=2, capacity=24)),
+        ("sketch_past_the_end", "2.7 past the end",
+         "blocks past the end score -inf, a length of 0 has no others",
+         lambda rng: sketches_of(rng, [0, 1, 8, 9], group=2, capacity=20)),
+        ("sketch_garbage", "law 13 inertness",
+         "what codes and scales hold past the length does not matter, NaN and infinity included",
+         lambda rng: sketch_garbage(sketches_of(rng, [9, 19, 13], group=2, capacity=24), NAN, INF, -3e38)),
+        ("lost_tokens", "2.7 NaN scales",
+         "a token whose scale is NaN leaves the softmax, its block scores NaN, and no other does",
+         lambda rng: put(sketches_of(rng, [24, 10], group=2), "scales", (at[0, 0, [3, 21]], NAN), (at[1, 0, :], NAN))),
+        ("score_of_one_bit", "2.7 one bit",
+         "D/8 bytes a key are one bit per channel: c = 2u - 1",
+         lambda rng: sketches_of(rng, [24], group=2, bits=1)),
+        ("sketch_large_logits", "2.7 large logits",
+         "large logits do not overflow: the largest is subtracted first",
+         lambda rng: sketch_abyss(sketches_of(rng, [19], group=2, capacity=24), 1)),
+        ("sketch_logits_below_any_sentinel", "2.7 true masks",
+         "masking is true -inf: logits may lie below any finite sentinel",
+         lambda rng: sketch_abyss(sketches_of(rng, [19], group=2, capacity=24), -1)),
+    ],
 }  # fmt: skip
 # What is compared: both results of an attention unless one is named; of a selection the sets, or the lists as they are.
 COMPARED = {
@@ -375,9 +480,19 @@ COMPARED = {
     "sparse_log_sum_exp": ["lse"],
     "dense_log_sum_exp": ["lse"],
     "highest": ["set"],
+    "two_channels": ["codes"],
+    "four_levels": ["codes"],
+    "on_a_threshold": ["codes"],
+    "first_channel_lowest": ["codes"],
 }
+CLEARANCE = 1e-4  # relative: from every rotated channel to every threshold of its code, so that codes must be equal
 WITHIN_THE_WINDOW = ("shorter_windows",)  # rows past it are the next case's matter
-SAME_INPUTS = {"sparse_log_sum_exp": "sparse_one_head", "dense_log_sum_exp": "dense_one_query", "ascending": "highest"}
+SAME_INPUTS = {
+    "sparse_log_sum_exp": "sparse_one_head",
+    "dense_log_sum_exp": "dense_one_query",
+    "ascending": "highest",
+    "scale_of_a_key": "first_channel_lowest",
+}
 
 
 def attention_allowance(inputs, name):
@@ -402,6 +517,63 @@ def attention_allowance(inputs, name):
     return of_out, of_lse
 
 
+def run_sizes(x):
+    """ρ, at least abs(r) and what rounding in a rotation is relative to: x [..., D] -> [..., D].
+
+    The sum of abs(x) over the channel's run, divided by sqrt(m).
+    """
+    m = x.shape[-1] & -x.shape[-1]
+    runs = np.abs(x.astype(np.float64)).reshape(*x.shape[:-1], -1, m).sum(axis=-1, keepdims=True)
+    return np.broadcast_to(runs * m**-0.5, (*runs.shape[:-1], m)).reshape(x.shape)
+
+
+def codes_of(codes, head_dim):
+    """c [..., D] of packed codes."""
+    bits = 8 * codes.shape[-1] // head_dim
+    levels = codes.repeat(8 // bits, axis=-1) >> np.arange(head_dim) * bits % 8
+    return oracle.code_of(levels % 2**bits + 0.0, bits)
+
+
+def clearance(keys, bits=2):
+    """Distance of the nearest rotated channel from a threshold, relative to the step s; exact zeros do not count."""
+    nearest = INF
+    for key in keys.reshape(-1, keys.shape[-1]):
+        if np.isfinite(key).all():
+            rotated = np.abs(oracle.rotate(key))
+            step = 0.9957 * math.sqrt(np.mean(rotated**2))
+            distances = np.stack((rotated, np.abs(rotated - step) if bits == 2 else rotated))[:, rotated > 0]
+            nearest = min(nearest, distances.min(initial=INF) / (step or 1.0))
+    return nearest
+
+
+def scale_allowance(keys, codes):
+    """Allowed error of scales: m + 2 roundings of at most eps/2 · ρ per channel, D + 1 of the sum and the quotient."""
+    keys = np.where(np.isfinite(keys).all(axis=-1, keepdims=True), keys, 0.0)
+    code = codes_of(codes, keys.shape[-1])
+    terms = (run_sizes(keys) * np.abs(code)).sum(axis=-1) / (code**2).sum(axis=-1)
+    return eps(torch.float32) * (keys.shape[-1] + 4) * terms
+
+
+def mass_allowance(inputs, name):
+    """Allowed error of masses: twice that of a logit, exp's, and of the sums; masses that underflow may be anything."""
+    query, lengths, block_size = (inputs[key] for key in ("query", "lengths", "block_size"))
+    (batch, kv_heads, capacity, _), head_dim = inputs["codes"].shape, query.shape[-1]
+    group, code = query.shape[1] // kv_heads, np.abs(codes_of(inputs["codes"], head_dim))
+    is_seen = np.arange(capacity) < np.array(lengths)[:, None, None]
+    scales = np.where(is_seen & np.isfinite(inputs["scales"]), np.abs(inputs["scales"]), 0.0)
+    is_exact = "below_any_sentinel" in name or "large_logits" in name
+    allowed = np.zeros((batch, kv_heads, -(-capacity // block_size)))
+    for g in range(group):
+        heads = query[:, g::group]  # the g-th of every group
+        size = np.einsum("shd,shtd,sht->sht", run_sizes(heads), code, scales).max(axis=2) * head_dim**-0.5
+        mass = oracle.score_sketch(**inputs | {"query": heads})
+        roundings = 0 * size if is_exact else 2 * (head_dim + 4) * size
+        roundings = roundings + max(lengths) + block_size + group + 4
+        allowed += eps(torch.float32) * roundings[..., None] * np.where(np.isfinite(mass), mass, 0.0)
+    scores = oracle.score_sketch(**inputs)
+    return np.where(np.isfinite(scores), np.maximum(allowed, 2.0**-100), 0.0)
+
+
 def results(operation, name, inputs):
     """Expected results and allowed errors of one case, by name; results that must be equal have no allowance."""
     if operation in ("block_bounds", "select_blocks"):
@@ -409,6 +581,15 @@ def results(operation, name, inputs):
     if operation == "score_blocks":
         allowed = score_floor(torch.float32, inputs["query"], inputs["bounds"])
         return {"scores": oracle.score_blocks(**inputs)}, {"scores": allowed}
+    if operation == "score_sketch":
+        return {"scores": oracle.score_sketch(**inputs)}, {"scores": mass_allowance(inputs, name)}
+    if operation == "sketch_keys":
+        if clearance(**inputs) <= CLEARANCE:
+            raise ValueError(f"case {name}: a rotated channel lies too close to a threshold")
+        codes, scales = oracle.sketch_keys(**inputs)
+        if COMPARED.get(name) == ["codes"]:
+            return {"codes": codes}, {}
+        return {"codes": codes, "scales": scales}, {"scales": scale_allowance(inputs["keys"], codes)}
     out, lse = getattr(oracle, operation)(**inputs, return_lse=True)
     allowed = dict(zip(("out", "lse"), attention_allowance(inputs, name), strict=True))
     found, kept = {"out": out, "lse": lse}, COMPARED.get(name, ["out", "lse"])
@@ -450,8 +631,12 @@ MODELS = {
 SEEDS = {"two_layers": 352, "four_layers": 80}  # with these no step of any trace is a close call
 PROMPT_LENGTH, NEW_TOKENS = 21, 33
 MARGIN = 1e-3  # relative: every selection's gap, and every token's lead over the next
+# Generations with sketches: the seed of a prompt, and how many tokens. No step is a close call, and sketches that a
+# rectification leaves as they were select other blocks.
+SKETCHED = {"sketch_paper_4": (2, 13), "sketch_fused_5_one_bit": (57, 11)}
 SMALL = {"block_size": BLOCK, "active_ratio": 0.35, "min_blocks": 2, "local_blocks": 1}
 LOCAL = {"block_size": BLOCK, "active_ratio": 0.35, "min_blocks": 3, "local_blocks": 2}
+TWO_BITS, ONE_BIT = ({"selection": "sketch", "sketch_bits": bits} for bits in (2, 1))
 # Name: model, prompt tokens, selection, interval, schedule, law, what it says.
 TRACES = {
     "dense": ("two_layers", PROMPT_LENGTH, SMALL, 1, "fused", "law 8 corners",
@@ -477,6 +662,10 @@ TRACES = {
     "fused_5_from_a_block_and_one": (
         "four_layers", BLOCK + 1, LOCAL, 5, "fused", "law 6 rectification is exact",
         "an interval that no multiple of blocks meets, and a prompt of one block and one token"),
+    "sketch_paper_4": ("two_layers", 2 * BLOCK + 1, SMALL | TWO_BITS, 4, "paper", "law 12 online = rebuilt",
+                       "blocks are scored by sketches; a rectification writes those of its window anew"),
+    "sketch_fused_5_one_bit": ("two_layers", 2 * BLOCK + 1, SMALL | ONE_BIT, 5, "fused", "law 12 online = rebuilt",
+                               "sketches of one bit, and windows over two blocks"),
 }  # fmt: skip
 
 
@@ -533,7 +722,12 @@ def gaps(logits, selected, config):
 
 def trace(weights, model, prompt, config):
     """Everything that the oracle does, one dictionary after the prefill and one after every step."""
-    steps, before = [], 0  # tokens in the cache
+    steps, before, sketch_keys = [], 0, oracle.sketch_keys  # before: tokens in the cache
+
+    def far_from_thresholds(keys, bits):
+        if clearance(keys, bits) <= CLEARANCE:
+            raise ValueError("a rotated channel lies too close to a threshold: another prompt is needed")
+        return sketch_keys(keys, bits)
 
     def watch(done, logits, selected):
         nonlocal before
@@ -550,7 +744,8 @@ def trace(weights, model, prompt, config):
         steps.append(step)
         before = keys.shape[2]
 
-    oracle.generate(weights, model, config, prompt, NEW_TOKENS, watch=watch)
+    with patch.object(oracle, "sketch_keys", far_from_thresholds):
+        oracle.generate(weights, model, config, prompt, config["max_new_tokens"], watch=watch)
     return steps
 
 
@@ -564,8 +759,10 @@ def drawn(name, seed):
 
 
 def stored(value):
-    """The array as it is stored: numbers in float32, indices and lengths in int32."""
+    """The array as it is stored: numbers in float32, indices and lengths in int32, codes as they are."""
     array = np.asarray(value)
+    if array.dtype == np.uint8:
+        return array
     return np.ascontiguousarray(array, np.int32 if array.dtype.kind in "iu" else np.float32)
 
 
@@ -578,7 +775,7 @@ def halved(weight):
 
 
 def operations():
-    """Tensors and manifest entries of every case of the five operations."""
+    """Tensors and manifest entries of every case of the operations."""
     tensors, entries = {}, []
     for operation, name, law, says, inputs_of in ((name, *case) for name, ladder in CASES.items() for case in ladder):
         inputs = inputs_of(np.random.default_rng([*SAME_INPUTS.get(name, name).encode()]))
@@ -607,7 +804,10 @@ def traces():
         of_model, prompts[name] = drawn(name, SEEDS[name])
         weights |= {f"{name}/{key}": weight for key, weight in of_model.items()}
     for name, (model, length, *_, law, says) in TRACES.items():
-        config, prompt = setting(name) | {"max_new_tokens": NEW_TOKENS}, prompts[model][:length]
+        seed, n_tokens = SKETCHED.get(name, (None, NEW_TOKENS))
+        config, prompt = setting(name) | {"max_new_tokens": n_tokens}, prompts[model][:length]
+        if seed is not None:
+            prompt = np.random.default_rng(seed).integers(0, MODELS[model]["vocab_size"], length).tolist()
         of_model = {key.removeprefix(f"{model}/"): weight for key, weight in weights.items() if key.startswith(model)}
         steps = trace(of_model, MODELS[model], prompt, config)
         margin = min(step["margin"] for step in steps)

@@ -2,10 +2,10 @@
 # # 9. Port it
 #
 # This project has a test for code that it has never seen: the [conformance kit](../glossary.md#conformance-kit). It
-# holds 78 cases with inputs and expected results. Its command says *that* a port is wrong, and also which rule of the
-# specification the port breaks. In this tutorial you start with an empty file and end with a whole port of rectified
-# sparse decoding to NumPy: the five operations, the model, the decode loop. After every step the kit says what is still
-# missing.
+# holds 78 cases with inputs and expected results, and 22 more for key sketches, which this port leaves out. Its command
+# says *that* a port is wrong, and also which rule of the specification the port breaks. In this tutorial you start with
+# an empty file and end with a whole port of rectified sparse decoding to NumPy: the five operations, the model, the
+# decode loop. After every step the kit says what is still missing.
 #
 # **What you will learn:**
 #
@@ -65,7 +65,7 @@ my_port, vectors, history = ModuleType("my_port"), load_vectors(), []
 def add(function, first_wrong: str | None = None) -> None:
     """Put a function into the port, and check the port with it."""
     setattr(my_port, function.__name__, function)
-    every = check_port(my_port, vectors)
+    every = [row for row in check_port(my_port, vectors) if row.status != "not supported"]
     history.append([row.status == "pass" for row in every])
     rows = [row for row in every if hasattr(my_port, row.operation)]
     own = [row.status == "pass" for row in rows if row.operation == function.__name__]
@@ -498,7 +498,7 @@ def decode_trace(weights, model_config, prompt, config):
 
 
 add(decode_trace)
-rows = check_port(my_port, vectors)
+rows = [row for row in check_port(my_port, vectors) if row.status != "not supported"]
 assert is_passed(rows)
 largest = max(row.error for row in rows if row.operation == "decode_trace")
 print(f"all {len(rows)} cases pass; the caches of eleven generations are within {largest:.0e} of the expected ones")

@@ -1,9 +1,9 @@
 """Rectified sparse attention in JAX: a port of docs/porting.md, whose section numbers and letters are used here.
 
 Everything compiled has static shapes: a cache of fixed capacity, lengths as arrays, masks instead of ragged loops.
-Functions with a leading underscore work on one sequence, without a batch axis. The five operations map them over the
-batch; decoding calls them as they are, from one compiled function for the sparse step and one for the dense pass of a
-given window width. Lengths, positions and tokens are traced: they cause no compilation.
+Functions with a leading underscore work on one sequence, without a batch axis. The operations map them over the batch;
+decoding calls them as they are, from one compiled function for the sparse step and one for the dense pass of a given
+window width. Lengths, positions and tokens are traced: they cause no compilation.
 """
 
 import functools
@@ -18,6 +18,8 @@ Selection = namedtuple("Selection", "block_size active_ratio min_blocks local_bl
 Model = namedtuple("Model", "n_layer n_kv_head head_dim rope_theta norm_eps")
 # keys, values [layer, Hkv, capacity, D], bounds [layer, Hkv, 2, D, M]; the capacity is that of M whole blocks.
 Cache = namedtuple("Cache", "keys values bounds")
+# Instead of bounds: codes [layer, Hkv, capacity, D bits / 8], scales [layer, Hkv, capacity].
+SketchCache = namedtuple("SketchCache", "keys values codes scales")
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
@@ -44,6 +46,50 @@ def _scores(query, bounds, length, block_size):
     bound = jnp.where(pooled >= 0, bounds[:, 1], bounds[:, 0])  # the one whose product is the larger
     product = jnp.where((pooled == 0) & jnp.isinf(bound), 0, pooled * bound)
     return jnp.where(jnp.arange(blocks) * block_size < length, product.sum(axis=1), -jnp.inf)
+
+
+def _hadamard(x):
+    """Rotate [..., D]: signs, then butterflies within runs of m channels, m the largest power of two that divides D."""
+    channels = x.shape[-1]
+    hashed = np.arange(1, channels + 1, dtype=np.uint64) * 2654435761 % 2**32
+    hashed = (hashed ^ (hashed >> 15)) * 2246822519 % 2**32
+    run, stride = channels & -channels, 1
+    x = x.astype(jnp.float32) * np.where(hashed >> 31, -1, 1).astype(np.float32)
+    while stride < run:
+        first, second = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, 2, stride), -2, 0)
+        x = jnp.stack([first + second, first - second], axis=-2).reshape(x.shape)
+        stride *= 2
+    return x * np.float32(run**-0.5)
+
+
+def _sketch(keys, bits):
+    """keys [Hkv, n, D] -> codes [Hkv, n, D bits / 8], scales [Hkv, n]."""
+    rotated = _hadamard(keys)
+    step = 0.9957 * jnp.sqrt(jnp.mean(rotated * rotated, axis=-1, keepdims=True))
+    levels = sum((rotated >= limit).astype(jnp.uint8) for limit in ((0,) if bits == 1 else (-step, 0, step)))
+    code = 2.0 * levels - 1 if bits == 1 else levels - 1.5
+    scales = (rotated * code).sum(axis=-1) / (code * code).sum(axis=-1)
+    lost = ~jnp.isfinite(keys).all(axis=-1)
+    levels = jnp.where(lost[..., None], 0, levels).reshape(*keys.shape[:-1], -1, 8 // bits)
+    codes = (levels << np.arange(0, 8, bits, dtype=np.uint8)).sum(axis=-1, dtype=jnp.uint8)
+    return codes, jnp.where(lost, jnp.nan, scales)
+
+
+def _masses(query, codes, scales, length, block_size):
+    """query [Hq, D], codes [Hkv, T_max, D bits / 8], scales [Hkv, T_max] -> [Hkv, M]."""
+    (heads, slots, width), channels = codes.shape, query.shape[-1]
+    bits = 8 * width // channels
+    levels = (codes[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & 2**bits - 1).reshape(heads, slots, channels)
+    code = 2.0 * levels - 1 if bits == 1 else levels - 1.5
+    logits = _einsum("hgd,hnd->hgn", _hadamard(query).reshape(heads, -1, channels), code) * channels**-0.5
+    valid = jnp.arange(slots) < length
+    seen = valid & ~jnp.isnan(scales)
+    logits = jnp.where(seen[:, None], logits * scales[:, None], -jnp.inf)
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min))
+    mass = (weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1)).sum(axis=1)  # over the group's heads
+    mass = jnp.pad(jnp.where(valid & ~seen, jnp.nan, mass), ((0, 0), (0, -slots % block_size)))
+    scores = mass.reshape(heads, -1, block_size).sum(axis=-1)
+    return jnp.where(jnp.arange(scores.shape[-1]) * block_size < length, scores, -jnp.inf)
 
 
 def _select(scores, length, selection):
@@ -131,6 +177,16 @@ def dense_attention(query, keys, values, lengths, *, query_lengths=None, return_
     return (out, lse) if return_lse else out
 
 
+def sketch_keys(keys, bits=2):
+    """Code and scale of every key: [B, Hkv, T_max, D] -> [B, Hkv, T_max, D bits / 8], [B, Hkv, T_max] (section 2.6)."""
+    return tuple(map(np.asarray, _batch(_sketch, (bits,), keys)))
+
+
+def score_sketch(query, codes, scales, lengths, block_size):
+    """Estimated mass of every block: [B, Hq, D], codes, scales -> [B, Hkv, M] (section 2.7)."""
+    return np.asarray(_batch(_masses, (block_size,), query, codes, scales, lengths))
+
+
 def _linear(weights, name, x):
     """x [n, inputs] -> [n, outputs], by the projection of that name, with a bias if it has one."""
     out = _einsum("ni,oi->no", x, weights[f"{name}.weight"])
@@ -156,10 +212,15 @@ def _rope(x, cos, sin):
 
 
 def _store(cache, layer, keys, values, start, block_size):
-    """Write keys, values [Hkv, n, D] at start, start + 1, ... and rebuild the bounds of the blocks touched."""
-    width, blocks, write = keys.shape[1], cache.bounds.shape[-1], jax.lax.dynamic_update_slice
+    """Write keys, values [Hkv, n, D] at start, start + 1, ... and their sketches, or bounds of the blocks touched."""
+    width, write = keys.shape[1], jax.lax.dynamic_update_slice
     all_keys = write(cache.keys, keys[None], (layer, 0, start, 0))
     all_values = write(cache.values, values[None], (layer, 0, start, 0))
+    if isinstance(cache, SketchCache):
+        codes, scales = _sketch(keys, 8 * cache.codes.shape[-1] // keys.shape[-1])
+        all_codes = write(cache.codes, codes[None], (layer, 0, start, 0))
+        return SketchCache(all_keys, all_values, all_codes, write(cache.scales, scales[None], (layer, 0, start)))
+    blocks = cache.bounds.shape[-1]
     touched = min((width + block_size - 2) // block_size + 1, blocks)  # the most, wherever in its block start lies
     first = jnp.minimum(start // block_size, blocks - touched)
     part = jax.lax.dynamic_slice_in_dim(all_keys[layer], first * block_size, touched * block_size, axis=1)
@@ -170,8 +231,8 @@ def _store(cache, layer, keys, values, start, block_size):
 def _forward(model, block_size, weights, cache, tokens, start, attend):
     """Feed tokens [n] at start, start + 1, ...: the greedy choice after the last, the cache, a note of every layer.
 
-    attend(q [Hq, n, D], the layer's keys, values and bounds) returns its output [Hq, n, D] and the note. What is
-    optional in the model (biases, norms of q and k, output weights of its own) is there if its weights are.
+    attend(q [Hq, n, D], the layer's keys, values and bounds, or codes and scales) returns its output [Hq, n, D] and the
+    note. What is optional in the model (biases, norms of q and k, output weights) is there if its weights are.
     """
     width, notes = len(tokens), []
     linear = functools.partial(_linear, weights)
@@ -201,7 +262,7 @@ def _forward(model, block_size, weights, cache, tokens, start, attend):
 def _dense_pass(model, selection, weights, cache, tokens, start):
     """Tokens [n] at start, against the whole cache: the token chosen next and the cache, now of start + n tokens."""
 
-    def attend(q, keys, values, bounds):
+    def attend(q, keys, values, *_):
         return _dense(q, keys, values, start + len(tokens), len(tokens))[0], None
 
     return _forward(model, selection.block_size, weights, cache, tokens, start, attend)[:2]
@@ -212,12 +273,13 @@ def _sparse_step(model, selection, weights, cache, token, start):
     """One token at start, against blocks selected: the token chosen next, the cache, the indices [layer, Hkv, N]."""
     length, block_size = start + 1, selection.block_size
 
-    def attend(q, keys, values, bounds):
-        indices = _select(_scores(q[:, 0], bounds, length, block_size), length, selection)
+    def attend(q, keys, values, *known):
+        score = _masses if isinstance(cache, SketchCache) else _scores
+        indices = _select(score(q[:, 0], *known, length, block_size), length, selection)
         return _sparse(q[:, 0], keys, values, indices, length, block_size)[0][:, None], indices
 
-    chosen, cache, indices = _forward(model, block_size, weights, cache, token[None], start, attend)
-    return chosen, cache, jnp.stack(indices)
+    chosen, written, indices = _forward(model, block_size, weights, cache, token[None], start, attend)
+    return chosen, written, jnp.stack(indices)
 
 
 def decode_trace(weights, model_config, prompt, config):
@@ -228,8 +290,12 @@ def decode_trace(weights, model_config, prompt, config):
     ids = np.pad(np.asarray(prompt, np.int32), (0, config["max_new_tokens"]))  # what is cached, then what is pending
     capacity = len(ids) + -len(ids) % selection.block_size
     keys = jnp.zeros((model.n_layer, model.n_kv_head, capacity, model.head_dim))
-    bounds = _batch(_bounds, (selection.block_size,), keys, np.zeros(model.n_layer, int))
-    cache = Cache(keys, jnp.zeros_like(keys), bounds)
+    if config.get("selection") == "sketch":
+        codes = jnp.zeros((*keys.shape[:3], model.head_dim * config["sketch_bits"] // 8), jnp.uint8)
+        cache = SketchCache(keys, jnp.zeros_like(keys), codes, jnp.zeros(keys.shape[:3]))
+    else:
+        bounds = _batch(_bounds, (selection.block_size,), keys, np.zeros(model.n_layer, int))
+        cache = Cache(keys, jnp.zeros_like(keys), bounds)
     trace, length, window = [], 0, 0
     for end in range(len(prompt), len(ids)):  # every step leaves that many tokens in the cache
         indices = None
@@ -243,7 +309,8 @@ def decode_trace(weights, model_config, prompt, config):
                 _, cache = _dense_pass(model, selection, weights, cache, ids[end - window : end], end - window)
                 window = 0
         length, ids[end] = end, chosen
-        keys, values, bounds = (np.array(array) for array in cache)  # copies: later steps write into these buffers
-        entry = {"keys": keys[:, :, :end], "values": values[:, :, :end], "bounds": bounds, "window": window}
-        trace.append(entry | {"indices": None if indices is None else np.asarray(indices), "token": int(chosen)})
+        entry = {name: np.array(array) for name, array in cache._asdict().items()}  # copies: later steps write there
+        entry |= {name: entry[name][:, :, :end] for name in ("keys", "values")}
+        entry |= {"indices": None if indices is None else np.asarray(indices), "token": int(chosen)}
+        trace.append(entry | {"window": window})
     return trace

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-# ---- 2 The five operations -------------------------------------------------------------------------------------------
+# ---- 2 The operations ------------------------------------------------------------------------------------------------
 
 
 def block_bounds(keys, lengths, block_size):
@@ -99,6 +99,64 @@ def dense_attention(query, keys, values, lengths, *, query_lengths=None, return_
     return (out, lse) if return_lse else out
 
 
+def hadamard(x):
+    """2.6: signs, then a Hadamard transform of every run of channels: x [..., D] -> [..., D]."""
+    head_dim = x.shape[-1]
+    hashed = np.arange(1, head_dim + 1, dtype=np.uint64) * 2654435761 % 2**32
+    hashed = (hashed ^ (hashed >> 15)) * 2246822519 % 2**32
+    x = x.astype(np.float64) * np.where(hashed >> 31, -1.0, 1.0)
+    run, stride = head_dim & -head_dim, 1  # the largest power of two that divides D
+    while stride < run:
+        pairs = x.reshape(*x.shape[:-1], -1, 2, stride)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        x = np.stack((first + second, first - second), axis=-2).reshape(x.shape)
+        stride *= 2
+    return x * run**-0.5
+
+
+def centred(levels, bits):
+    """2.6: c of levels u."""
+    return levels - 1.5 if bits == 2 else 2.0 * levels - 1.0
+
+
+def sketch_keys(keys, bits=2):
+    """2.6: keys [B, Hkv, T_max, D] -> codes [B, Hkv, T_max, D bits / 8] uint8, scales [B, Hkv, T_max]."""
+    is_lost = ~np.isfinite(keys).all(axis=-1)
+    rotated = hadamard(np.where(is_lost[..., None], 0.0, keys))
+    step = 0.9957 * np.sqrt((rotated**2).mean(axis=-1, keepdims=True))
+    levels = (rotated >= 0).astype(np.uint8)
+    if bits == 2:
+        levels = levels + (rotated >= -step) + (rotated >= step)
+    code = centred(levels, bits)
+    scales = (rotated * code).sum(axis=-1) / (code**2).sum(axis=-1)
+    levels = np.where(is_lost[..., None], 0, levels).reshape(*keys.shape[:-1], -1, 8 // bits)
+    codes = (levels << np.arange(0, 8, bits)).sum(axis=-1).astype(np.uint8)  # the first channel lowest
+    return codes, np.where(is_lost, math.nan, scales)
+
+
+def score_sketch(query, codes, scales, lengths, block_size):
+    """2.7: query [B, Hq, D], codes and scales of every key -> [B, Hkv, M]."""
+    (batch, kv_heads, capacity, n_bytes), head_dim = codes.shape, query.shape[-1]
+    bits = 8 * n_bytes // head_dim
+    levels = codes[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & (2**bits - 1)
+    code = centred(levels.reshape(batch, kv_heads, capacity, head_dim), bits)
+    rotated = hadamard(query).reshape(batch, kv_heads, -1, head_dim)  # [B, Hkv, G, D]
+    scores = np.full((batch, kv_heads, math.ceil(capacity / block_size)), -math.inf)
+    for s, length in enumerate(lengths):
+        for h in range(kv_heads):
+            scale = scales[s, h, :length].astype(np.float64)
+            is_lost = np.isnan(scale)
+            logits = rotated[s, h] @ code[s, h, :length].T * scale * head_dim**-0.5  # [G, T]
+            logits = np.where(is_lost, -math.inf, logits)
+            largest = logits.max(axis=1, keepdims=True, initial=np.finfo(np.float64).min)
+            mass = np.exp(logits - largest)
+            mass = mass / np.maximum(mass.sum(axis=1, keepdims=True), 1)  # at least the largest token's 1, if any
+            mass = np.where(is_lost, math.nan, mass).sum(axis=0)  # over the heads of the group: [T]
+            for i in range(math.ceil(length / block_size)):
+                scores[s, h, i] = mass[i * block_size : (i + 1) * block_size].sum()
+    return scores
+
+
 # ---- 3 The model -----------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +175,7 @@ def rotate(x, positions, theta):
 
 
 class Model:
-    """Weights, and the cache of one sequence: keys and values [layer, Hkv, T_max, D], bounds kept up to date."""
+    """Weights, and the cache of one sequence: keys and values [layer, Hkv, T_max, D], bounds or sketches with them."""
 
     def __init__(self, weights, shape, config, capacity):
         self.weights = {name: weight.astype(np.float64) for name, weight in weights.items()}
@@ -126,11 +184,18 @@ class Model:
         self.keys, self.values = np.full(size, math.nan), np.full(size, math.nan)
         n_blocks = math.ceil(capacity / config["block_size"])
         self.bounds = np.full((*size[:2], 2, size[3], n_blocks), math.nan)
+        self.bits = config["sketch_bits"] if config.get("selection") == "sketch" else None
+        self.codes = np.zeros((*size[:3], size[3] * (self.bits or 0) // 8), np.uint8)
+        self.scales = np.full(size[:3], math.nan)
 
     def write(self, layer, key, value, start):
-        """Store rows [Hkv, n, D] from `start` on and rebuild the bounds of the blocks they touch (law 2)."""
+        """Store rows [Hkv, n, D] from `start` on, with their sketches or the bounds of the blocks they touch."""
         end, b = start + key.shape[1], self.config["block_size"]
         self.keys[layer, :, start:end], self.values[layer, :, start:end] = key, value
+        if self.bits is not None:
+            codes, scales = sketch_keys(key[None], self.bits)
+            self.codes[layer, :, start:end], self.scales[layer, :, start:end] = codes[0], scales[0]
+            return
         for i in range(start // b, math.ceil(end / b)):
             block = self.keys[layer, :, i * b : min((i + 1) * b, end)]
             self.bounds[layer, :, 0, :, i], self.bounds[layer, :, 1, :, i] = block.min(axis=1), block.max(axis=1)
@@ -182,7 +247,10 @@ class Model:
 
         def attention(layer, query):
             query, cache = query[None, :, 0], (self.keys[layer][None], self.values[layer][None])
-            scores = score_blocks(query, self.bounds[layer][None], lengths, b)
+            if self.bits is None:
+                scores = score_blocks(query, self.bounds[layer][None], lengths, b)
+            else:
+                scores = score_sketch(query, self.codes[layer][None], self.scales[layer][None], lengths, b)
             chosen.append(select_blocks(scores, lengths, self.config))
             return sparse_attention(query, *cache, chosen[-1], lengths, b)[0][:, None]
 
@@ -201,6 +269,7 @@ def decode_trace(weights, model_config, prompt, config):
         pending = int(np.argmax(logits))
         keys, values = (x[:, :, : model.length].copy() for x in (model.keys, model.values))
         trace.append({"keys": keys, "values": values, "bounds": model.bounds.copy()})
+        trace[-1] |= {"codes": model.codes.copy(), "scales": model.scales.copy()}
         trace[-1] |= {"indices": indices, "token": pending, "window": model.window}
         if len(trace) == n_tokens:  # the last token is never fed
             return trace

@@ -4,6 +4,8 @@ A port is a module with the five operations of `operations.py`, NumPy arrays in 
 `decode_trace` for whole generations; docs/porting.md says what each must compute. The cases of one
 operation form a ladder: each asks for one thing more than those before it, so the first that fails
 names the law. `trace.py` compares a generation step by step up to where it first goes wrong.
+
+The two operations of key sketches are optional. A port offers both or neither.
 """
 
 import importlib
@@ -31,11 +33,13 @@ from ..operations import Operations
 from .trace import DRIFT, TRACE, check_steps, expected_steps, read_trace
 from .wrong import IMPRECISE, Wrong, foreign_code, in_one_line, part_of, wrong_clause, wrong_order
 
-# Those that every port has; sketches have no vectors yet.
-OPERATIONS = tuple(field.name for field in fields(Operations) if field.default is MISSING)
-PASS, FAIL, UNCHECKED = "pass", "FAIL", "not checked"
-STYLES = {PASS: "none", FAIL: "bold red", UNCHECKED: "yellow"}
+OPERATIONS = tuple(field.name for field in fields(Operations))
+OPTIONAL = tuple(field.name for field in fields(Operations) if field.default is not MISSING)
+PASS, FAIL, UNCHECKED, UNSUPPORTED = "pass", "FAIL", "not checked", "not supported"
+STYLES = {PASS: "none", FAIL: "bold red", UNCHECKED: "yellow", UNSUPPORTED: "dim"}
 SIGNATURES = "2 signatures"
+# What an operation returns where it is no single array; attention does so with `return_lse`.
+PAIRS = {"lse": ("out", "lse"), "codes": ("codes", "scales")}
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,19 @@ def load_port(name: str) -> ModuleType:
 
 
 def check_port(port: ModuleType, vectors: Vectors, *, ops_only: bool = False) -> list[Row]:
-    """Check every case in order; without `decode_trace`, or with `ops_only`, no generation."""
+    """Check every case in order; without `decode_trace`, or with `ops_only`, no generation.
+
+    A port with neither operation of key sketches is not asked for anything that needs them.
+    """
     rows: list[Row] = []
     has_trace = callable(getattr(port, "decode_trace", None)) and not ops_only
+    has_sketches = any(getattr(port, name, None) is not None for name in OPTIONAL)
     for entry in vectors.manifest["operations"] + vectors.manifest["traces"]:
         row = Row(entry["operation"], entry["case"], PASS, law=entry["law"])
         is_operation = row.operation in OPERATIONS
+        if not has_sketches and (row.operation in OPTIONAL or sketch_bits(entry) is not None):
+            rows.append(replace(row, status=UNSUPPORTED))
+            continue
         if not is_operation and not has_trace:
             rows.append(replace(row, status=UNCHECKED))
             continue
@@ -111,6 +122,12 @@ def check_port(port: ModuleType, vectors: Vectors, *, ops_only: bool = False) ->
             except Wrong as wrong:
                 rows.append(_failed(row, wrong, rows))
     return rows
+
+
+def sketch_bits(entry: Mapping) -> int | None:
+    """Bits per channel of the sketches that a generation decodes with; None: it needs none."""
+    config = entry.get("config", {})
+    return config["sketch_bits"] if config.get("selection") == "sketch" else None
 
 
 def _failed(row: Row, wrong: Wrong, before: Sequence[Row]) -> Row:
@@ -137,8 +154,9 @@ def first_failures(rows: Sequence[Row]) -> list[Row]:
 
 
 def is_passed(rows: Sequence[Row], *, ops_only: bool = False) -> bool:
-    """True if all rows passed, except those that `ops_only` left out."""
-    return all(row.status == PASS or (ops_only and row.status == UNCHECKED) for row in rows)
+    """True if all rows passed that the port supports, except those that `ops_only` left out."""
+    right = (PASS, UNSUPPORTED, UNCHECKED) if ops_only else (PASS, UNSUPPORTED)
+    return all(row.status in right for row in rows)
 
 
 def check_operation(port: ModuleType, entry: dict, vectors: Vectors) -> tuple[float, float]:
@@ -153,22 +171,27 @@ def check_operation(port: ModuleType, entry: dict, vectors: Vectors) -> tuple[fl
     with foreign_code(entry["law"], entry["says"]):
         results = getattr(port, operation)(**inputs)
 
-    # With return_lse there is a pair, of which a case may compare one.
-    found = {names[0]: results}
-    if "lse" in names:
+    # Of a pair a case may compare one.
+    found, pair = {names[0]: results}, next((PAIRS[name] for name in names if name in PAIRS), None)
+    if pair is not None:
         if not isinstance(results, (tuple, list)) or len(results) != 2:
-            given = type(results).__name__
-            says = f"with return_lse the result is a pair (out, lse), got a {given}"
+            given = f"the result is a pair ({', '.join(pair)}), got a {type(results).__name__}"
+            says = f"with return_lse {given}" if "lse" in pair else given
             raise Wrong(SIGNATURES, says)
-        found = {"out": results[0], "lse": results[1]}
+        found = dict(zip(pair, results, strict=True))
     errors = [_compare(name, found[name], arrays, entry) for name in names]
     return max(errors, key=lambda pair: pair[0] / pair[1] if pair[1] else 0.0)
+
+
+def _missing(operation: str) -> Wrong:
+    both = ": sketches need both operations" if operation in OPTIONAL else ""
+    return Wrong(SIGNATURES, f"the port has no {operation}{both}")
 
 
 def _check_signature(port: ModuleType, operation: str, inputs: Mapping) -> None:
     function = getattr(port, operation, None)
     if function is None:
-        raise Wrong(SIGNATURES, f"the port has no {operation}")
+        raise _missing(operation)
     try:
         inspect.signature(function).bind(**inputs)
     except TypeError:
@@ -185,14 +208,15 @@ def _compare(name: str, result: object, arrays: Mapping, entry: dict) -> tuple[f
     with foreign_code(SIGNATURES, f"{name}: can't be read as a NumPy array"):
         actual = np.asarray(result)
 
-    # Type and shape. A list of indices may be longer than it must.
-    given = f"{actual.dtype} {list(actual.shape)}"
-    if actual.dtype.kind not in "if":
+    # Type and shape. Codes are bytes. A list of indices may be longer than it must.
+    given, is_code = f"{actual.dtype} {list(actual.shape)}", name == "codes"
+    if not is_code and actual.dtype.kind not in "if":
         numbers = "signed integers, or floats that NumPy has itself"
         raise Wrong(SIGNATURES, f"{name}: got {given}, expected {numbers}")
     is_kind = (actual.dtype.kind, actual.ndim) == (expected.dtype.kind, expected.ndim)
-    if not is_kind or actual.dtype.itemsize < expected.dtype.itemsize:
-        wanted = f"{expected.dtype} or wider, {list(expected.shape)}"
+    is_narrow = actual.dtype.itemsize < expected.dtype.itemsize
+    if not is_kind or is_narrow or (is_code and actual.dtype != expected.dtype):
+        wanted = f"{expected.dtype}{'' if is_code else ' or wider'}, {list(expected.shape)}"
         raise Wrong(SIGNATURES, f"{name}: got {given}, expected {wanted}")
     if kept == "indices":
         width = max(actual.shape[-1], expected.shape[-1])
@@ -242,11 +266,15 @@ def _padded(indices: np.ndarray, width: int) -> np.ndarray:
 
 def check_trace(port: ModuleType, entry: dict, vectors: Vectors) -> tuple[float, float]:
     """Check one generation → its largest drift and what is allowed."""
-    config = entry["config"]
+    config, bits = entry["config"], sketch_bits(entry)
+    lacking = [name for name in OPTIONAL if getattr(port, name, None) is None]
+    if bits is not None and lacking:
+        raise _missing(lacking[0])
     weights = part_of(vectors.weights, entry["model"])
     arguments = deepcopy((vectors.manifest["models"][entry["model"]], entry["prompt"], config))
     with foreign_code(TRACE, "decode_trace raised an exception"):
-        found = read_trace(port.decode_trace(weights, *arguments), config["max_new_tokens"])
+        entries = port.decode_trace(weights, *arguments)
+        found = read_trace(entries, config["max_new_tokens"], has_sketches=bits is not None)
     expected = expected_steps(part_of(vectors.traces, entry["case"]))
     return check_steps(found, expected, config), DRIFT
 

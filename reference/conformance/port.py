@@ -46,6 +46,8 @@ score_blocks = as_numpy(CHECKED_OPS.score_blocks)
 select_blocks = as_numpy(CHECKED_OPS.select_blocks)
 sparse_attention = as_numpy(CHECKED_OPS.sparse_attention)
 dense_attention = as_numpy(CHECKED_OPS.dense_attention)
+sketch_keys = as_numpy(CHECKED_OPS.sketch_keys)
+score_sketch = as_numpy(CHECKED_OPS.score_sketch)
 
 
 def build_model(
@@ -63,9 +65,11 @@ def entry(generation: Generation, selected: Sequence[Tensor]) -> dict[str, objec
     """
     cache = generation.cache
     cached = (x[:, 0, :, : cache.length] for x in (cache.keys, cache.values))
-    keys, values, bounds = (x.cpu().numpy().copy() for x in (*cached, cache.bounds[:, 0]))
-    indices = torch.cat(list(selected)).cpu().numpy() if selected else None  # [layer, Hkv, N]
-    step = {"keys": keys, "values": values, "bounds": bounds, "indices": indices}
+    step = dict(zip(("keys", "values"), cached, strict=True))
+    of_blocks = ("codes", "scales") if cache.bounds is None else ("bounds",)
+    step |= {name: getattr(cache, name)[:, 0] for name in of_blocks}
+    step = {name: tensor.cpu().numpy().copy() for name, tensor in step.items()}
+    step["indices"] = torch.cat(list(selected)).cpu().numpy() if selected else None
     return step | {"token": generation.tokens[-1], "window": generation.n_drifted}
 
 
@@ -88,7 +92,8 @@ def decode_trace(
     model = build_model(weights, model_config).with_ops(ops)
 
     # Decode. The last token is never fed.
-    cache = model.new_cache(len(prompt) + n_tokens - 1, resa_config.block_size)
+    capacity, bits = len(prompt) + n_tokens - 1, resa_config.kept_bits
+    cache = model.new_cache(capacity, resa_config.block_size, bits)
     generation, trace = Generation([], cache), []
     logits = prefill(model, prompt, cache)
     while True:

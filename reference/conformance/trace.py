@@ -2,7 +2,7 @@
 
 Everything is compared in the order in which a step computes it, so the first difference is the
 cause: rows that a step must leave alone, then layer by layer the rows that it writes and the blocks
-that it selects, then bounds, w and the token.
+that it selects, then bounds or sketches, w and the token.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,12 +12,16 @@ from operator import index
 from typing import NoReturn
 
 import numpy as np
+import torch
 
+from ..sketch import STEP, rotate, unpacked
 from .wrong import IMPRECISE, Wrong, foreign_code, wrong_clause
 
 # ‖k − k*‖ / ‖k*‖ of a cached key or value: far above float32's rounding, far below any mistake.
 DRIFT = 1e-4
 ARRAYS = ("keys", "values", "bounds", "indices")
+SKETCH_ARRAYS = ("keys", "values", "codes", "scales", "indices")  # of a generation with sketches
+KINDS = {"indices": "i", "codes": "u"}  # of numbers, where they may not be floats
 TRACE = "4.6 the trace"
 
 
@@ -32,6 +36,8 @@ class Step:
     token: int  # chosen by the step
     window: int  # w after the step
     start: int = 0  # the first row that the step wrote
+    codes: np.ndarray | None = None  # [layer, Hkv, T, D·bits/8]; None: not shown, or bounds
+    scales: np.ndarray | None = None  # [layer, Hkv, T]
 
 
 def expected_steps(trace: Mapping[str, np.ndarray]) -> list[Step]:
@@ -49,23 +55,26 @@ def expected_steps(trace: Mapping[str, np.ndarray]) -> list[Step]:
     return steps
 
 
-def read_trace(entries: Iterable[Mapping], n_tokens: int) -> list[Step]:
+def read_trace(
+    entries: Iterable[Mapping], n_tokens: int, *, has_sketches: bool = False
+) -> list[Step]:
     """Copy a port's entries as they come; one more than there should be is enough to know."""
     if isinstance(entries, Mapping) or not isinstance(entries, Iterable):
         raise Wrong(TRACE, f"a {type(entries).__name__} instead of a list of entries")
-    steps, before, keys = [], None, (*ARRAYS, "token", "window")
+    arrays = SKETCH_ARRAYS if has_sketches else ARRAYS
+    steps, before, keys = [], None, (*arrays, "token", "window")
     for i, entry in enumerate(islice(entries, n_tokens + 1)):
         if not isinstance(entry, Mapping) or not set(keys) <= set(entry):
             raise Wrong(TRACE, f"entry {i} is not a mapping with the keys {', '.join(keys)}")
 
         # A list must hold copies. A generator may use its memory again.
         if before is not None and isinstance(entries, Sequence):
-            shared = [name for name in ARRAYS[:3] if _share_memory(entry[name], before[name])]
+            shared = [name for name in arrays[:-1] if _share_memory(entry[name], before[name])]
             if shared:
                 says = f"{' and '.join(shared)} of entries {i - 1} and {i} share memory"
                 raise Wrong(TRACE, f"{says}: what a later step writes changes both, so copy")
         with foreign_code(TRACE, f"entry {i} can't be read"):
-            steps.append(_step_of(entry))
+            steps.append(_step_of(entry, arrays))
         before = entry
     return steps
 
@@ -80,15 +89,15 @@ def _share_memory(one: object, other: object) -> bool:
         return False
 
 
-def _step_of(entry: Mapping) -> Step:
-    arrays = {name: None if entry[name] is None else np.array(entry[name]) for name in ARRAYS}
+def _step_of(entry: Mapping, names: Sequence[str]) -> Step:
+    arrays = {name: None if entry[name] is None else np.array(entry[name]) for name in names}
     for name, array in arrays.items():
-        kinds = "i" if name == "indices" else "if"
-        if array is not None and array.dtype.kind not in kinds:
+        if array is not None and array.dtype.kind not in KINDS.get(name, "if"):
             raise TypeError(f"{name} of type {array.dtype}")
-    keys, values = (arrays[name].astype(np.float64) for name in ("keys", "values"))
+    for name in ("keys", "values"):
+        arrays[name] = arrays[name].astype(np.float64)
     token, window = (index(entry[name]) for name in ("token", "window"))  # refuses 1.5
-    return Step(keys, values, arrays["bounds"], arrays["indices"], token, window)
+    return Step(**{"bounds": None, **arrays}, token=token, window=window)
 
 
 @dataclass(frozen=True)
@@ -148,13 +157,20 @@ def _check_shapes(at: Comparison) -> None:
             says = f"{says}: every step caches one token more, rectification or not"
             raise Wrong("4.2 sparse step", says)
 
-    # Selections may have any width, bounds any capacity.
+    # Selections may have any width, bounds and sketches any capacity, which is one axis of each.
     n_blocks = -(-tokens // at.config["block_size"])
-    shapes = {"indices": (layers, kv_heads, 0), "bounds": (layers, kv_heads, 2, head_dim, n_blocks)}
-    for name, least in shapes.items():
+    n_bytes = head_dim * at.config.get("sketch_bits", 0) // 8
+    shapes = {
+        "indices": ((layers, kv_heads, 0), 2),
+        "bounds": ((layers, kv_heads, 2, head_dim, n_blocks), 4),
+        "codes": ((layers, kv_heads, tokens, n_bytes), 2),
+        "scales": ((layers, kv_heads, tokens), 2),
+    }
+    for name, (least, axis) in shapes.items():
         array = getattr(at.found, name)
         given = least if array is None else array.shape
-        if given[:-1] != least[:-1] or given[-1] < least[-1]:
+        rest = given[:axis] + given[axis + 1 :], least[:axis] + least[axis + 1 :]
+        if len(given) != len(least) or rest[0] != rest[1] or given[axis] < least[axis]:
             raise Wrong(TRACE, f"{name} of shape {list(given)}, expected {list(least)} or wider")
 
 
@@ -176,6 +192,10 @@ def _check_step(at: Comparison, drift: np.ndarray) -> None:
         if stale:
             says = f"bounds of layer {layer}, blocks {stale}, are not those of its keys: {_REBUILT}"
             raise Wrong("law 2 online = rebuilt", says, ("block_bounds",))
+        stale = _stale_rows(found, layer)
+        if stale:
+            says = f"sketches of layer {layer}, {_listed(stale)}, are not those of its keys"
+            raise Wrong("law 12 online = rebuilt", f"{says}: {_ITS_OWN}", ("sketch_keys",))
     _check_choice(at)
 
 
@@ -217,6 +237,7 @@ _INTO = (
 _ATTENDED = "it appends first, so that its token sees itself, then attends to valid tokens alone"
 _KEPT = "sparse steps wrote them; the window is the newest w tokens, up to the last one cached"
 _REBUILT = "after every append and every rectification they must be rebuilt, not extended"
+_ITS_OWN = "every append and every rectification writes the sketches of the tokens that it writes"
 
 
 def _blame_rows(at: Comparison, layer: int, drift: np.ndarray) -> NoReturn:
@@ -285,17 +306,54 @@ def _stale_blocks(found: Step, layer: int, block_size: int) -> list[int]:
     return stale
 
 
+def _stale_rows(found: Step, layer: int) -> list[int]:
+    """Rows whose codes or scales are not those of the port's own keys, in float32 or wider.
+
+    A level may be the next one where a channel lies within rounding of the threshold between them.
+    Scales are compared with those of the codes that are there.
+    """
+    if found.codes is None or found.scales is None:
+        return []
+    keys = torch.from_numpy(found.keys[layer])  # [Hkv, T, D]
+    codes = torch.from_numpy(found.codes[layer, :, : keys.shape[1]].astype(np.uint8))
+    scales = torch.from_numpy(found.scales[layer, :, : keys.shape[1]].astype(np.float64))
+    head_dim, bits = keys.shape[-1], 8 * codes.shape[-1] // keys.shape[-1]
+    rotated, code = rotate(keys), unpacked(codes, bits, torch.float64)
+
+    # First-order rounding of a channel in float32, twice; it is enough for a scale as well.
+    run = head_dim & -head_dim
+    size = keys.abs().sum(dim=-1, keepdim=True) * run**-0.5  # no rotated channel is larger
+    rounding = 2**-23 * (2 * head_dim + 8) * size
+    step = STEP * rotated.square().mean(dim=-1, keepdim=True).sqrt()
+    thresholds = (0.0 * step,) if bits == 1 else (-step, 0.0 * step, step)
+    low, high = (
+        sum((rotated >= threshold + side * rounding).double() for threshold in thresholds)
+        for side in (1, -1)
+    )
+    level = code + 1.5 if bits == 2 else (code + 1) / 2
+    right = (rotated * code).sum(dim=-1) / code.square().sum(dim=-1)
+    is_right = ((low <= level) & (level <= high)).all(dim=-1)
+    is_right &= (scales - right).abs() <= rounding[..., 0]  # False for NaN
+    return (~is_right.all(dim=0)).nonzero()[:, 0].tolist()
+
+
 def _blame_selection(at: Comparison, layer: int, says: str) -> NoReturn:
     found, config = at.found, at.config
     clause = wrong_clause(found.indices[layer], at.wanted.indices[layer], config["local_blocks"])
     if clause is not None:
         law, what = clause
         raise Wrong(law, f"{says}: {what}", ("select_blocks",))
+    rest = "scores take this layer's query after norm and RoPE, and T + 1 tokens"
+    if config.get("selection") == "sketch":
+        needs = ("sketch_keys", "score_sketch", "select_blocks")
+        if found.codes is None or found.scales is None or _stale_rows(found, layer):
+            says = f"{says}, but not its sketches: {_ITS_OWN}"
+            raise Wrong("law 12 online = rebuilt", says, needs)
+        raise Wrong("4.2 sparse step", f"{says}, and its sketches: {rest}", needs[1:])
     needs = ("block_bounds", "score_blocks", "select_blocks")
     if found.bounds is None or _stale_blocks(found, layer, config["block_size"]):
         says = f"{says}, but not its bounds: {_REBUILT}"
         raise Wrong("law 2 online = rebuilt", says, needs)
-    rest = "scores take this layer's query after norm and RoPE, and T + 1 tokens"
     raise Wrong("4.2 sparse step", f"{says}, and its bounds: {rest}", needs[1:])
 
 
