@@ -61,15 +61,15 @@ def write_sketched(
     batch, n_kv_head, width, head_dim = new_keys.shape
     if new_keys.numel():
         tile = 16  # one size, so that a token's sums are the same in every window (law 12)
-        _write_kernel[(triton.cdiv(width, tile), batch * n_kv_head)](
+        _write_sketches_kernel[(triton.cdiv(width, tile), batch * n_kv_head)](
             keys, values, sketches.codes, sketches.scales, new_keys.contiguous(),
             None if new_values is None else new_values.contiguous(), start, end,
             n_kv_head, sketches.scales.shape[2], width, head_dim, sketches.bits, tile
         )  # fmt: skip
 
 
-@triton.jit
-def _write_kernel(
+@triton.jit(do_not_specialize=["width"])  # one variant for every window, for the same reason
+def _write_sketches_kernel(
     keys_ptr, values_ptr, codes_ptr, scales_ptr, new_keys_ptr, new_values_ptr, start_ptr, end_ptr,
     n_kv_head, capacity, width, D: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip

@@ -88,7 +88,7 @@ def require_one_of(argument: str, value: object, allowed: Sequence[str | int]) -
 def check_sketch(bits: object, head_dim: int) -> None:
     """Refuse a sketch of other than 1 or 2 bits, or one whose codes fill no bytes."""
     require_one_of("bits", bits, (1, 2))
-    allowed = f"a multiple of {8 // bits}: codes of {bits} bits fill whole bytes"
+    allowed = f"a multiple of {8 // bits}: codes of {bits} bits per channel fill whole bytes"
     require(head_dim * bits % 8 == 0, "head_dim", head_dim, allowed)
 
 

@@ -83,7 +83,8 @@ def sparse_step(model: GPT, token: int, cache: KVCache, config: ReSAConfig) -> T
     require(position < cache.capacity, "length after the step", position + 1, f"≤ {cache.capacity}")
     require(b == cache.block_size, "config.block_size", b, f"{cache.block_size}")
     bits, kept = config.kept_bits, cache.sketch_bits
-    require(bits == kept, "config.kept_bits", bits, f"{kept}, the cache's (None: it has bounds)")
+    named = {None: "'bounds'", 1: "'sketch' of 1 bit", 2: "'sketch' of 2 bits"}
+    require(bits == kept, "config.selection", named[bits], f"{named[kept]}, the cache's")
     check_tokens([token], model.config.vocab_size)
     ids = torch.tensor([[token]], dtype=torch.int64, device=device)  # [1, 1]
     positions = torch.tensor([[position]], device=device)

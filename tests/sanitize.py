@@ -74,7 +74,7 @@ def run(case, dtype):
     return all(good)
 
 
-def decode(interval, schedule):
+def decode(interval, schedule, selection="bounds"):
     """Two sequences of unequal length through sparse steps and rectifications; True if the reference agrees.
 
     At interval 32 the rows of a rectification fill several tiles per KV head, each with a split counter of its own.
@@ -83,13 +83,13 @@ def decode(interval, schedule):
     DecodeLoop.launch = DecodeLoop.step
     shape = Shape(seed=36, head_dim=16, hidden=32, context=256, tied=False)
     model, prompts = shape.model(torch.float32).cuda(), shape.prompts((70, 20))
-    config = ReSAConfig(block_size=8, min_blocks=2, interval=interval, schedule=schedule)
+    config = ReSAConfig(block_size=8, min_blocks=2, interval=interval, schedule=schedule, selection=selection)
     found, expected = (
         [generation.tokens for generation in decoder(model, prompts, interval + 8, config)]
         for decoder in (fast.generate, reference.generate)
     )
     verdict = "" if found == expected else f"FAILED, expected {expected}"
-    print(f"decoding, interval {interval}, schedule {schedule}", found, verdict)
+    print(f"decoding, interval {interval}, schedule {schedule}, {selection}", found, verdict)
     return found == expected
 
 
@@ -101,6 +101,7 @@ def main():
         good &= run(case, dtype)
     for interval, schedule in itertools.product((4, 32), ("fused", "paper")):
         good &= decode(interval, schedule)
+    good &= decode(4, "fused", "sketch")
     torch.cuda.synchronize()
     return 0 if good else 1
 

@@ -206,7 +206,7 @@ def add_sparsity(parser: Parser, *, schedule: str) -> None:
     parser.option("--schedule", schedule, text, choices=SCHEDULES)
     text = (
         "how blocks are scored. bounds: by the smallest and largest key of each (the paper's);"
-        " sketch: by the attention that keys of a few bits per channel let expect"
+        " sketch: by the attention that keys in 1 or 2 bits per channel predict"
     )
     parser.option("--selection", "bounds", text, choices=SELECTIONS)
     parser.option("--sketch-bits", 2, "bits per channel of a sketch", choices=(1, 2))

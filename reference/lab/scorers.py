@@ -136,7 +136,12 @@ def by_half_blocks(steps: Steps) -> Tensor:
 
 
 def by_mass(steps: Steps, bits: int | None) -> Tensor:
-    """Score blocks by the attention mass that sketches let expect; for None by the true one."""
+    """Score blocks by their attention mass as sketches predict it, or, for None, as it is."""
+    with torch.autocast(steps.at.device.type, enabled=False):
+        return _by_mass(steps, bits)
+
+
+def _by_mass(steps: Steps, bits: int | None) -> Tensor:
     # Estimate every logit from either stream, in slices of steps, as `score_sketch` does from one.
     b, n_tokens, n_kv_head = steps.block_size, steps.exact.shape[2], steps.exact.shape[1]
     slots = torch.arange(n_tokens, device=steps.at.device)
@@ -148,8 +153,10 @@ def by_mass(steps: Steps, bits: int | None) -> Tensor:
     for some in torch.arange(len(steps.at), device=steps.at.device).split(SLICE):
         exact, decoded = (query[:, :, :, some] @ keys for keys in streams)  # [B, Hkv, G, S, T]
         logits = torch.where(slots < steps.begins[some, None], exact, decoded)
-        logits = logits.masked_fill(slots > steps.at[some, None], float("-inf"))
-        mass = F.pad(logits.softmax(dim=-1), (0, -n_tokens % b)).sum(dim=2)
+        is_future, is_lost = slots > steps.at[some, None], logits.isnan()  # lost: keys not finite
+        mass = logits.masked_fill(is_future | is_lost, float("-inf")).softmax(dim=-1)
+        mass = mass.masked_fill(is_lost & ~is_future, float("nan"))
+        mass = F.pad(mass, (0, -n_tokens % b)).sum(dim=2)
         scores.append(mass.unflatten(-1, (-1, b)).sum(dim=-1))
     return torch.cat(scores, dim=2)
 

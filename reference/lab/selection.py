@@ -7,6 +7,7 @@ consequences. Ways to score blocks are compared at the same number of blocks:
 - *pooled*: the specification's, an upper bound of the group's mean logit;
 - *per-head*: the largest of its heads' own upper bounds;
 - *8-bits*: pooled, with bounds rounded outward to 8-bit floats;
+- *sketch-1*, *sketch-2*: the mass that key sketches of 1 or 2 bits per channel predict;
 - *mean-key*: the pooled query times the mean of the block's keys, which is no bound;
 - *newest*: no scores, the newest blocks;
 - *best*: the blocks of most mass, averaged over the group: no shared selection can have more.
@@ -25,6 +26,7 @@ from ..blocks import block_bounds, score_blocks
 from ..checks import require_integer
 from ..config import ReSAConfig
 from ..model import GPT, causal_attention
+from ..sketch import score_sketch, sketch_keys
 from .measure import check_documents, shown, stacked, with_intervals
 from .parallel import is_selected
 from .scorers import block_upper_bounds, in_eight_bits
@@ -83,6 +85,12 @@ def mean_logits(step: Step) -> Tensor:
     return logits.masked_fill(~is_visible, 0.0).sum(dim=-1) / is_visible.sum(dim=-1).clamp(min=1)
 
 
+def sketch_scores(step: Step, bits: int) -> Tensor:
+    """Scores [B, Hkv, M] by key sketches."""
+    codes, scales = sketch_keys(step.keys, bits)
+    return score_sketch(step.query, codes, scales, step.lengths, step.block_size)
+
+
 def scores_by_name(step: Step, mass: Tensor) -> dict[str, Tensor]:
     """Scores [B, Hkv, M] of every way; mass [B, Hkv, G, M] of every head on every block."""
     bounds = block_bounds(step.keys, step.lengths, step.block_size)
@@ -91,6 +99,7 @@ def scores_by_name(step: Step, mass: Tensor) -> dict[str, Tensor]:
         "pooled": score_blocks(step.query, bounds, step.lengths, step.block_size),
         "per-head": upper_bounds(step, bounds).amax(dim=2),
         "8-bits": score_blocks(step.query, in_eight_bits(bounds), step.lengths, step.block_size),
+        **{f"sketch-{bits}": sketch_scores(step, bits) for bits in (1, 2)},
         "mean-key": mean_logits(step),
         "newest": newest.expand(mass.shape[:2] + mass.shape[3:]),
         "best": mass.mean(dim=2),

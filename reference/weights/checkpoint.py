@@ -96,11 +96,13 @@ def inflated(path: str | os.PathLike, name: str, content: Tensor, shape: tuple[i
     """Undo `deflated`, whose tensor had this shape; ValueError if it had not."""
     size = math.prod(shape)
     try:
-        found = zlib.decompressobj().decompress(content.numpy().tobytes(), size + 1)  # no more
+        stream = zlib.decompressobj()
+        found = stream.decompress(content.numpy().tobytes(), size + 1)  # no more
     except zlib.error as error:
         refuse(f"{path}: tensor {name}", error, "bytes that zlib wrote")
-    allowed = f"{size}, its shape being {shape}"
-    require(len(found) == size, f"{path}: tensor {name}", f"{len(found)} bytes or more", allowed)
+    is_whole = len(found) == size and stream.eof and not stream.unused_data
+    given = f"{len(found)} bytes, or a stream that is cut or goes on"
+    require(is_whole, f"{path}: tensor {name}", given, f"{size}, its shape being {shape}")
     return torch.frombuffer(bytearray(found), dtype=torch.int8).view(shape)
 
 
@@ -215,7 +217,8 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read exactly the tensors named in `shapes`, finite, on the CPU; `packed` are deflated int8.
 
-    Names, shapes and types are checked from the header, before any tensor is read.
+    Names, shapes and types are checked from the header, before any tensor is read; of what is
+    packed the shape is checked when it is unpacked.
     """
     with open_checked(path) as file:
         names = set(file.keys())

@@ -171,8 +171,10 @@ STEPS = [  # step(model, cache), and what its refusal says
     *((lambda m, c, id=id: sparse_step(m, id, c, CONFIG), "tokens", f"[{id}]", IDS)
       for id in (23, -1, 1.5, None, [1])),
     (lambda m, c: sparse_step(m, 1, c, ReSAConfig(block_size=4)), "config.block_size", "4", "2"),
-    (lambda m, c: sparse_step(m, 1, c, replace(CONFIG, selection="sketch")), "config.kept_bits", "2", "None, the…"),
-    (lambda m, c: sparse_step(m, 1, m.new_cache(8, 2, 2), CONFIG), "config.kept_bits", "None", "2, the cache's…"),
+    (lambda m, c: sparse_step(m, 1, c, replace(CONFIG, selection="sketch")),
+     "config.selection", "'sketch' of 2…", "'bounds', the…"),
+    (lambda m, c: sparse_step(m, 1, m.new_cache(8, 2, 2), CONFIG),
+     "config.selection", "'bounds'", "'sketch' of 2 bits, the…"),
     *((lambda m, c, n=n: m.new_cache(8, 2, n), "bits", repr(n), "1 or 2") for n in (0, 3, True, 2.0)),
     (lambda m, c: Shape(head_dim=4).model().new_cache(8, 2, 1), "head_dim", 4, "a multiple of 8: codes of 1 bits…"),
     # A window that is too short would leave drifted tokens behind, one that starts late a gap.

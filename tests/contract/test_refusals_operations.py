@@ -164,7 +164,7 @@ def test_block_sizes(backend, operation, block_size):
         assert found == f"block_size: got {block_size}; allowed: an integer ≥ 1"
 
 
-# Sketches, which the kernels don't have.
+# Sketches.
 
 SKETCH = {
     "query": (torch.float32, [2, 6, 16]), "codes": (torch.uint8, [2, 2, 20, 4]), "scales": (torch.float32, [2, 2, 20]),
@@ -199,8 +199,8 @@ def test_a_sketch_that_cannot_be_scored(changes, message):
     ("head_dim", "bits", "message"),
     [
         *((8, bits, f"bits: got {bits!r}; allowed: 1 or 2") for bits in (0, 3, 4, True, None, 2.0)),
-        (4, 1, "head_dim: got 4; allowed: a multiple of 8: codes of 1 bits fill whole bytes"),
-        (6, 2, "head_dim: got 6; allowed: a multiple of 4: codes of 2 bits fill whole bytes"),
+        (4, 1, "head_dim: got 4; allowed: a multiple of 8: codes of 1 bits per channel fill whole bytes"),
+        (6, 2, "head_dim: got 6; allowed: a multiple of 4: codes of 2 bits per channel fill whole bytes"),
     ],
 )
 def test_keys_that_cannot_be_sketched(head_dim, bits, message):

@@ -22,7 +22,7 @@ from small_models import EXACT, Shape, dense_cache
 
 SHAPE = Shape(seed=7)
 CONFIG = ReSAConfig(block_size=4, active_ratio=0.2, min_blocks=2)
-WAYS = ["pooled", "per-head", "8-bits", "mean-key", "newest", "best"]
+WAYS = ["pooled", "per-head", "8-bits", "sketch-1", "sketch-2", "mean-key", "newest", "best"]
 SEEDS = st.integers(0, 2**32 - 1)
 
 
