@@ -135,7 +135,7 @@ KERNELS = [
     Mistake('kernel: the block of a lost token stays a number', 'fast/sketch.py', 'tl.where(mark > 0, float("nan"), 0.0)', '0.0 * mark', SKETCHES),
     Mistake("kernel: shares without the heads' totals", 'fast/sketch.py', 'own_z * tl.exp(own - m[None, :]) / z[None, :]', 'own_z * tl.exp(own - m[None, :])', SKETCHES),
     Mistake("kernel: an empty tile's maximum is 0", 'fast/sketch.py', 'safe = _finite(top)\n        z = z', 'safe = tl.maximum(top, 0.0)\n        z = z', "tests/conformance"),
-    Mistake('a step scores sketches before it appends', 'fast/generate.py', 'bounds.codes, bounds.scales, plan.visible, b', 'bounds.codes, bounds.scales, plan.start, b', DECODING),
+    Mistake('a step scores sketches before it appends', 'fast/generate.py', 'bounds.codes, bounds.scales, plan.visible, b', 'bounds.codes, bounds.scales, plan.start, b', 'tests/decoding/test_batches.py'),
     # blocks: bounds, scores, selection.
     Mistake("kernel: a key past the length counts", "fast/blocks.py", "o_block * BLOCK_SIZE + j < length", "o_block * BLOCK_SIZE + j <= length", OPERATIONS),
     Mistake("kernel: a NaN key is dropped", "fast/blocks.py", "tl.minimum(lo, key, propagate_nan=tl.PropagateNan.ALL)", "tl.minimum(lo, key)", OPERATIONS),
