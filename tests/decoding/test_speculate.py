@@ -33,17 +33,18 @@ def tokens_of(generations):
     n_tokens=st.integers(0, 24),
     interval=st.integers(1, 9),
     schedule=st.sampled_from(["fused", "paper"]),
+    selection=st.sampled_from(["bounds", "sketch"]),
     ratio=st.sampled_from([0.1, 0.4, 1.0]),
     stop_after=st.sampled_from([None, 0, 3, 7]),
 )
-def test_greedy_output_is_dense_decodings(shape, length, n_tokens, interval, schedule, ratio, stop_after):
+def test_greedy_output_is_dense_decodings(shape, length, n_tokens, interval, schedule, selection, ratio, stop_after):
     """Token for token, whatever is drafted; the cache ends exact, with bounds rebuilt and the last token not fed."""
     model, prompt, calls = shape.model(), shape.tokens(length), []
     expected = greedy_by_forward(model, prompt, n_tokens)
     stops = [] if stop_after is None else expected[stop_after : stop_after + 1]
     if stops:
         expected = expected[: expected.index(stops[0]) + 1]
-    config = ReSAConfig(2, ratio, 2, interval=interval, schedule=schedule)
+    config = ReSAConfig(2, ratio, 2, interval=interval, schedule=schedule, selection=selection)
     options = {"stop_tokens": stops, "on_token": lambda *call: calls.append(call)}
     (done,) = speculate(model, [prompt], n_tokens, config, **options)
     event(f"stopped early: {len(expected) < n_tokens}")

@@ -38,11 +38,12 @@ def continued(model, fed, loop=None, **options):
 # --- Tokens ---
 
 
-@pytest.mark.parametrize("schedule", ["fused", "paper"])
-def test_models_of_transformers_decode_with_resa_by_name(family, schedule):
+@pytest.mark.parametrize(("schedule", "selection"), [("fused", "bounds"), ("paper", "bounds"), ("fused", "sketch")])
+def test_models_of_transformers_decode_with_resa_by_name(family, schedule, selection):
     """They give the tokens of this project's own model and loop; the loop gets the whole batch in one call."""
     theirs, folder = family
-    prompts, sparse = texts(150, 60), {"interval": 8, "block_size": 4, "min_blocks": 3, "schedule": schedule}
+    sparse = {"interval": 8, "block_size": 4, "min_blocks": 3, "schedule": schedule, "selection": selection}
+    prompts = texts(150, 60)
     ours, calls, check = load_pretrained(folder), [], snapshot(theirs)
 
     def decode(model, prompts, *arguments, **options):
