@@ -57,6 +57,15 @@ def estimates(query, codes, scales):
     return logits_of(rotate(query), approximate), approximate
 
 
+def to_thresholds(keys, bits):
+    """How far each rotated channel is from the nearest threshold, in steps: [..., D]. A key of zeros lies on them."""
+    rotated = rotate(keys)
+    step = 0.9957 * rotated.square().mean(dim=-1, keepdim=True).sqrt()
+    thresholds = (0 * step,) if bits == 1 else (-step, 0 * step, step)
+    nearest = torch.stack([(rotated - threshold).abs() for threshold in thresholds]).amin(dim=0)
+    return torch.where(step > 0, nearest / step, 0.0)
+
+
 # --- By hand ---
 
 
@@ -132,11 +141,7 @@ def test_sketches_are_the_oracles(case, bits):
     x = case.build(slack=0.0)
     codes, scales = sketch_keys(x.keys, bits)
     expected_codes, expected_scales = oracle.sketch_keys(*arrays(x.keys), bits)
-    rotated = rotate(x.keys)
-    step = 0.9957 * rotated.square().mean(dim=-1, keepdim=True).sqrt()
-    thresholds = (0 * step,) if bits == 1 else (-step, 0 * step, step)
-    nearest = torch.stack([(rotated - threshold).abs() for threshold in thresholds]).amin(dim=0)
-    is_clear = (nearest > 1e-12 * step).all(dim=-1)
+    is_clear = (to_thresholds(x.keys, bits) > 1e-12).all(dim=-1)
     same = (codes.numpy() == expected_codes).all(axis=-1)
     assert (same | ~is_clear.numpy()).all()
     np.testing.assert_allclose(scales.numpy()[same], expected_scales[same], rtol=1e-12)
@@ -291,11 +296,7 @@ def test_kernels_sketch_like_the_reference(kernels, case, bits, dtype):
         keys[0, :, 2, 1] = INF
     codes, scales = (each.cpu() for each in kernels.sketch_keys(keys.to(DEVICE), bits))
     expected_codes, expected = sketch_keys(keys, bits)
-    rotated = rotate(keys)
-    step = 0.9957 * rotated.square().mean(dim=-1, keepdim=True).sqrt()
-    thresholds = (0 * step,) if bits == 1 else (-step, 0 * step, step)
-    nearest = torch.stack([(rotated - threshold).abs() for threshold in thresholds]).amin(dim=0)
-    is_clear = ~(nearest <= 1e-5 * step).any(dim=-1)
+    is_clear = ~(to_thresholds(keys, bits) <= 1e-5).any(dim=-1)
     same = (codes == expected_codes).all(dim=-1)
     assert (same | ~is_clear).all()
     assert torch.equal(scales.isnan(), expected.isnan())
