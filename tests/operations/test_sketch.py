@@ -58,7 +58,7 @@ def estimates(query, codes, scales):
 
 
 def to_thresholds(keys, bits):
-    """How far each rotated channel is from the nearest threshold, in steps: [..., D]. A key of zeros lies on them."""
+    """Distance of each rotated channel from the nearest threshold, in steps: [..., D]. A key of zeros lies on them."""
     rotated = rotate(keys)
     step = 0.9957 * rotated.square().mean(dim=-1, keepdim=True).sqrt()
     thresholds = (0 * step,) if bits == 1 else (-step, 0 * step, step)
