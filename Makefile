@@ -68,16 +68,16 @@ test: install-dev real  ## every test, on every core; where there is a GPU, thos
 test-gpu: install-dev  ## the tests of the kernels, compiled
 	RESA_TEST_DEVICE=cuda $(PYTHON) -m pytest -m fast
 
-docs: install-dev  ## run every tutorial, build the site in build/docs/html, look at it in Chromium
+docs: install-dev real  ## run every tutorial, build the site in build/docs/html, look at it in Chromium
 	$(PYTHON) docs/run_tutorials.py
 	$(PYTHON) docs/build_site.py
 	$(PYTHON) -m pytest -m site
 
-tutorials: install-dev  ## run every tutorial and write its page in docs/tutorials; ARGS=03_drift for one
+tutorials: install-dev real  ## run every tutorial and write its page in docs/tutorials; ARGS=03_drift for one
 	$(PYTHON) docs/run_tutorials.py --write $(ARGS)
 
 OWN_KERNELS = $(foreach name,bounds score select write sparse dense compress append_and_score \
-    plan note add_norm split swiglu write_sketches rotate estimate total share,--kernel-name kns=_$(name)_kernel)
+    plan note add_norm split swiglu write_sketches rotate estimate share,--kernel-name kns=_$(name)_kernel)
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
 sanitize: install-dev  ## every kernel under compute-sanitizer: memory errors, then races

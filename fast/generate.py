@@ -28,6 +28,7 @@ from resa.reference.sampling import Sampling
 from .attention import count_split_counters, dense_attention, sparse_attention
 from .blocks import MANY_SCORES, append_and_score, block_bounds, score_blocks, select_blocks
 from .cache import BatchedCache, write_window
+from .estimate import score_rotated
 from .gpu.bookkeeping import Plan, note_tokens, plan_step
 from .gpu.bounds8 import Bounds8, compress_bounds
 from .gpu.graphs import capture
@@ -35,7 +36,7 @@ from .gpu.limits import INTERPRETED, check_kernel_dtypes, check_sizes
 from .model import accelerated, check_plain
 from .operations import TRITON_OPS
 from .sampling import Sampler
-from .sketch import Sketches, score_sketch, sketch_keys
+from .sketch import Sketches, sketch_keys, write_sketched
 
 NO_TOKEN = -1
 PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt, at most; changes no result
@@ -246,8 +247,9 @@ def attend_sparsely(
     n_scores = keys.shape[0] * keys.shape[1] * (keys.shape[2] // b)
     if isinstance(bounds, Sketches):
         side = None
-        write_window(keys, values, bounds, key, value, plan.start, plan.end, b)
-        scores = score_sketch(query, bounds.codes, bounds.scales, plan.visible, b)
+        new = keys, values, bounds, key, value, plan.start, plan.end
+        factors = write_sketched(*new, query=query)
+        scores = score_rotated(factors, bounds.codes, bounds.scales, plan.visible, b)
     elif side is None and b * keys.shape[3] <= SMALL_BLOCK and n_scores < MANY_SCORES:
         new = key, value, keys, values, bounds
         scores = append_and_score(query, *new, plan.start, plan.end, plan.completed, b)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resa.reference.operations import Operations, check_arguments, checked
 
-from . import attention, blocks, sketch
+from . import attention, blocks, estimate, sketch
 from .gpu.bounds8 import Bounds8
 from .gpu.limits import check_limits
 
@@ -24,7 +24,7 @@ TRITON_OPS = Operations(
     attention.sparse_attention,
     attention.dense_attention,
     sketch.sketch_keys,
-    sketch.score_sketch,
+    estimate.score_sketch,
 )
 
 CHECKED_OPS = checked(TRITON_OPS, limits=check_limits)

@@ -1,9 +1,7 @@
-"""Key sketches in Triton: written with the keys, and scored without touching the keys again.
+"""Key sketches in Triton: written with the keys. `estimate.py` scores blocks by them.
 
-The reference states rotation, code, estimate and mass over the whole cache. Here one kernel stores
-a window's keys and values with their sketches. Another reads every code once for the whole group of
-query heads, and leaves per block and head the largest estimated logit and a sum of exponentials.
-Two small ones then add up the heads' totals, and the blocks' shares of them.
+One kernel stores a window's keys and values with their sketches, and rotates the queries of a step
+beside it. Both sides are rotated alike, by a Hadamard transform in registers.
 """
 
 from dataclasses import dataclass
@@ -18,8 +16,9 @@ from resa.reference.sketch import STEP
 from .gpu.launch import let_next_start, overlapped, wait_for_previous
 
 LEVELS_APART = tl.constexpr(STEP)
-TOKENS = 128  # whose codes one program scores: a whole number of blocks
-HEADS = tl.constexpr(16)  # rows of a tile of query heads, the fewest that the matrix units take
+TILE = 16  # tokens: one size, so that a token's sums are the same in every window (law 12)
+MAGIC = tl.constexpr(3 << 22)  # 1.5 · 2^23 as a float32 has room for an integer in its last bits
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,40 @@ class Sketches:
         return Sketches(self.codes[layer], self.scales[layer], self.bits)
 
 
+@dataclass(frozen=True)
+class Factors:
+    """Rotated queries of a step as factors of the levels 0, 1, … of keys, eight heads at a time.
+
+    The estimated logit of a key, base 2, is unit · scale · (rows · levels + offset). Rows g and
+    8 + g belong to a head: it has 256 times the first and the second, two signed bytes. In float32,
+    and for few channels, the second is 0. A product goes over `width` bytes or channels.
+    """
+
+    rows: Tensor  # [B·Hkv, ceil(G / 8), D / width, 16, width] int8, or float32
+    offset: Tensor  # [B·Hkv, ceil(G / 8), 16] int32, or float32
+    unit: Tensor  # [B·Hkv, G] float32
+
+    @classmethod
+    def of(cls, query: Tensor, n_kv_head: int, bits: int) -> "Factors":
+        """Room for the factors of queries [B, Hq, D]."""
+        batch, n_head, head_dim = query.shape
+        rows, group = batch * n_kv_head, n_head // n_kv_head
+        is_integer = head_dim >= 64 and query.dtype != torch.float32
+        width = max(32, head_dim * bits // 8) if is_integer else head_dim
+        number, total = (torch.int8, torch.int32) if is_integer else (torch.float32, torch.float32)
+        sizes = rows, triton.cdiv(group, 8)
+        return cls(
+            query.new_empty(*sizes, head_dim // width, 16, width, dtype=number),
+            query.new_empty(*sizes, 16, dtype=total),
+            query.new_empty(rows, group, dtype=torch.float32),
+        )
+
+    @property
+    def width(self) -> int:
+        """Bytes, or channels, of one product."""
+        return self.rows.shape[4]
+
+
 def sketch_keys(keys: Tensor, bits: int = 2) -> tuple[Tensor, Tensor]:
     """Code and scale of every key.
 
@@ -43,44 +76,100 @@ def sketch_keys(keys: Tensor, bits: int = 2) -> tuple[Tensor, Tensor]:
     """
     batch, n_kv_head, capacity, head_dim = keys.shape
     codes = keys.new_empty(batch, n_kv_head, capacity, head_dim * bits // 8, dtype=torch.uint8)
-    scales = keys.new_empty(batch, n_kv_head, capacity)
+    sketches = Sketches(codes, keys.new_empty(batch, n_kv_head, capacity), bits)
     start = torch.zeros(batch, dtype=torch.int32, device=keys.device)
-    write_sketched(None, None, Sketches(codes, scales, bits), keys, None, start, start + capacity)
-    return codes, scales
+    write_sketched(None, None, sketches, keys, None, start, start + capacity)
+    return sketches.codes, sketches.scales
 
 
 def write_sketched(
     keys: Tensor | None, values: Tensor | None, sketches: Sketches, new_keys: Tensor,
-    new_values: Tensor | None, start: Tensor, end: Tensor
-) -> None:  # fmt: skip
+    new_values: Tensor | None, start: Tensor, end: Tensor, query: Tensor | None = None
+) -> Factors | None:  # fmt: skip
     """Store a window's keys, values and sketches in place; without values, its sketches alone.
 
     new_keys and new_values [B, Hkv, Q, D], start and end [B] int32: sequence s stores its first
-    end[s] − start[s] ≤ Q new tokens at positions start[s], start[s] + 1, …
+    end[s] − start[s] ≤ Q new tokens at positions start[s], start[s] + 1, … The queries [B, Hq, D]
+    of a step become factors beside it.
     """
     batch, n_kv_head, width, head_dim = new_keys.shape
+    factors, rotating, n_eights, group = None, (None,) * 4, 0, 1
+    if query is not None:
+        factors = Factors.of(query, n_kv_head, sketches.bits)
+        rotating = query.contiguous(), factors.rows, factors.offset, factors.unit
+        n_eights, group = factors.rows.shape[1], factors.unit.shape[1]
     if new_keys.numel():
-        tile = 16  # one size, so that a token's sums are the same in every window (law 12)
-        _write_sketches_kernel[(triton.cdiv(width, tile), batch * n_kv_head)](
+        _write_sketches_kernel[(n_eights + triton.cdiv(width, TILE), batch * n_kv_head)](
             keys, values, sketches.codes, sketches.scales, new_keys.contiguous(),
-            None if new_values is None else new_values.contiguous(), start, end,
-            n_kv_head, sketches.scales.shape[2], width, head_dim, sketches.bits, tile
+            None if new_values is None else new_values.contiguous(), start, end, *rotating,
+            n_kv_head, sketches.scales.shape[2], width, n_eights, group, head_dim, sketches.bits,
+            factors.width if factors is not None else 0, TILE, **overlapped(new_keys.device)
+        )  # fmt: skip
+    return factors
+
+
+def rotate_queries(query: Tensor, n_kv_head: int, bits: int) -> Factors:
+    """Factors of queries [B, Hq, D] for levels of `bits` bits."""
+    factors = Factors.of(query, n_kv_head, bits)
+    rows, n_eights = factors.rows.shape[:2]
+    group, head_dim = factors.unit.shape[1], query.shape[2]
+    _rotate_kernel[(n_eights, rows)](
+        query.contiguous(), factors.rows, factors.offset, factors.unit,
+        group, head_dim, bits, factors.width, **overlapped(query.device)
+    )  # fmt: skip
+    return factors
+
+
+@triton.jit(do_not_specialize=["width"])  # one variant for every window, for law 12 again
+def _write_sketches_kernel(
+    keys_ptr, values_ptr, codes_ptr, scales_ptr, new_keys_ptr, new_values_ptr, start_ptr, end_ptr,
+    query_ptr, rows_ptr, offset_ptr, unit_ptr, n_kv_head, capacity, width, N_EIGHTS: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """The window of one KV head, TOKENS tokens a program, and its queries, eight heads a program.
+
+    Grid: (ceil(G / 8) or 0 without queries, plus ceil(Q / TOKENS), B·Hkv).
+    """
+    wait_for_previous()
+    let_next_start()
+    i_row = tl.program_id(1).to(tl.int64)
+    if tl.program_id(0) >= N_EIGHTS:
+        start, end = tl.load(start_ptr + i_row // n_kv_head), tl.load(end_ptr + i_row // n_kv_head)
+        _write_tile(
+            keys_ptr, values_ptr, codes_ptr, scales_ptr, new_keys_ptr, new_values_ptr, start, end,
+            i_row, tl.program_id(0) - N_EIGHTS, capacity, width, D, BITS, TOKENS
+        )  # fmt: skip
+    elif N_EIGHTS > 0:
+        _rotate_eight(
+            query_ptr, rows_ptr, offset_ptr, unit_ptr, i_row, tl.program_id(0), N_EIGHTS,
+            G, D, BITS, WIDTH
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["width"])  # one variant for every window, for the same reason
-def _write_sketches_kernel(
-    keys_ptr, values_ptr, codes_ptr, scales_ptr, new_keys_ptr, new_values_ptr, start_ptr, end_ptr,
-    n_kv_head, capacity, width, D: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr
+@triton.jit
+def _rotate_kernel(
+    query_ptr, rows_ptr, offset_ptr, unit_ptr,
+    G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """TOKENS tokens of the window of one KV head. Grid: (ceil(Q / TOKENS), B·Hkv).
-
-    Tile: [TOKENS, D]. Invariant: a token's key, value, code and scale are written together.
-    """
+    """The queries of one KV head, eight heads a program. Grid: (ceil(G / 8), B·Hkv)."""
+    wait_for_previous()
     let_next_start()
-    i_row = tl.program_id(1).to(tl.int64)
-    start, end = tl.load(start_ptr + i_row // n_kv_head), tl.load(end_ptr + i_row // n_kv_head)
-    o_t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    _rotate_eight(
+        query_ptr, rows_ptr, offset_ptr, unit_ptr, tl.program_id(1).to(tl.int64), tl.program_id(0),
+        tl.num_programs(0), G, D, BITS, WIDTH
+    )  # fmt: skip
+
+
+@triton.jit
+def _write_tile(
+    keys_ptr, values_ptr, codes_ptr, scales_ptr, new_keys_ptr, new_values_ptr, start, end,
+    i_row, i_tile, capacity, width, D: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """TOKENS tokens of a window. Tile: [TOKENS, D].
+
+    Invariant: a token's key, value, code and scale are written together.
+    """
+    o_t = i_tile * TOKENS + tl.arange(0, TOKENS)
     o_d, m_t = tl.arange(0, D), o_t < end - start
     o_new = (i_row * width + o_t)[:, None] * D + o_d  # [TOKENS, D]
     o_token = i_row * capacity + start + o_t  # [TOKENS]
@@ -118,6 +207,56 @@ def _write_sketches_kernel(
 
 
 @triton.jit
+def _rotate_eight(
+    query_ptr, rows_ptr, offset_ptr, unit_ptr, i_row, i_eight, n_eights,
+    G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Factors of eight query heads of KV head i_row (see `Factors`). Tile: [8, D]."""
+    o_row, o_d = tl.arange(0, 8), tl.arange(0, D)
+    o_g = i_eight * 8 + o_row
+    p_query = query_ptr + (i_row * G + o_g)[:, None] * D + o_d
+    query = tl.load(p_query, mask=(o_g < G)[:, None], other=0.0).to(tl.float32)
+    query = _rotated(query, 8, D)
+    unit = tl.full([8], LOG2_E * D**-0.5 * (1 if BITS == 2 else 2), tl.float32)
+    N_LEVELS: tl.constexpr = 2**BITS
+    dtype = rows_ptr.dtype.element_ty
+    if dtype == tl.int8:
+        # The channel's place in its byte → its product, and its column and weight there.
+        PER_BYTE: tl.constexpr = 8 // BITS
+        N_BYTES: tl.constexpr = D // PER_BYTE
+        PLACES: tl.constexpr = WIDTH // N_BYTES
+        place = o_d % PER_BYTE
+        o_factor = place // PLACES * 16 * WIDTH + place % PLACES * N_BYTES + o_d // PER_BYTE
+        weight = 1 << (place % (2 if PLACES == 1 else PLACES) * BITS)
+
+        # Two signed bytes, so small that a sum over levels fits the integer part of MAGIC.
+        LARGEST: tl.constexpr = 2**15 // (D * (N_LEVELS - 1))
+        FINEST: tl.constexpr = (LARGEST if LARGEST < 127 else 127) * 256
+        size = tl.max(tl.abs(query), axis=1)
+        is_finite, size = size < float("inf"), tl.maximum(size, 1e-30)
+        unit = tl.where(is_finite, unit * (size / FINEST), float("nan"))
+        query = query / size[:, None] * FINEST
+        number = tl.floor(query / weight.to(tl.float32)[None, :] + 0.5).to(tl.int32)
+        first = (number + 128) >> 8
+        second = number - first * 256
+        offset = tl.zeros([8], tl.int32)
+        middle = tl.sum(number * weight[None, :], axis=1) * (N_LEVELS - 1) >> 1
+        second_offset = tl.full([8], MAGIC, tl.float32).to(tl.int32, bitcast=True) - middle
+    else:
+        o_factor = o_d
+        first, second = query / 256, tl.zeros([8, D], tl.float32)
+        offset = tl.sum(first, axis=1) * (0.5 - 0.5 * N_LEVELS)
+        second_offset = tl.zeros([8], tl.float32)
+    i_tile = i_row * n_eights + i_eight
+    p_factor = rows_ptr + i_tile * 16 * D + o_row[:, None] * WIDTH + o_factor[None, :]
+    tl.store(p_factor, first.to(dtype))
+    tl.store(p_factor + 8 * WIDTH, second.to(dtype))
+    tl.store(offset_ptr + i_tile * 16 + o_row, offset)
+    tl.store(offset_ptr + i_tile * 16 + 8 + o_row, second_offset)
+    tl.store(unit_ptr + i_row * G + o_g, unit, mask=o_g < G)
+
+
+@triton.jit
 def _rotated(x, ROWS: tl.constexpr, D: tl.constexpr):
     """Signs, then a Hadamard transform: x [ROWS, D] float32, D a power of two → the same."""
     # The hash of the channel's number, modulo 2^32.
@@ -139,185 +278,3 @@ def _rotated(x, ROWS: tl.constexpr, D: tl.constexpr):
 def _centred(level, BITS: tl.constexpr):
     """Levels as numbers around 0: −1.5, −0.5, 0.5 and 1.5, or −1 and 1 for one bit."""
     return level.to(tl.float32) - 1.5 if BITS == 2 else 2.0 * level.to(tl.float32) - 1.0
-
-
-def score_sketch(
-    query: Tensor, codes: Tensor, scales: Tensor, lengths: Tensor, block_size: int
-) -> Tensor:
-    """Estimated attention mass of each block, summed over the heads of a group.
-
-    query [B, Hq, D], codes [B, Hkv, T_max, D·bits/8], scales [B, Hkv, T_max], lengths [B] → scores
-    [B, Hkv, M] float32, −∞ for blocks past the end, NaN where a valid token's scale is.
-    """
-    (batch, n_kv_head, capacity, n_bytes), (_, n_head, head_dim) = codes.shape, query.shape
-    group, rows, n_blocks = (
-        n_head // n_kv_head,
-        batch * n_kv_head,
-        triton.cdiv(capacity, block_size),
-    )
-    scores = query.new_empty(batch, n_kv_head, n_blocks, dtype=torch.float32)
-    if scores.numel():
-        query, lengths = query.contiguous(), lengths.to(torch.int32).contiguous()
-        rotated = query.new_empty(rows, group, head_dim, dtype=torch.float32)
-        n_tiles = triton.cdiv(capacity, TOKENS)
-        by_block = rotated.new_empty(rows, n_blocks, 2, group)  # a maximum and a sum
-        by_tile, total = (rotated.new_empty(rows, n, 2, group) for n in (n_tiles, 1))
-        early = overlapped(query.device)
-        _rotate_kernel[(rows,)](query, rotated, group, head_dim, **early)
-        _estimate_kernel[(n_tiles, rows)](
-            rotated, codes, scales, lengths, by_block, by_tile, scores, n_kv_head, capacity,
-            n_blocks, group, head_dim, 8 * n_bytes // head_dim, block_size, TOKENS,
-            query.dtype == torch.float32, **early
-        )  # fmt: skip
-        _total_kernel[(rows,)](by_tile, lengths, total, n_kv_head, n_tiles, group, TOKENS, **early)
-        tile = 64
-        _share_kernel[(triton.cdiv(n_blocks, tile), rows)](
-            by_block, total, lengths, scores, n_kv_head, n_blocks, group, block_size, tile, **early
-        )
-    return scores
-
-
-@triton.jit
-def _rotate_kernel(query_ptr, rotated_ptr, G: tl.constexpr, D: tl.constexpr):
-    """The queries of one KV head, rotated, and divided by sqrt(D). Grid: (B·Hkv,)."""
-    wait_for_previous()
-    let_next_start()
-    i_row = tl.program_id(0).to(tl.int64)
-    o_g = tl.arange(0, HEADS)
-    offsets, m_g = (i_row * G + o_g)[:, None] * D + tl.arange(0, D), (o_g < G)[:, None]
-    query = tl.load(query_ptr + offsets, mask=m_g, other=0.0).to(tl.float32)
-    tl.store(rotated_ptr + offsets, _rotated(query, HEADS, D) * (D**-0.5), mask=m_g)
-
-
-@triton.jit
-def _estimate_kernel(
-    rotated_ptr, codes_ptr, scales_ptr, lengths_ptr, by_block_ptr, by_tile_ptr, scores_ptr,
-    n_kv_head, capacity, n_blocks, G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, IS_WIDE: tl.constexpr
-):  # fmt: skip
-    """Maxima and sums of the estimated logits of TOKENS tokens of one KV head, by block and tile.
-
-    Grid: (ceil(T_max / TOKENS), B·Hkv). Tiles: codes [TOKENS, D·BITS/8], queries [16, D]. A sum is
-    of exp(logit − maximum): a logarithm would lose it beside a large maximum.
-    Invariant: a block's score is left NaN if the scale of one of its valid tokens is, else 0.
-    """
-    wait_for_previous()
-    let_next_start()
-    i_row = tl.program_id(1).to(tl.int64)
-    i_tile = tl.program_id(0)
-    length = tl.load(lengths_ptr + i_row // n_kv_head)
-    if i_tile * TOKENS < length:
-        # Unpack the codes, channel by channel in their order.
-        o_t = i_tile * TOKENS + tl.arange(0, TOKENS)
-        m_t = o_t < length
-        PER_BYTE: tl.constexpr = 8 // BITS
-        o_byte = tl.arange(0, D // PER_BYTE)
-        p_code = codes_ptr + (i_row * capacity + o_t)[:, None] * (D // PER_BYTE) + o_byte
-        packed = tl.load(p_code, mask=m_t[:, None], other=0).to(tl.int32)
-        shifts = (tl.arange(0, PER_BYTE) * BITS)[None, None, :]
-        level = (packed[:, :, None] >> shifts) & (2**BITS - 1)
-        code = _centred(tl.reshape(level, [TOKENS, D]), BITS)
-
-        # Multiply by the queries of all heads. In 16 bits a query is a sum of two numbers.
-        o_g = tl.arange(0, HEADS)
-        p_query = rotated_ptr + (i_row * G + o_g)[:, None] * D + tl.arange(0, D)
-        query = tl.load(p_query, mask=(o_g < G)[:, None], other=0.0)  # [16, D]
-        if IS_WIDE:
-            product = tl.dot(code, tl.trans(query), input_precision="ieee")  # [TOKENS, 16]
-        else:
-            size = tl.max(tl.abs(query), axis=1)
-            size = tl.where(size > 0, size, 1.0)
-            query = query / size[:, None]
-            high = query.to(tl.float16)
-            low = (query - high.to(tl.float32)).to(tl.float16)
-            code = code.to(tl.float16)
-            product = tl.dot(code, tl.trans(high)) + tl.dot(code, tl.trans(low))
-            product = product * size[None, :]
-        scale = tl.load(scales_ptr + i_row * capacity + o_t, mask=m_t, other=0.0).to(tl.float32)
-        is_lost = m_t & (scale != scale)
-        logit = product * scale[:, None]
-        logit = tl.where((m_t & (is_lost == 0))[:, None], logit, float("-inf"))  # [TOKENS, 16]
-
-        # Add up by block, then the tile's blocks.
-        BLOCKS: tl.constexpr = TOKENS // BLOCK_SIZE
-        o_block = i_tile * BLOCKS + tl.arange(0, BLOCKS)
-        m_block = o_block < n_blocks
-        mark = tl.max(tl.reshape(is_lost.to(tl.int32), [BLOCKS, BLOCK_SIZE]), axis=1)
-        mark = tl.where(mark > 0, float("nan"), 0.0)
-        tl.store(scores_ptr + i_row * n_blocks + o_block, mark, mask=m_block)
-        logit = tl.reshape(logit, [BLOCKS, BLOCK_SIZE, HEADS])
-        m = tl.max(logit, axis=1)  # [BLOCKS, 16]
-        z = tl.sum(tl.exp(logit - _finite(m)[:, None, :]), axis=1)
-        p_block = by_block_ptr + (i_row * n_blocks + o_block)[:, None] * 2 * G + o_g
-        mask = m_block[:, None] & (o_g < G)[None, :]
-        tl.store(p_block, m, mask=mask)
-        tl.store(p_block + G, z, mask=mask)
-        top = tl.max(m, axis=0)  # [16]
-        p_tile = by_tile_ptr + (i_row * tl.num_programs(0) + i_tile) * 2 * G + o_g
-        tl.store(p_tile, top, mask=o_g < G)
-        z = tl.sum(z * tl.exp(m - _finite(top)[None, :]), axis=0)
-        tl.store(p_tile + G, z, mask=o_g < G)
-
-
-@triton.jit
-def _finite(maximum):
-    """The maximum of logits, or 0 where there is none: exp(−∞ − 0) is 0, exp(−∞ + ∞) is not."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
-
-
-@triton.jit
-def _total_kernel(
-    by_tile_ptr, lengths_ptr, total_ptr, n_kv_head, n_tiles, G: tl.constexpr, TOKENS: tl.constexpr
-):  # fmt: skip
-    """Maximum and sum over all tiles of one KV head. Grid: (B·Hkv,). Tile: [64, 16].
-
-    Invariant: z = Σ exp(s − m) over the logits so far, m ≥ each of their maxima.
-    """
-    wait_for_previous()
-    let_next_start()
-    i_row = tl.program_id(0).to(tl.int64)
-    n_used = tl.cdiv(tl.load(lengths_ptr + i_row // n_kv_head), TOKENS)
-    o_g, o_tile = tl.arange(0, HEADS), tl.arange(0, 64)
-    m = tl.full([HEADS], float("-inf"), tl.float32)
-    z = tl.zeros([HEADS], tl.float32)
-    for first in range(0, n_used, 64):
-        mask = (first + o_tile < n_used)[:, None] & (o_g < G)[None, :]
-        p_tile = by_tile_ptr + (i_row * n_tiles + first + o_tile)[:, None] * 2 * G + o_g
-        own = tl.load(p_tile, mask=mask, other=float("-inf"))  # [64, 16]
-        own_z = tl.load(p_tile + G, mask=mask, other=0.0)
-        top = tl.maximum(m, tl.max(own, axis=0))
-        safe = _finite(top)
-        z = z * tl.exp(m - safe) + tl.sum(own_z * tl.exp(own - safe[None, :]), axis=0)
-        m = top
-    p_total = total_ptr + i_row * 2 * G + o_g
-    tl.store(p_total, _finite(m), mask=o_g < G)
-    tl.store(p_total + G, z, mask=o_g < G)
-
-
-@triton.jit
-def _share_kernel(
-    by_block_ptr, total_ptr, lengths_ptr, scores_ptr, n_kv_head, n_blocks,
-    G: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr
-):  # fmt: skip
-    """Scores of BLOCKS blocks of one KV head, from their maxima and sums and the heads' totals.
-
-    Grid: (ceil(M / BLOCKS), B·Hkv). Invariant: every score is written, −∞ past the end.
-    """
-    wait_for_previous()
-    let_next_start()
-    i_row = tl.program_id(1).to(tl.int64)
-    used = tl.cdiv(tl.load(lengths_ptr + i_row // n_kv_head), BLOCK_SIZE)
-    o_block, o_g = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS), tl.arange(0, HEADS)
-    mask = (o_block < used)[:, None] & (o_g < G)[None, :]
-    p_block = by_block_ptr + (i_row * n_blocks + o_block)[:, None] * 2 * G + o_g
-    own = tl.load(p_block, mask=mask, other=float("-inf"))  # [BLOCKS, 16]
-    own_z = tl.load(p_block + G, mask=mask, other=0.0)
-    p_total = total_ptr + i_row * 2 * G + o_g
-    m = tl.load(p_total, mask=o_g < G, other=0.0)
-    z = tl.load(p_total + G, mask=o_g < G, other=1.0)
-    z = tl.where(z == 0, 1.0, z)  # no token has a sketch that is a number
-    share = tl.sum(own_z * tl.exp(own - m[None, :]) / z[None, :], axis=1)
-    p_score = scores_ptr + i_row * n_blocks + o_block
-    mark = tl.load(p_score, mask=o_block < used, other=0.0)
-    score = tl.where(o_block < used, mark + share, float("-inf"))
-    tl.store(p_score, score, mask=o_block < n_blocks)

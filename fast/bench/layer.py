@@ -22,10 +22,11 @@ from resa.reference.config import ReSAConfig
 from ..attention import count_split_counters, dense_attention, sparse_attention
 from ..blocks import block_bounds, score_blocks, select_blocks
 from ..cache import write_window
+from ..estimate import score_rotated
 from ..generate import SparseStep, attend_sparsely
 from ..gpu.bookkeeping import plan_step
 from ..gpu.bounds8 import compress_bounds
-from ..sketch import Sketches, score_sketch, sketch_keys
+from ..sketch import Sketches, rotate_queries, sketch_keys, write_sketched
 from .timing import Time, time_calls
 
 L2_BYTES = 50e6
@@ -94,18 +95,22 @@ class Layer:
             score = partial(score_blocks, self.query, self.searched, plan.completed, b)
         else:
             stored = self.searched.codes, self.searched.scales
-            score = partial(score_sketch, self.query, *stored, plan.visible, b)
+            factors = rotate_queries(self.query, heads, config.kept_bits)
+            score = partial(score_rotated, factors, *stored, plan.visible, b)
         self.scores = score()
         self.indices = select_blocks(self.scores, self.end, config, counts=plan.counts)
         cached, table = (self.keys, self.values), (self.keys, self.values, self.searched)
         side_stream = torch.cuda.Stream() if device == "cuda" else None
         step = SparseStep(plan, config, counters, side_stream)
+        append = partial(write_window, *table, *token, plan.start, self.end, b)
+        if config.kept_bits is not None:  # queries are rotated beside it
+            append = partial(write_sketched, *table, *token, plan.start, self.end, self.query)
 
         # Every part as a call without arguments (none holds this layer, which would keep its memory
         # until the garbage collector comes). "step" is append, score, select and attend as the
         # decode loop has them.
         self.parts = {
-            "append": partial(write_window, *table, *token, plan.start, self.end, b),
+            "append": append,
             "score": score,
             "select": partial(select_blocks, self.scores, self.end, config, counts=plan.counts),
             "attend": partial(
