@@ -27,9 +27,11 @@ MASS = "--min-blocks 2 --tokens 16"
 PROGRAMS = "--prompt-tokens 256 --min-blocks 4"
 FEW, MANY = f"{PROGRAMS} --documents 8 --tokens 1792", f"{PROGRAMS} --documents 48 --tokens 3840"
 INTERVALS, RATIOS = "8 16 32 64 128 256", "0.02 0.05 0.1 0.2 0.5 1"
-LENGTHS = (8192, 4096, 2048, 1024)
+LENGTHS = (8192, 4096, 1024)
 ASKED = "retrieval --documents 12 --min-blocks 4 --intervals 32"
-BY_SCORE = "--scores pooled per-head 8-bits --intervals 32 --ratios 0.1"
+TENTH = "--intervals 32 --ratios 0.1"
+SCORES = "pooled per-head 8-bits first-block half-blocks sketch-1 sketch-2 sketch-4 mass"
+GRID = "--intervals 16 32 64 128 --ratios 0.02 0.05 0.1 0.2 --block-sizes 16"
 
 
 def on_texts(**parts: str) -> dict[str, tuple[str, str]]:
@@ -49,16 +51,28 @@ SMALL = {  # minutes on two CPU cores
 }
 PARTS = {  # on one GPU
     **{f"retrieval_{length}": ("real", f"{ASKED} --lengths {length}") for length in LENGTHS},
+    **{
+        f"retrieval_sketch_{length}": ("real", f"{ASKED} --selection sketch --lengths {length}")
+        for length in LENGTHS[1:]
+    },
     "carried": ("carrying", f"carried {MANY} --intervals {INTERVALS} --ratios {RATIOS}"),
     **on_texts(
+        frontier=f"sweep {WIDE} {GRID} --scores pooled sketch-1 sketch-2",
+        free=f"free {WRITTEN} --intervals 32",
+        sketch=f"fidelity {LONG} --selection sketch --intervals 32 --ratios 0.05 0.1",
         fidelity=f"fidelity {LONG} --intervals 8 16 32 128 256",
         fidelity_ratios=f"fidelity {LONG} --intervals 32 --ratios 0.05 0.2",
-        free=f"free {WRITTEN} --intervals 32",
-        sweep=f"sweep {WIDE} --intervals 32 --ratios 0.02 0.05 0.1 0.2 0.5",
+        scorers=f"fidelity {WIDE} {TENTH} --scores {SCORES}",
         fidelity_fused=f"fidelity {LONG} --schedule fused --intervals 8 32 128",
+    ),
+    "carried_scores": (
+        "carrying",
+        f"carried {MANY} {TENTH} --scores pooled per-head 8-bits sketch-1 sketch-2 mass",
+    ),
+    **on_texts(
+        blocks=f"fidelity {WIDE} {TENTH} --block-sizes 8 --scores pooled sketch-2",
         selection=f"selection --documents 16 --prompt-tokens 4096 {MASS}",
     ),
-    "carried_scores": ("carrying", f"carried {MANY} {BY_SCORE}"),
     "carried_fused": (
         "carrying",
         f"carried {MANY} --schedule fused --intervals 8 32 128 --ratios 0.1",

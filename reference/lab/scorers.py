@@ -142,21 +142,33 @@ def by_mass(steps: Steps, bits: int | None) -> Tensor:
 
 
 def _by_mass(steps: Steps, bits: int | None) -> Tensor:
-    # Estimate every logit from either stream, in slices of steps, as `score_sketch` does from one.
     b, n_tokens, n_kv_head = steps.block_size, steps.exact.shape[2], steps.exact.shape[1]
     slots = torch.arange(n_tokens, device=steps.at.device)
     query = steps.query if bits is None else rotate(steps.query)
     query = query.to(accumulation_dtype(query.dtype)).unflatten(1, (n_kv_head, -1))
     query = query * query.shape[-1] ** -0.5  # [B, Hkv, G, S, D]
-    streams = [approximated(keys, bits)[:, :, None].mT for keys in (steps.exact, steps.decoded)]
+    streams = [approximated(keys, bits) for keys in (steps.exact, steps.decoded)]
+    lost = [~keys.isfinite().all(dim=-1)[:, :, None] for keys in streams]  # [B, Hkv, 1, T] each
+    all_begins, all_at = steps.begins.tolist(), steps.at.tolist()
+
     scores = []
-    for some in torch.arange(len(steps.at), device=steps.at.device).split(SLICE):
-        exact, decoded = (query[:, :, :, some] @ keys for keys in streams)  # [B, Hkv, G, S, T]
-        logits = torch.where(slots < steps.begins[some, None], exact, decoded)
-        is_future, is_lost = slots > steps.at[some, None], logits.isnan()  # lost: keys not finite
-        mass = logits.masked_fill(is_future | is_lost, float("-inf")).softmax(dim=-1)
-        mass = mass.masked_fill(is_lost & ~is_future, float("nan"))
-        mass = F.pad(mass, (0, -n_tokens % b)).sum(dim=2)
+    for start in range(0, len(all_at), SLICE):
+        # Estimate the logits of what these steps see: decoded keys from the first window on.
+        some = slice(start, start + SLICE)
+        first, end = min(all_begins[some]), max(all_at[some]) + 1
+        exact, decoded = (keys[:, :, :end].mT for keys in streams)
+        rows = query[:, :, :, some].flatten(2, 3)  # [B, Hkv, G·S, D]
+        logits = (rows @ exact).unflatten(2, (query.shape[2], -1))  # [B, Hkv, G, S, end]
+        own = (rows @ decoded[..., first:]).unflatten(2, (query.shape[2], -1))
+        is_own = slots[:end] >= steps.begins[some, None]  # [S, end]
+        logits[..., first:] = torch.where(is_own[:, first:], own, logits[..., first:])
+
+        # Sum their softmax over heads and blocks, as `score_sketch` does.
+        is_future = slots[:end] > steps.at[some, None]
+        is_lost = torch.where(is_own, lost[1][..., :end], lost[0][..., :end]) & ~is_future
+        logits.masked_fill_((is_future | is_lost)[:, :, None], float("-inf"))
+        mass = logits.softmax(dim=-1).sum(dim=2).masked_fill(is_lost, float("nan"))
+        mass = F.pad(mass, (0, n_tokens - end + -n_tokens % b))
         scores.append(mass.unflatten(-1, (-1, b)).sum(dim=-1))
     return torch.cat(scores, dim=2)
 

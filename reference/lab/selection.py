@@ -10,7 +10,7 @@ consequences. Ways to score blocks are compared at the same number of blocks:
 - *sketch-1*, *sketch-2*: the mass that key sketches of 1 or 2 bits per channel predict;
 - *mean-key*: the pooled query times the mean of the block's keys, which is no bound;
 - *newest*: no scores, the newest blocks;
-- *best*: the blocks of most mass, averaged over the group: no shared selection can have more.
+- *mass*: the blocks of most mass, averaged over the group: no shared selection can have more.
 """
 
 from collections.abc import Sequence
@@ -102,7 +102,7 @@ def scores_by_name(step: Step, mass: Tensor) -> dict[str, Tensor]:
         **{f"sketch-{bits}": sketch_scores(step, bits) for bits in (1, 2)},
         "mean-key": mean_logits(step),
         "newest": newest.expand(mass.shape[:2] + mass.shape[3:]),
-        "best": mass.mean(dim=2),
+        "mass": mass.mean(dim=2),
     }
 
 

@@ -1,5 +1,7 @@
 """Ways to score blocks: each is what it is called, found again from the cache that a step has."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,10 +46,12 @@ def by_hand(name, query, keys, lengths):
         return torch.stack([half.amax(dim=-1) for half in bounded(BLOCK // 2).split(2, dim=-1)], dim=-1)
     if name in ("sketch-1", "sketch-2"):
         return score_sketch(query, *sketch_keys(keys, int(name[-1])), lengths, BLOCK)
+    is_lost = ~keys.isfinite().all(dim=-1)[:, :, None]
     if name == "sketch-4":
         query, keys = rotate(query), approximated(keys, 4)
     logits = query.unflatten(1, (2, G)) @ keys.mT * D**-0.5
-    mass = logits.softmax(dim=-1).sum(dim=2)
+    mass = logits.masked_fill(is_lost, float("-inf")).softmax(dim=-1)
+    mass = mass.masked_fill(is_lost, float("nan")).sum(dim=2)
     return torch.stack([block.sum(dim=-1) for block in mass.split(BLOCK, dim=-1)], dim=-1)
 
 
@@ -59,6 +63,21 @@ def test_a_scorer_is_what_it_is_called(steps, name, monkeypatch):
     for i, query, keys, lengths in caches(steps):
         expected = by_hand(name, query, keys, lengths)[..., :-1]
         torch.testing.assert_close(scores[:, :, i, : expected.shape[-1]], expected, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["sketch-1", "sketch-2", "sketch-4", "mass"])
+def test_lost_keys_have_no_mass_and_their_blocks_score_nan(steps, name):
+    """One in either stream: a step meets each where it reads that stream."""
+    exact, decoded = steps.exact.clone(), steps.decoded.clone()
+    exact[:, :, 9, 3], decoded[:, 1, 30, 0] = float("nan"), float("inf")
+    spoilt, n_lost = replace(steps, exact=exact, decoded=decoded), set()
+    scores = SCORERS[name](spoilt)
+    for i, query, keys, lengths in caches(spoilt):
+        expected = by_hand(name, query, keys, lengths)
+        found = scores[:, :, i, : expected.shape[-1]]
+        torch.testing.assert_close(found, expected, rtol=0, atol=EXACT, equal_nan=True)
+        n_lost.add(int(expected[0, 1].isnan().sum()))
+    assert n_lost == {1, 2}
 
 
 def test_more_bits_remember_more(steps):

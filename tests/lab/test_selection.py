@@ -22,7 +22,7 @@ from small_models import EXACT, Shape, dense_cache
 
 SHAPE = Shape(seed=7)
 CONFIG = ReSAConfig(block_size=4, active_ratio=0.2, min_blocks=2)
-WAYS = ["pooled", "per-head", "8-bits", "sketch-1", "sketch-2", "mean-key", "newest", "best"]
+WAYS = ["pooled", "per-head", "8-bits", "sketch-1", "sketch-2", "mean-key", "newest", "mass"]
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -61,7 +61,7 @@ def test_ways_are_what_they_are_called(seed):
     assert list(found) == WAYS
     bounds = block_bounds(step.keys, step.lengths, 4)
     torch.testing.assert_close(found["pooled"], score_blocks(step.query, bounds, step.lengths, 4))
-    torch.testing.assert_close(found["best"], mass.mean(dim=2))
+    torch.testing.assert_close(found["mass"], mass.mean(dim=2))
     rounded = score_blocks(step.query, in_eight_bits(bounds), step.lengths, 4)
     torch.testing.assert_close(found["8-bits"], rounded)
     assert (found["8-bits"] >= found["pooled"]).all(), "bounds that are rounded outward score higher"
@@ -150,7 +150,7 @@ def test_the_measurement_is_a_mean_over_layers_heads_and_steps():
         assert 0 < row["mean"] < 1
         assert row["mean_95"][0] <= row["mean"] <= row["mean_95"][1]
     means = {name: row["mean"] for name, row in result["mass_left_out"].items()}
-    assert means["best"] == min(means.values())
+    assert means["mass"] == min(means.values())
     assert means["newest"] == max(means.values())
 
 
