@@ -8,7 +8,8 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -16,17 +17,30 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from resa.reference.config import ReSAConfig
+from resa.reference.lab.fidelity import read_ratio
+from resa.reference.lab.scorers import own_scorer
+
 ROOT = Path(__file__).parent.parent
-IMAGES = ROOT / "docs" / "images"
+IMAGES, RESULTS = ROOT / "docs" / "images", ROOT / "docs" / "results"
 STYLE = "resa.reference.weights.assets.figure"
 COLOURS = [f"C{index}" for index in range(5)]
+TEXTS = {"english": "English", "code": "Python source"}
+
+# Settings: how blocks are scored, the active ratio, the interval (None: never rectified).
+Setting = tuple[str, float, int | None]
+PAPER, RECOMMENDED = ("pooled", 0.1, 32), ("sketch-2", 0.1, 32)
+SCORES = {"pooled": "bounds", "sketch-1": "sketches, 1 bit", "sketch-2": "sketches, 2 bits"}
+HEAD_DIM = 64  # of the model whose loss is drawn
+TIMED_AT = 2**18  # tokens of context
 
 
-def load(part: str) -> dict:
-    """Read the result of one part of the evidence."""
-    return json.loads((ROOT / "docs" / "results" / "evidence" / f"{part}.json").read_text())
+def load(name: str) -> dict:
+    """Read a result by its path below docs/results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def errors(means: list[float], intervals: list[list[float]]) -> np.ndarray:
@@ -37,21 +51,21 @@ def errors(means: list[float], intervals: list[list[float]]) -> np.ndarray:
 
 def real_model(figure: Figure) -> None:
     """The loss of every way on the real model, in two parts, on two kinds of text."""
-    for axes, text in zip(figure.subplots(1, 2, sharey=True), ("english", "code"), strict=True):
-        rows = {row["way"]: row for row in load(f"fidelity_{text}")["rows"]}
+    for axes, text in zip(figure.subplots(1, 2, sharey=True), TEXTS, strict=True):
+        rows = {row["way"]: row for row in load(f"evidence/fidelity_{text}")["rows"]}
         names = [name.replace("ReSA f=", "f = ") for name in rows]
         steps, drifts = ([row[part] for row in rows.values()] for part in ("step_error", "drift"))
         ends = errors([row["kl"] for row in rows.values()], [row["kl_95"] for row in rows.values()])
         axes.barh(names, steps, color="0.75", label="step error: blocks not read")
         axes.barh(names, drifts, left=steps, xerr=ends, color=COLOURS[0], ecolor="0.4", label="drift")
-        axes.set(xlabel="nats lost per token", title={"english": "English", "code": "Python source"}[text])
+        axes.set(xlabel="nats lost per token", title=TEXTS[text])
     axes.invert_yaxis()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
 
 def carried_values(figure: Figure) -> None:
     """Share of carried values right, by interval, one line per ratio, and decode-only beside it."""
-    axes, result = figure.subplots(), load("carried")
+    axes, result = figure.subplots(), load("evidence/carried")
     names = [row["interval"] for row in result["rows"] if row["ratio"] == 0.1 and row["interval"] != "decode-only"]
     names = [*sorted(name for name in names if name != "never"), "never"]
     for ratio, colour in zip((0.02, 0.05, 0.1, 0.2), COLOURS, strict=False):
@@ -68,22 +82,90 @@ def carried_values(figure: Figure) -> None:
     axes.legend(frameon=False, loc="lower center", ncols=4)
 
 
-def what_is_left(figure: Figure) -> None:
-    """Both errors on the real model by the share of blocks that is read, one pair of lines per block size."""
-    for axes, text in zip(figure.subplots(1, 2, sharey=True), ("english", "code"), strict=True):
-        rows = [row for row in load(f"sweep_{text}")["rows"] if row["way"] == "ReSA f=32"]
-        for size, colour in zip((8, 16, 32, 64), COLOURS, strict=False):
-            own = [row for row in rows if row["block_size"] == size]
-            ratios = [row["ratio"] for row in own]
-            axes.plot(ratios, [row["step_error"] for row in own], color=colour, marker=".", label=f"blocks of {size}")
-            axes.plot(ratios, [row["drift"] for row in own], color=colour, linestyle=":")
-        axes.set(
-            xscale="log", yscale="log", xlabel="active ratio p", title={"english": "English", "code": "Python"}[text]
-        )
-        axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
-        axes.minorticks_off()
-    figure.axes[0].set_ylabel("nats lost per token")
-    figure.axes[0].legend(frameon=False)
+def losses() -> dict[Setting, float]:
+    """The loss of every setting, the mean of both kinds of text."""
+    found: dict[Setting, list[float]] = {}
+    for row in (row for text in TEXTS for row in load(f"evidence/frontier_{text}")["rows"]):
+        if row["way"] != "decode-only":  # rectifies after every token, so it is slower than dense decoding
+            interval = None if row["way"] == "sparse" else int(row["way"].removeprefix("ReSA f="))
+            found.setdefault((row["score"], row["ratio"], interval), []).append(row["kl"])
+    return {setting: float(np.mean(values)) for setting, values in found.items()}
+
+
+def bytes_read(setting: Setting) -> float:
+    """Bytes of keys and values that a token reads, relative to dense decoding."""
+    score, ratio, interval = setting
+    kept = {"selection": "bounds"} if score == "pooled" else {"selection": "sketch", "sketch_bits": int(score[-1])}
+    config = ReSAConfig(active_ratio=ratio, interval=interval, schedule="paper", **kept)
+    return read_ratio(config, bounds=1 / 2, head_dim=HEAD_DIM)
+
+
+def times() -> dict[Setting, float]:
+    """Time per token and layer in µs of every setting.
+
+    Whole cycles were timed at f = 32. What is left of one without its pass is the time of its steps; a pass depends on
+    its interval alone, and was timed at each.
+    """
+
+    def a_pass(row: dict) -> float:
+        return row["parts"]["rectify"]["us"] + row["parts"]["refresh"]["us"]
+
+    passes = {row["interval"]: a_pass(row) for row in load("frontier/bounds_0.1")["rows"]}
+    found: dict[Setting, float] = {}
+    for selection, ratio in product(("bounds", "sketch"), (0.02, 0.05, 0.1, 0.2)):
+        result = load(f"frontier/{selection}_{ratio}")
+        score = own_scorer(ReSAConfig(**result["config"]))
+        (row,) = (row for row in result["rows"] if (row["context"], row["interval"]) == (TIMED_AT, 32))
+        step = (32 * row["resa_us"] - a_pass(row)) / 31
+        found[score, ratio, None] = step
+        found |= {(score, ratio, f): ((f - 1) * step + passes[f]) / f for f in passes}
+    return found
+
+
+def envelope(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points (cost, loss) that no other beats in both, the cheapest first.
+
+    >>> envelope([(3, 1), (1, 3), (2, 4)])
+    [(1, 3), (3, 1)]
+    """
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def draw_frontier(axes: Axes, cost: Mapping[Setting, float], loss: Mapping[Setting, float]) -> None:
+    """Every setting a point, those of one ratio joined by a thin line, the frontier of a score by a thick one."""
+    for (score, label), colour, marker in zip(SCORES.items(), COLOURS, "osD", strict=False):
+        points = {each: (cost[each], loss[each]) for each in loss if each[0] == score and each in cost}
+        for ratio in sorted({ratio for _, ratio, _ in points}):
+            line = sorted(point for setting, point in points.items() if setting[1] == ratio)
+            axes.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=3, linewidth=0.8, alpha=0.5)
+        if points:
+            best = zip(*envelope(list(points.values())), strict=True)
+            axes.plot(*best, color=colour, marker=marker, markersize=4, label=label)
+
+
+def frontier(figure: Figure) -> None:
+    """The loss against what a token costs, in bytes and in time."""
+    loss, time = losses(), times()
+    read = {setting: bytes_read(setting) for setting in loss}
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, cost in ((left, read), (right, time)):
+        draw_frontier(axes, cost, loss)
+        for setting, name, place in ((PAPER, "the paper's setting", (6, 8)), (RECOMMENDED, "recommended", (-80, -14))):
+            point = cost[setting], loss[setting]
+            axes.plot(*point, "o", markersize=11, markerfacecolor="none", markeredgecolor="0.2")
+            axes.annotate(name, point, place, textcoords="offset points")
+        axes.set_xlim(left=0)
+    left.set(yscale="log", ylabel="nats lost per token", xlabel="bytes read, relative to dense decoding")
+    left.yaxis.set_major_formatter("{x:g}")
+    right.set_xlabel("µs per token and layer: 8 × 256K tokens on one H200")
+    for setting in (each for each in time if each[2] is None):  # the leftmost of its ratio
+        place = {"textcoords": "offset points", "ha": "right", "va": "top", "fontsize": 7, "color": "0.4"}
+        right.annotate(f"p = {setting[1]}", (time[setting], loss[setting]), (-4, -2), **place)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 
 
 def drawn(draw: Callable[[Figure], None], size: tuple[float, float]) -> bytes:
@@ -100,7 +182,7 @@ def drawn(draw: Callable[[Figure], None], size: tuple[float, float]) -> bytes:
 FIGURES = {
     "real.svg": (real_model, (10, 3.6)),
     "carried.svg": (carried_values, (6.5, 3.8)),
-    "left.svg": (what_is_left, (10, 3.8)),
+    "frontier.svg": (frontier, (10, 4.2)),
 }
 
 

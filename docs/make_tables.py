@@ -11,13 +11,16 @@ import re
 import shlex
 import sys
 import textwrap
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from resa.reference.config import ReSAConfig
 from resa.reference.lab.evidence import without
+from resa.reference.lab.fidelity import read_ratio
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/training.md", "docs/evidence.md", "docs/performance.md")
+PAGES = ("README.md", "docs/training.md", "docs/performance.md", "docs/evidence.md")
 CROSSOVER = "fast/bench/crossover.json"
 SHOWN_RATIOS = (0.02, 0.05, 0.1, 0.2)  # at larger ones there is next to nothing to lose
 LONG = (2**14, 2**16, 2**18)  # contexts that tables of speed show
@@ -92,9 +95,9 @@ def fidelity() -> str:
     return table(head, lines, note, measured(result))
 
 
-def real_rows(text: str) -> dict[tuple[float, str], dict]:
-    """Rows of the real model on one kind of text, by ratio and way."""
-    results = (evidence(f"{name}_{text}") for name in ("fidelity", "fidelity_ratios"))
+def real_rows(text: str, *parts: str) -> dict[tuple[float, str], dict]:
+    """Rows of the real model on one kind of text, by ratio and way; by default those of bounds."""
+    results = (evidence(f"{part}_{text}") for part in parts or ("fidelity", "fidelity_ratios"))
     return {(row["ratio"], row["way"]): row for result in results for row in result["rows"]}
 
 
@@ -144,6 +147,62 @@ def real() -> str:
     return table(head, lines, note)
 
 
+def evidence_sketch() -> str:
+    """Losses on the real model by key sketches, beside those by bounds."""
+    columns = [real_rows(text, *parts) for text in ("english", "code") for parts in ((), ("sketch",))]
+    lines = []
+    for ratio, way in sorted(columns[-1], key=lambda key: -key[0]):  # a tenth first, as elsewhere
+        lines.append([f"{ratio}, {way}", *(within(rows[ratio, way], "kl") for rows in columns)])
+    head = ["ratio, decoding", "English: bounds", "English: sketches", "code: bounds", "code: sketches"]
+    result = evidence("sketch_english")
+    config = result["config"]
+    note = f"Nats lost per token [95 %]. {of_documents(result)}, block size {config['block_size']}, at least "
+    return table(head, lines, f"{note}{config['min_blocks']} blocks.", measured(result))
+
+
+def searched(bounds: float = 1.0, **changes: object) -> float:
+    """Bytes by which blocks are chosen, as a share of a cache with SmolLM2's heads (eq. 6)."""
+    config = ReSAConfig(interval=None, **changes)
+    return read_ratio(config, bounds, head_dim=64) - config.active_ratio
+
+
+SCORES = {  # part, score: name, what a step reads, what is kept
+    ("scorers", "pooled"): ("bounds (the paper)", searched(1 / 2), searched()),
+    ("scorers", "per-head"): ("bounds, head by head", searched(), searched()),
+    ("scorers", "8-bits"): ("bounds in 8 bits", searched(1 / 4), searched(1 / 2)),
+    ("scorers", "first-block"): ("bounds, the first block always", searched(1 / 2), searched()),
+    ("scorers", "half-blocks"): ("bounds of half blocks", searched(1 / 2, block_size=8), searched(block_size=8)),
+    ("blocks", "pooled"): ("bounds, blocks of 8", searched(1 / 2, block_size=8), searched(block_size=8)),
+    ("scorers", "sketch-1"): ("sketches, 1 bit", *2 * [searched(selection="sketch", sketch_bits=1)]),
+    ("scorers", "sketch-2"): ("**sketches, 2 bits**", *2 * [searched(selection="sketch")]),
+    ("blocks", "sketch-2"): ("sketches, 2 bits, blocks of 8", *2 * [searched(selection="sketch")]),
+    ("scorers", "sketch-4"): ("sketches, 4 bits", None, None),
+    ("scorers", "mass"): ("the true attention mass", None, None),
+}
+
+
+def evidence_scorers() -> str:
+    """Losses on the real model by what blocks are chosen by, at the same number of tokens read."""
+    rows = {
+        (text, part, row["score"], row["way"]): row
+        for text in ("english", "code")
+        for part in ("scorers", "blocks")
+        for row in evidence(f"{part}_{text}")["rows"]
+    }
+    lines = []
+    for (part, score), (name, *shares) in SCORES.items():
+        columns = [(text, way) for text in ("english", "code") for way in ("decode-only", "ReSA f=32")]
+        lost = (within(rows[text, part, score, way], "kl") for text, way in columns)
+        lines.append([name, *("–" if share is None else f"{share:.1%}" for share in shares), *lost])
+    head = ["blocks chosen by", "read", "kept", "English: decode-only", "f = 32", "code: decode-only", "f = 32"]
+    result = evidence("scorers_english")
+    note = (
+        f"Read and kept: bytes by which blocks are chosen, as a share of the cache. Nats lost per token. "
+        f"{of_documents(result)}{settings_of(result['config'])}"
+    )
+    return table(head, lines, note, measured(result))
+
+
 def evidence_selection() -> str:
     """Attention mass left out by every way of scoring blocks."""
     results = {text: evidence(f"selection_{text}") for text in ("english", "code")}
@@ -157,16 +216,19 @@ def evidence_selection() -> str:
 
 
 def evidence_retrieval(length: int = 4096) -> str:
-    """Answers found in a text, by family."""
-    result = evidence(f"retrieval_{length}")
-    rows = {(row["family"], row["way"]): row for row in result["rows"] if row["start"] == "middle"}
+    """Answers found in a text, by family and by what blocks are chosen by."""
+    results = [evidence(f"retrieval_{length}"), evidence(f"retrieval_sketch_{length}")]
+    bounds, sketches = (
+        {(row["family"], row["way"]): row for row in result["rows"] if row["start"] == "middle"} for result in results
+    )
     lines = []
-    for family in dict.fromkeys(family for family, _ in rows):
-        row = rows[family, "sparse"]
+    for family in dict.fromkeys(family for family, _ in bounds):
+        row = bounds[family, "sparse"]
         name = family if row["is_answered"] else f"{family} (not answered)"
-        ways = ("decode-only", "ReSA f=32", "sparse")
-        lines.append([name, within(row, "dense", 2), *(within(rows[family, way], "right", 2) for way in ways)])
-    head = ["family", "dense", "decode-only", "ReSA f=32", "sparse"]
+        columns = [(rows, way) for way in ("decode-only", "ReSA f=32") for rows in (bounds, sketches)]
+        lines.append([name, within(row, "dense", 2), *(within(rows[family, way], "right", 2) for rows, way in columns)])
+    head = ["family", "dense", "decode-only: bounds", "sketches", "f = 32: bounds", "sketches"]
+    result = results[-1]
     note = (
         f"Share of answers right. {result['questions']} questions of {length:,} tokens each, the second half decoded"
         f"{settings_of(result['config'])}"
@@ -199,6 +261,21 @@ def evidence_carried() -> str:
         lines.append([str(ratio), *cells, *shares])
     head = ["ratio", "decode-only right", "step error", "drift of sparse", "f = 128 repairs", "f = 32", "f = 8"]
     return table(head, lines, of_programs(result), measured(result))
+
+
+def evidence_carried_scores() -> str:
+    """Values carried along given programs, by what blocks are chosen by."""
+    result = evidence("carried_scores")
+    by_score: dict[str, dict] = {}
+    for row in result["rows"]:
+        by_score.setdefault(row["score"], {})[row["interval"]] = row
+    lines = []
+    for score, rows in by_score.items():
+        exact, never, own = (rows[name] for name in ("decode-only", "never", 32))
+        right = [within(row, "right") for row in (exact, own, never)]
+        lines.append([score, *right, within(never, "drift"), recovered(own["recovered"], own["recovered_95"])])
+    head = ["blocks chosen by", "decode-only right", "f = 32", "sparse", "drift of sparse", "f = 32 repairs"]
+    return table(head, lines, f"Active ratio {result['rows'][0]['ratio']}.", of_programs(result), measured(result))
 
 
 def evidence_training() -> str:
@@ -388,7 +465,10 @@ TABLES = {
     "real": real,
     "evidence_real": evidence_real,
     "evidence_carried": evidence_carried,
+    "evidence_carried_scores": evidence_carried_scores,
+    "evidence_scorers": evidence_scorers,
     "evidence_selection": evidence_selection,
+    "evidence_sketch": evidence_sketch,
     "evidence_retrieval": evidence_retrieval,
     "evidence_training": evidence_training,
     "attention": attention,
@@ -402,19 +482,25 @@ TABLES = {
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def main() -> int:
-    """Write or check every table; returns the exit status."""
-    wanted = {CROSSOVER: crossover_file()}
+def wanted() -> Iterator[tuple[str, str]]:
+    """Make every file with its tables, one after the other → (name, text)."""
+    yield CROSSOVER, crossover_file()
     for page in PAGES:
         text = (ROOT / page).read_text()
-        wanted[page] = BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
-    stale = [name for name, text in wanted.items() if (ROOT / name).read_text() != text]
-    if "--check" in sys.argv:
-        print("".join(f"{name}: not what docs/results says\n" for name in stale), end="")
-        return int(bool(stale))
-    for name in stale:
-        (ROOT / name).write_text(wanted[name])
-    return 0
+        yield page, BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> int:
+    """Write or check every table; returns the exit status."""
+    is_check, n_stale = "--check" in sys.argv, 0
+    for name, text in wanted():
+        if (ROOT / name).read_text() != text:
+            n_stale += 1
+            if is_check:
+                print(f"{name}: not what docs/results says")
+            else:
+                (ROOT / name).write_text(text)
+    return int(is_check and n_stale > 0)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def add_generate(commands: cli.Commands) -> cli.Parser:
     text = "f: a dense pass repairs the cache every f tokens; never: leave the errors in it; 1 is"
     text += " dense decoding (with --schedule paper: sparse steps over an exact cache)"
     parser.option("--interval", 32, text, type=_interval)
-    cli.add_sparsity(parser, schedule="fused")
+    cli.add_sparsity(parser, schedule="fused", selection="sketch")
     text = "decode densely until this many tokens are cached (default: until sparse decoding was"
     text += " measured to be faster on a GPU; 0 for the reference)"
     parser.option("--dense-below", None, text, type=int)

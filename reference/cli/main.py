@@ -194,7 +194,7 @@ def chosen_backend(options: argparse.Namespace) -> str:
     return name
 
 
-def add_sparsity(parser: Parser, *, schedule: str) -> None:
+def add_sparsity(parser: Parser, *, schedule: str, selection: str = "bounds") -> None:
     """Add what a `ReSAConfig` says, all but the interval."""
     for name, text in SPARSITY.items():
         parser.option(f"--{name.replace('_', '-')}", getattr(ReSAConfig(), name), text)
@@ -208,7 +208,7 @@ def add_sparsity(parser: Parser, *, schedule: str) -> None:
         "how blocks are scored. bounds: by the smallest and largest key of each (the paper's);"
         " sketch: by the attention that keys in 1 or 2 bits per channel predict"
     )
-    parser.option("--selection", "bounds", text, choices=SELECTIONS)
+    parser.option("--selection", selection, text, choices=SELECTIONS)
     parser.option("--sketch-bits", 2, "bits per channel of a sketch", choices=(1, 2))
 
 

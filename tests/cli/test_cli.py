@@ -29,6 +29,7 @@ from small_models import Shape
 
 COMMANDS = ["demo", "generate", "train", "eval", "evidence", "conformance"]
 SPARSE = ["--block-size", "4", "--min-blocks", "2"]
+SKETCH = ReSAConfig(selection="sketch")  # the default of `resa generate`
 CodeShape = type("CodeShape", (Shape,), {"vocab": 4096})  # over the shipped tokenizer's vocabulary
 FUNCTIONS = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(4))
 
@@ -89,9 +90,9 @@ def test_every_command_has_help(resa, command):
     assert out.startswith(f"usage: resa {command}")
 
 
-def test_the_defaults_are_those_of_the_configuration():
+def test_the_defaults_are_those_of_the_configuration_but_blocks_are_chosen_by_sketches():
     options = build_parser().parse_args(["generate"])
-    assert sparsity(options, interval=options.interval) == ReSAConfig()
+    assert sparsity(options, interval=options.interval) == ReSAConfig(selection="sketch")
     assert REFERENCE.crossover is None
 
 
@@ -120,17 +121,18 @@ def by_hand(path, tokenizer, text, n_tokens, config, sampling=None):
 @pytest.mark.parametrize(
     ("arguments", "config", "sampling"),
     [
-        ([], ReSAConfig(), Sampling()),
-        (["--temperature", "1.5", "--top-p", "0.9"], ReSAConfig(), Sampling(1.5, 0.9)),
-        (["--temperature", "0.7", "--top-k", "20"], ReSAConfig(), Sampling(0.7, top_k=20)),
-        ([*SPARSE, "--interval", "never"], ReSAConfig(block_size=4, min_blocks=2, interval=None), Sampling()),
+        ([], SKETCH, Sampling()),
+        (["--temperature", "1.5", "--top-p", "0.9"], SKETCH, Sampling(1.5, 0.9)),
+        (["--temperature", "0.7", "--top-k", "20"], SKETCH, Sampling(0.7, top_k=20)),
+        ([*SPARSE, "--interval", "never"], replace(SKETCH, block_size=4, min_blocks=2, interval=None), Sampling()),
         (
             [*SPARSE, "--interval", "3", "--schedule", "paper", "--active-ratio", "0.3", "--local-blocks", "2"],
-            ReSAConfig(4, 0.3, 2, 2, 3, "paper"),
+            ReSAConfig(4, 0.3, 2, 2, 3, "paper", selection="sketch"),
             Sampling(),
         ),
-        ([*SPARSE, "--interval", "1"], ReSAConfig(block_size=4, min_blocks=2, interval=1), Sampling()),
-        ([*SPARSE, "--dense-layers", "1"], ReSAConfig(block_size=4, min_blocks=2, dense_layers=1), Sampling()),
+        ([*SPARSE, "--selection", "bounds"], ReSAConfig(block_size=4, min_blocks=2), Sampling()),
+        ([*SPARSE, "--interval", "1"], replace(SKETCH, block_size=4, min_blocks=2, interval=1), Sampling()),
+        ([*SPARSE, "--dense-layers", "1"], replace(SKETCH, block_size=4, min_blocks=2, dense_layers=1), Sampling()),
     ],
 )
 def test_generate_is_generate(resa, path, tokenizer, arguments, config, sampling):
@@ -147,7 +149,7 @@ def test_generate_is_generate(resa, path, tokenizer, arguments, config, sampling
 
 def test_generate_writes_the_prompt_and_its_continuation(resa, path, tokenizer):
     text = "naïve = 1\n"
-    wanted = tokenizer.decode(by_hand(path, tokenizer, text, 9, ReSAConfig()))
+    wanted = tokenizer.decode(by_hand(path, tokenizer, text, 9, SKETCH))
     status, out, err = resa("generate", text, "--tokens", 9, "--model", path)
     assert (status, out) == (0, text + wanted + "\n")
     n_prompt = len(tokenizer.encode_ordinary(text))
@@ -314,7 +316,7 @@ def test_a_request_is_dense_up_to_the_crossover_and_one_stream(decoded, path, to
     model, prompt = load_model(path), tokenizer.encode_ordinary(FUNCTIONS)
     own, choice = [torch.Generator().manual_seed(0)], Sampling(float(bool(sampling)))
     start = generate(model, [prompt], n_dense, ReSAConfig(4, 0.1, 2, interval=1), choice, generators=own)[0].tokens
-    config = ReSAConfig(4, 0.1, 2, 1, 4 if way == FUSED else None, sparse[1])
+    config = ReSAConfig(4, 0.1, 2, 1, 4 if way == FUSED else None, sparse[1], selection="sketch")
     rest = generate(model, [prompt + start], N_TOKENS - n_dense, config, choice, generators=own)[0].tokens
     assert tokens == start + rest
     drawn = torch.Generator().manual_seed(0)

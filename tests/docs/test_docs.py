@@ -7,10 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from resa.reference import ReSAConfig
 from resa.reference.weights.models import find_model
 
 ROOT = Path(__file__).parents[2]
@@ -46,11 +49,74 @@ def test_tables_and_figures_are_what_their_files_say(script):
     assert (done.returncode, done.stdout) == (0, "")
 
 
+@pytest.fixture
+def figures(tmp_path, monkeypatch):
+    """The module that draws, reading made-up results: by bounds all costs and losses are higher."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    module = importlib.import_module("make_figures")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    ways, scores, ratios = ["sparse", "ReSA f=32", "decode-only"], ["pooled", "sketch-2"], [0.02, 0.05, 0.1, 0.2]
+    for folder in ("evidence", "frontier"):
+        (tmp_path / folder).mkdir()
+    for text, factor in (("english", 1), ("code", 3)):
+        rows = [
+            {"way": way, "ratio": ratio, "score": score, "kl": factor * (3 - i) * (2 - j) / ratio / 1000}
+            for i, way in enumerate(ways)
+            for j, score in enumerate(scores)
+            for ratio in ratios
+        ]
+        (tmp_path / "evidence" / f"frontier_{text}.json").write_text(json.dumps({"rows": rows}))
+    for (j, selection), ratio in product(enumerate(("bounds", "sketch")), ratios):
+        parts = {"rectify": {"us": 900}, "refresh": {"us": 60}}
+        row = {"context": 2**18, "interval": 32, "resa_us": (100 - 20 * j) * (1 + ratio), "parts": parts}
+        config = asdict(ReSAConfig(active_ratio=ratio, selection=selection))
+        (tmp_path / "frontier" / f"{selection}_{ratio}.json").write_text(json.dumps({"config": config, "rows": [row]}))
+    return module
+
+
+def test_the_frontier_has_losses_bytes_and_times_of_every_setting(figures):
+    loss, time = figures.losses(), figures.times()
+    assert loss.keys() == time.keys()
+    assert {interval for _, _, interval in loss} == {None, 32}, "decode-only is no setting"
+    assert loss["pooled", 0.1, None] == pytest.approx((1 + 3) / 2 * 3 * 2 / 0.1 / 1000)
+    assert (time["sketch-2", 0.05, 32], time["sketch-2", 0.05, None]) == (pytest.approx(80 * 1.05), pytest.approx((32 * 80 * 1.05 - 960) / 31))
+    assert figures.bytes_read(figures.PAPER) == pytest.approx(1 / 32 + 0.1 + 1 / 32)
+    assert figures.bytes_read(("sketch-2", 0.05, None)) == pytest.approx(1 / 16 + 1 / 128 + 0.05)
+    assert figures.bytes_read(("sketch-1", 0.05, 64)) == pytest.approx(1 / 32 + 1 / 128 + 0.05 + 1 / 64)
+
+
+def test_the_frontier_is_drawn_from_files_that_are_there(figures, tmp_path):
+    drawn = figures.drawn(*figures.FIGURES["frontier.svg"])
+    assert drawn == figures.drawn(*figures.FIGURES["frontier.svg"])
+    (tmp_path / "frontier" / "sketch_0.2.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        figures.drawn(*figures.FIGURES["frontier.svg"])
+
+
+def test_an_envelope_has_what_nothing_beats(figures):
+    points = [(3, 1), (1, 3), (2, 4), (2, 3), (4, 1), (2.5, 2)]
+    assert figures.envelope(points) == [(1, 3), (2.5, 2), (3, 1)]
+    assert figures.envelope([]) == []
+
+
+def test_tables_say_what_choosing_blocks_reads(monkeypatch):
+    """By hand, for heads of 64 channels; both bounds of 16 tokens are a sixteenth of the cache."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    scores = importlib.import_module("make_tables").SCORES
+    shares = {key: tuple(shares) for key, (_, *shares) in scores.items()}
+    assert shares["scorers", "pooled"] == pytest.approx((1 / 32, 1 / 16))
+    assert shares["scorers", "per-head"] == pytest.approx((1 / 16, 1 / 16))
+    assert shares["scorers", "8-bits"] == pytest.approx((1 / 64, 1 / 32))
+    assert shares["scorers", "half-blocks"] == shares["blocks", "pooled"] == pytest.approx((1 / 16, 1 / 8))
+    assert shares["blocks", "sketch-2"] == pytest.approx((1 / 16 + 1 / 128, 1 / 16 + 1 / 128))
+    assert shares["scorers", "sketch-1"] == pytest.approx((1 / 32 + 1 / 128, 1 / 32 + 1 / 128))
+    assert shares["scorers", "sketch-4"] == shares["scorers", "mass"] == (None, None)
+
+
 def test_a_run_is_compared_with_what_is_recorded(tmp_path):
     """By every number that has an interval: in rows, in nested parts, in lists of intervals."""
-    files = [
-        tmp_path / f"{name}.json" for name in ("carried_small", "retrieval_1024", "sweep_english", "fidelity_code")
-    ]
+    names = ("carried_small", "retrieval_1024", "fidelity_ratios_english", "fidelity_code")
+    files = [tmp_path / f"{name}.json" for name in names]
     for path in files:
         shutil.copy(RESULTS / "evidence" / path.name, path)
     done = run("docs/compare_evidence.py", tmp_path)
