@@ -346,6 +346,32 @@ def parts() -> str:
     return table(["part", *(f"{row['context'] // 1024}K" for row in rows)], lines, note)
 
 
+def selections() -> str:
+    """Times by bounds and by sketches, beside what they lose."""
+    lost = {
+        (name, ratio): [real_rows(text, *parts)[ratio, "ReSA f=32"]["kl"] for text in ("english", "code")]
+        for name, parts in (("bounds", ()), ("sketch", ("sketch",)))
+        for ratio in (0.05, 0.1)
+    }
+    files = [("bounds", 0.1), ("bounds", 0.05), ("sketch", 0.1), ("sketch", 0.05)]
+    lines = []
+    for name, ratio in files:
+        result = load(f"docs/results/frontier/{name}_{ratio}.json")
+        for row in result["rows"]:
+            if row["interval"] == 32:
+                parts = [f"{row['parts'][part]['us']:.1f}" for part in ("append", "score", "select", "attend")]
+                cycle = [f"{row['parts']['rectify']['us'] / 32:.1f}", spread(row["resa"]), f"**{row['ratio']:.2f}**"]
+                losses = " / ".join(f"{loss:.3f}" for loss in lost[name, ratio])
+                lines.append([f"{name}, {ratio}, {row['context'] // 1024}K", *parts, *cycle, losses])
+    head = ["chosen by, ratio, context", "append", "score", "select", "attend", "rectify ÷ 32", "whole cycles"]
+    note = (
+        f"µs per layer and token, batch 8; medians [quartiles]. {result['device']}, torch {result['torch']}, triton "
+        f"{result['triton']}; 28 query and 4 KV heads of 128, float16, block size 16, interval 32. Lost: nats on "
+        f"SmolLM2, English / code ([evidence.md](evidence.md)). Files: [frontier/](results/frontier)."
+    )
+    return table([*head, "dense ÷ ReSA", "lost"], lines, note)
+
+
 def crossover() -> str:
     """Dense time over ReSA time for every batch and context."""
     rows = load("docs/results/attention.json")["rows"]
@@ -472,6 +498,7 @@ TABLES = {
     "evidence_retrieval": evidence_retrieval,
     "evidence_training": evidence_training,
     "attention": attention,
+    "selections": selections,
     "parts": parts,
     "crossover": crossover,
     "end_to_end": shared_caches,

@@ -21,7 +21,7 @@ from .gpu.launch import let_next_start, overlapped, wait_for_previous
 MANY_SCORES = 2**17  # from here on larger tiles pay: there are programs enough to fill the GPU
 # In rows up to this long the reduction dominates; warps add integers in one instruction.
 LONG_ROW = tl.constexpr(4096)
-GUESSES = tl.constexpr(16)  # passes that interpolate; simulated rows of 16,384 scores took 7 to 16
+GUESSES = tl.constexpr(16)  # passes that interpolate; simulated rows of 16,384 scores took 5 to 19
 
 
 def block_bounds(keys: Tensor, lengths: Tensor, block_size: int) -> Tensor:

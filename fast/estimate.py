@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .attention import count_splits
 from .gpu.launch import IS_COMPILED, let_next_start, overlapped, wait_for_previous
-from .sketch import MAGIC, Factors, rotate_queries
+from .sketch import MAGIC, SHRUNK, Factors, rotate_queries
 
 TOKENS = 128  # of a tile: a whole number of blocks
-LONG = 2**20  # tokens of all rows; from here on more programs at once pay, with fewer registers
+LONG = 2**22  # tokens of all rows; from here on more programs at once pay, with fewer registers
 ONE_BIT, ONE_BIT_NEXT = (tl.constexpr(f"and.b32 $0, $1, 0x0{m}0{m}0{m}0{m};") for m in "12")
 TWO_BITS, TWO_BITS_NEXT = (tl.constexpr(f"and.b32 $0, $1, 0x0{m}0{m}0{m}0{m};") for m in "3c")
 MASK = tl.constexpr("and.b32 $0, $1, $2;")
@@ -31,6 +31,7 @@ def score_sketch(
     channels of 16 bits on, a rotated query is rounded to 16 bits of its largest channel.
     """
     bits = 8 * codes.shape[3] // query.shape[2]
+    lengths = lengths.to(torch.int32).contiguous()  # before: the scoring may start early
     factors = rotate_queries(query, codes.shape[1], bits)
     return score_rotated(factors, codes, scales, lengths, block_size)
 
@@ -38,7 +39,7 @@ def score_sketch(
 def score_rotated(
     factors: Factors, codes: Tensor, scales: Tensor, lengths: Tensor, block_size: int
 ) -> Tensor:
-    """Scores as `score_sketch` has them, of queries that are factors already."""
+    """Scores as `score_sketch` has them, of queries that are factors already; lengths int32."""
     (batch, n_kv_head, capacity, n_bytes), (rows, group) = codes.shape, factors.unit.shape
     _, n_eights, n_steps, _, width = factors.rows.shape
     n_blocks, head_dim = triton.cdiv(capacity, block_size), n_steps * width
@@ -53,7 +54,7 @@ def score_rotated(
         n_runs = triton.cdiv(n_tiles, run)
         launch = {"num_warps": 1, "maxnreg": registers} if is_integer else {"num_warps": 4}
 
-        lengths, early = lengths.to(torch.int32).contiguous(), overlapped(codes.device)
+        early = overlapped(codes.device)
         by_block, by_run = (scores.new_empty(2, rows, group, n) for n in (n_blocks, n_runs))
         _estimate_kernel[(n_runs, rows, n_eights)](
             factors.rows, factors.offset, factors.unit, codes, scales, lengths, by_block, by_run,
@@ -152,7 +153,7 @@ def _run(
     for i_tile in range(begin, end):
         m_t = o_t < left
         packed = tl.load(p_code, mask=m_t[None, :], other=0) if IS_MASKED else tl.load(p_code)
-        own_scale = scale.to(tl.float32)
+        own_scale = scale.to(tl.float32) * (SHRUNK if IS_INTEGER else 1.0)
         o_t += TOKENS
         p_code += TOKENS * N_BYTES
         p_scale += TOKENS

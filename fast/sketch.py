@@ -19,6 +19,7 @@ LEVELS_APART = tl.constexpr(STEP)
 TILE = 16  # tokens: one size, so that a token's sums are the same in every window (law 12)
 MAGIC = tl.constexpr(3 << 22)  # 1.5 · 2^23 as a float32 has room for an integer in its last bits
 LOG2_E = tl.constexpr(1.4426950408889634)
+SHRUNK = tl.constexpr(2.0**-16)  # scales of large keys, times integers, would overflow
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def _rotate_eight(
         FINEST: tl.constexpr = (LARGEST if LARGEST < 127 else 127) * 256
         size = tl.max(tl.abs(query), axis=1)
         is_finite, size = size < float("inf"), tl.maximum(size, 1e-30)
-        unit = tl.where(is_finite, unit * (size / FINEST), float("nan"))
+        unit = tl.where(is_finite, unit * (size / (FINEST * SHRUNK)), float("nan"))
         query = query / size[:, None] * FINEST
         number = tl.floor(query / weight.to(tl.float32)[None, :] + 0.5).to(tl.int32)
         first = (number + 128) >> 8

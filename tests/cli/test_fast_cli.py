@@ -175,7 +175,8 @@ def test_generate_decodes_with_the_kernels_densely_then_sparsely(resa, path, tok
     assert (status, err) == (0, "")
     result = json.loads(out)
     generate, model = import_module("resa.fast.generate").generate, load_model(path, device=DEVICE)
-    ways = [(n_dense, ReSAConfig(8, interval=1)), (8 - n_dense, ReSAConfig(8, min_blocks=2, interval=3, selection="sketch"))]
+    sparse = ReSAConfig(8, min_blocks=2, interval=3, selection="sketch")
+    ways = [(n_dense, ReSAConfig(8, interval=1)), (8 - n_dense, sparse)]
     wanted = []
     for n_tokens, config in ways:
         (part,) = generate(model, [prompt + wanted], n_tokens, config, Sampling(0.7, 0.9), generators=generators)

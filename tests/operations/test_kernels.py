@@ -234,6 +234,35 @@ def test_an_append_and_scores_in_one_kernel_are_those_of_two(kernels, dtype, is_
     assert moved.tolist() == (takes > 0).tolist()
 
 
+@pytest.mark.parametrize(
+    ("group", "head_dim", "bits", "dtype"), [(10, 64, 2, torch.float16), (3, 16, 1, torch.float32)], ids=str
+)
+def test_queries_rotated_beside_an_append_are_those_of_two_kernels(kernels, group, head_dim, bits, dtype):
+    """Bit for bit, cache and scores, for sequences that take the step and one that does not."""
+    sketch, estimate, cache = (import_module(f"resa.fast.{name}") for name in ("sketch", "estimate", "cache"))
+    case = Case(2, 2, group, head_dim, 8, lengths=(140, 7, 30), capacity=150)
+    x, generator = case.build(dtype, slack=1.0), torch.Generator().manual_seed(2)
+    key, value = (torch.randn(3, 2, 1, head_dim, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
+    query, keys, values, start = (tensor.to(DEVICE) for tensor in (*x.attention, x.lengths))
+    codes, scales = sketch.sketch_keys(keys, bits)
+    end = start + int32(1, 1, 0).to(DEVICE)
+    results = []
+    for is_one in (True, False):
+        held = keys.clone(), values.clone(), sketch.Sketches(codes.clone(), scales.clone(), bits)
+        with poisoned_memory():
+            if is_one:
+                factors = sketch.write_sketched(*held, key, value, start, end, query)
+            else:
+                cache.write_window(*held, key, value, start, end, 8)
+                factors = sketch.rotate_queries(query, 2, bits)
+            scores = estimate.score_rotated(factors, held[2].codes, held[2].scales, end, 8)
+        results.append([*held[:2], held[2].codes, held[2].scales, scores])
+    assert_all_same_bits(*([tensor.cpu() for tensor in each] for each in results), "cache or scores")
+    moved = (results[0][0] != keys).flatten(1).any(dim=1)
+    assert moved.tolist() == [True, True, False]
+    assert (results[0][2] != codes).any()
+
+
 # --- All operations ---
 
 

@@ -307,6 +307,9 @@ def test_kernels_sketch_like_the_reference(kernels, case, bits, dtype):
 @pytest.mark.fast
 @examples(8)
 @example(case=RAGGED, bits=2, dtype=torch.float16, kind="NaN")
+@example(case=replace(RAGGED, head_dim=64, lengths=(129, 128), capacity=250), bits=2, dtype=torch.float16, kind="huge")
+@example(case=replace(RAGGED, head_dim=64, group=10), bits=1, dtype=torch.float16, kind="NaN")
+@example(case=replace(RAGGED, head_dim=128, block_size=32), bits=2, dtype=torch.float16, kind="NaN")
 @example(case=RAGGED, bits=1, dtype=torch.float32, kind="huge")
 @given(
     case=a_kernels_case, bits=st.sampled_from(BITS), dtype=st.sampled_from(FAST_DTYPES), kind=st.sampled_from(GARBAGE)
@@ -314,9 +317,17 @@ def test_kernels_sketch_like_the_reference(kernels, case, bits, dtype):
 def test_kernels_score_like_the_reference(kernels, case, bits, dtype, kind):
     """From the same sketches, of which one is lost, and with garbage past the lengths."""
     x = case.build(dtype, slack=0.0)
-    codes, scales = sketch_keys(x.keys, bits)
-    scales[0, 0, 0] = NAN
-    past = torch.arange(case.capacity) >= x.lengths[:, None, None]
+    x.query[0, 0] = 0.0  # all tokens weigh the same
+    check_scores(kernels, x, bits, [(0, 0, 0)], kind)
+
+
+def check_scores(kernels, x, bits, lost, kind):
+    """Scores like the reference's from sketches of which `lost` name some (sequence, KV head, token)."""
+    (codes, scales), capacity, dtype = sketch_keys(x.keys, bits), x.keys.shape[2], x.keys.dtype
+    head_dim, group = x.keys.shape[3], x.query.shape[1] // x.keys.shape[1]
+    for each in lost:
+        scales[each] = NAN
+    past = torch.arange(capacity) >= x.lengths[:, None, None]
 
     def scored(code, scale):
         stored = codes.masked_fill(past[..., None], code), scales.masked_fill(past, scale)
@@ -330,13 +341,66 @@ def test_kernels_score_like_the_reference(kernels, case, bits, dtype, kind):
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found == -INF, expected == -INF)
     # A logit is off by some roundings of its size L, and the mass by twice as much of itself.
-    size = logits_of(x.query.double().abs(), x.keys.double().abs()).amax() if case.capacity else 1.0
-    allowed = 1e-6 + 2 * eps(torch.float32) * (case.head_dim + 8) * 2 * float(size) * case.group
+    size = logits_of(x.query.double().abs(), x.keys.double().abs()).amax() if capacity else 1.0
+    allowed = 1e-6 + 2 * eps(torch.float32) * (head_dim + 8) * 2 * float(size) * group
     is_number = expected.isfinite()
     total = found.masked_fill(~is_number, 0.0).sum(dim=-1)
     is_whole = ~expected.isnan().any(dim=-1) & (x.lengths > 0)[:, None]
-    assert ((total - case.group)[is_whole].abs() <= 1e-4).all(), "law 14, on kernels"
+    assert ((total - group)[is_whole].abs() <= 1e-4).all(), "law 14, on kernels"
     assert ((found.double() - expected)[is_number].abs() <= allowed).all()
+
+
+# Five tiles of tokens in the first sequence, the last of nine tokens, and two whole ones in the second.
+RUNS = Case(5, 1, 3, 64, 16, lengths=(4 * 128 + 9, 2 * 128), capacity=4 * 128 + 20)
+
+
+@pytest.mark.parametrize(
+    ("splits", "case", "bits", "dtype"),
+    [
+        (1, RUNS, 2, torch.float16),
+        (2, replace(RUNS, group=1, head_dim=128), 2, torch.float16),
+        (3, replace(RUNS, group=16, block_size=128), 1, torch.float16),
+        (5, replace(RUNS, head_dim=128), 1, torch.float16),
+        (2, replace(RUNS, head_dim=16, key_kind="spike"), 1, torch.float32),
+    ],
+)
+@pytest.mark.fast
+def test_any_number_of_runs(kernels, monkeypatch, splits, case, bits, dtype):
+    """Runs of 5, 3, 2 and 1 tiles; then tokens are lost in the middle of a whole run and in the last tile."""
+    monkeypatch.setattr("resa.fast.estimate.count_splits", lambda *_: splits)
+    monkeypatch.setattr("resa.fast.estimate.LONG", 1 if splits > 1 else 2**62)
+    x = case.build(dtype, slack=0.0)
+    x.query[:, -1] *= 4  # few tokens have most of this head's mass
+    for lost in ([], [(0, 0, 300), (0, 0, 4 * 128 + 3)]):
+        check_scores(kernels, x, bits, lost, "NaN")
+
+
+@pytest.mark.parametrize(("head_dim", "bits"), [(64, 2), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1)])
+@pytest.mark.fast
+def test_sums_at_their_limit(kernels, head_dim, bits):
+    """Queries and keys of one channel: rotated channels are all as large, so that sums of levels come to the most."""
+    sizes = torch.linspace(-2, 2, 40, dtype=torch.float16)
+    keys, query = full(1, 1, 40, head_dim, dtype=torch.float16), full(1, 2, head_dim, dtype=torch.float16)
+    keys[0, 0, :, 0], query[0, :, 0] = sizes, torch.tensor([7.0, -9.0], dtype=torch.float16)
+    codes, scales = sketch_keys(keys, bits)
+    found = kernels.score_sketch(*(each.to(DEVICE) for each in (query, codes, scales, int32(40))), 8).cpu()
+    expected = score_sketch(query.double(), codes, scales.double(), int32(40), 8)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NumPy notices
+@pytest.mark.parametrize("odd", [NAN, INF, -INF])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float16), (16, torch.float32)], ids=str)
+@pytest.mark.fast
+def test_a_query_that_is_not_finite_scores_nan(kernels, head_dim, dtype, odd):
+    """All blocks of its group, as in the reference, and no others."""
+    x = Case(0, 2, 3, head_dim, 8, lengths=(150,), capacity=160).build(dtype, slack=0.0)
+    x.query[0, 1, 3] = odd
+    codes, scales = sketch_keys(x.keys, 2)
+    found = kernels.score_sketch(*(each.to(DEVICE) for each in (x.query, codes, scales, x.lengths)), 8).cpu()
+    expected = score_sketch(x.query, codes, scales, x.lengths, 8)
+    assert expected[0, 0, :19].isnan().all()
+    assert torch.equal(found.isnan(), expected.isnan())
 
 
 def test_a_sketch_finds_what_bounds_hide():
