@@ -367,7 +367,8 @@ def selections() -> str:
     note = (
         f"µs per layer and token, batch 8; medians [quartiles]. {result['device']}, torch {result['torch']}, triton "
         f"{result['triton']}; 28 query and 4 KV heads of 128, float16, block size 16, interval 32. Lost: nats on "
-        f"SmolLM2, English / code ([evidence.md](evidence.md)). Files: [frontier/](results/frontier)."
+        f"SmolLM2, English / code ([evidence.md](evidence.md)). `{result['command']}` and the like, commit "
+        f"{result['commit']}; files in [frontier/](results/frontier)."
     )
     return table([*head, "dense ÷ ReSA", "lost"], lines, note)
 

@@ -39,7 +39,10 @@ def score_sketch(
 def score_rotated(
     factors: Factors, codes: Tensor, scales: Tensor, lengths: Tensor, block_size: int
 ) -> Tensor:
-    """Scores as `score_sketch` has them, of queries that are factors already; lengths int32."""
+    """Estimated attention mass of each block, as by `score_sketch`, from rotated queries.
+
+    lengths [B] int32 must not be written by the kernel that made the factors, or after it.
+    """
     (batch, n_kv_head, capacity, n_bytes), (rows, group) = codes.shape, factors.unit.shape
     _, n_eights, n_steps, _, width = factors.rows.shape
     n_blocks, head_dim = triton.cdiv(capacity, block_size), n_steps * width
@@ -105,19 +108,21 @@ def _estimate_kernel(
         blocks_left, left = n_blocks - first // BLOCK_SIZE, length - first
 
         # Whole tiles need no masks; a lost token in them makes the sums NaN.
+        heads = factors, offset, unit, o_g < G
+        pointers = p_code, p_scale, p_block, p_block + n_heads * n_blocks
         m, z = tl.full([8], float("-inf"), tl.float32), tl.zeros([8], tl.float32)
         n_whole = tl.minimum(n_tiles, left // TOKENS)
         m, z = _run(
-            m, z, factors, offset, unit, p_code, p_scale, p_block, n_heads * n_blocks,
-            0, n_whole, left, blocks_left, o_g < G, D, BITS, WIDTH, BLOCK_SIZE, TOKENS, False
+            m, z, heads, pointers, 0, n_whole, left, blocks_left,
+            D, BITS, WIDTH, BLOCK_SIZE, TOKENS, False
         )  # fmt: skip
         check = tl.sum(z)
         if check != check:
             m, z = tl.full([8], float("-inf"), tl.float32), tl.zeros([8], tl.float32)
             n_whole = 0
+        n_used = tl.minimum(n_tiles, tl.cdiv(left, TOKENS))
         m, z = _run(
-            m, z, factors, offset, unit, p_code, p_scale, p_block, n_heads * n_blocks,
-            n_whole, tl.minimum(n_tiles, tl.cdiv(left, TOKENS)), left, blocks_left, o_g < G,
+            m, z, heads, pointers, n_whole, n_used, left, blocks_left,
             D, BITS, WIDTH, BLOCK_SIZE, TOKENS, True
         )  # fmt: skip
         p_run = by_run_ptr + i_head * tl.num_programs(0) + i_run
@@ -127,9 +132,8 @@ def _estimate_kernel(
 
 @triton.jit
 def _run(
-    m, z, factors, offset, unit, p_code, p_scale, p_block, to_sum, begin, end, left, blocks_left,
-    m_g, D: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TOKENS: tl.constexpr, IS_MASKED: tl.constexpr
+    m, z, heads, pointers, begin, end, left, blocks_left, D: tl.constexpr, BITS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, IS_MASKED: tl.constexpr
 ):  # fmt: skip
     """Store the maxima and sums of the blocks of tiles begin … end − 1 → the run's own, [8] each.
 
@@ -137,6 +141,8 @@ def _run(
     their heads, m ≥ each of their maxima. Differences come before units, because a fused product
     would not round as that of the maximum does.
     """
+    factors, offset, unit, m_g = heads
+    p_code, p_scale, p_max, p_sum = pointers
     N_BYTES: tl.constexpr = D * BITS // 8
     PLACES: tl.constexpr = WIDTH // N_BYTES
     STEPS: tl.constexpr = D // WIDTH
@@ -147,7 +153,8 @@ def _run(
     o_block = begin * BLOCKS + tl.arange(0, BLOCKS)
     p_code += o_t[None, :] * N_BYTES + o_byte[:, None]
     p_scale += o_t
-    p_block += o_block[None, :]
+    p_max += o_block[None, :]
+    p_sum += o_block[None, :]
     is_next = tl.full([TOKENS], True, tl.int1) & (begin < end)
     scale = tl.load(p_scale, mask=is_next & (o_t < left) if IS_MASKED else is_next, other=0.0)
     for i_tile in range(begin, end):
@@ -178,7 +185,7 @@ def _run(
             product = product.to(tl.float32, bitcast=True) - MAGIC
         logit = product * own_scale[None, :]  # in units of the head
 
-        # Of every block.
+        # The blocks' maxima and sums.
         if IS_MASKED:
             is_lost = m_t & (own_scale != own_scale)
             logit = tl.where((m_t & (is_lost == 0))[None, :], logit, float("-inf"))
@@ -190,15 +197,16 @@ def _run(
             lost = tl.max(tl.reshape(is_lost.to(tl.int32), [BLOCKS, BLOCK_SIZE]), axis=1) > 0
             marked = tl.where(lost[None, :], float("nan"), own_z)
             m_block = m_g[:, None] & (o_block < blocks_left)[None, :]
-            tl.store(p_block, safe * unit[:, None], mask=m_block)
-            tl.store(p_block + to_sum, marked, mask=m_block)
+            tl.store(p_max, safe * unit[:, None], mask=m_block)
+            tl.store(p_sum, marked, mask=m_block)
         else:
-            tl.store(p_block, top * unit[:, None], mask=m_g[:, None])
-            tl.store(p_block + to_sum, own_z, mask=m_g[:, None])
+            tl.store(p_max, top * unit[:, None], mask=m_g[:, None])
+            tl.store(p_sum, own_z, mask=m_g[:, None])
         o_block += BLOCKS
-        p_block += BLOCKS
+        p_max += BLOCKS
+        p_sum += BLOCKS
 
-        # Of the run so far.
+        # And those of the run so far.
         new = tl.maximum(m, tl.max(top, axis=1))
         safe = _finite(new) if IS_MASKED else new
         by_top = own_z * tl.exp2((top - safe[:, None]) * unit[:, None])

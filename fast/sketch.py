@@ -19,7 +19,8 @@ LEVELS_APART = tl.constexpr(STEP)
 TILE = 16  # tokens: one size, so that a token's sums are the same in every window (law 12)
 MAGIC = tl.constexpr(3 << 22)  # 1.5 · 2^23 as a float32 has room for an integer in its last bits
 LOG2_E = tl.constexpr(1.4426950408889634)
-SHRUNK = tl.constexpr(2.0**-16)  # scales of large keys, times integers, would overflow
+# Scales of large keys, times integers, would overflow. So from 5e36 on they still do.
+SHRUNK = tl.constexpr(2.0**-16)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Sketches:
     bits: int
 
     def of_layer(self, layer: int) -> "Sketches":
-        """One layer's."""
+        """Take the sketches of one layer."""
         return Sketches(self.codes[layer], self.scales[layer], self.bits)
 
 
@@ -121,7 +122,8 @@ def rotate_queries(query: Tensor, n_kv_head: int, bits: int) -> Factors:
     return factors
 
 
-@triton.jit(do_not_specialize=["width"])  # one variant for every window, for law 12 again
+# Not one variant for every width of a window: a token's sums must be the same in all (law 12).
+@triton.jit(do_not_specialize=["width"])
 def _write_sketches_kernel(
     keys_ptr, values_ptr, codes_ptr, scales_ptr, new_keys_ptr, new_values_ptr, start_ptr, end_ptr,
     query_ptr, rows_ptr, offset_ptr, unit_ptr, n_kv_head, capacity, width, N_EIGHTS: tl.constexpr,

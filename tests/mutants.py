@@ -137,7 +137,7 @@ KERNELS = [
     Mistake("kernel: levels not around their middle", "fast/sketch.py", ".to(tl.int32, bitcast=True) - middle", ".to(tl.int32, bitcast=True)", SKETCHES),
     Mistake("kernel: one bit has the unit of two", "fast/sketch.py", "D**-0.5 * (1 if BITS == 2 else 2)", "D**-0.5", SKETCHES),
     Mistake("kernel: sums beyond the digits of a float32", "fast/sketch.py", "(LARGEST if LARGEST < 127 else 127) * 256", "127 * 256", SKETCHES),
-    Mistake("kernel: a query that is not finite is a number", "fast/sketch.py", 'tl.where(is_finite, unit * (size / FINEST), float("nan"))', "unit * (size / FINEST)", SKETCHES),
+    Mistake("kernel: a query that is not finite is a number", "fast/sketch.py", 'tl.where(is_finite, unit * (size / (FINEST * SHRUNK)), float("nan"))', "unit * (size / (FINEST * SHRUNK))", SKETCHES),
     # estimate.
     Mistake("kernel: sketches of tokens past the length count", "fast/estimate.py", "m_t = o_t < left", "m_t = o_t <= left", SKETCHES),
     Mistake("kernel: the block of a lost token stays a number", "fast/estimate.py", 'tl.where(lost[None, :], float("nan"), own_z)', "own_z", SKETCHES),
