@@ -32,7 +32,7 @@ from resa.reference import (
     sparse_attention,
 )
 from resa.reference.lab.corpus import example_module
-from resa.reference.lab.selection import Step, is_selected, scores_by_name
+from resa.reference.lab.selection import Step, is_selected
 
 plt.style.use("resa.reference.weights.assets.figure")
 torch.set_num_threads(1)
@@ -291,17 +291,18 @@ print(f"{part.shape[-1]} of {n_seen} blocks: output off by {(sparse - dense).nor
 
 # %%
 ratios = [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-ways = ("pooled", "newest", "best")
+ways = ("pooled", "newest", "mass")
 left_out = {way: torch.zeros(len(ratios), len(steps)) for way in ways}  # [ratio, layer]
-for index, (step, mass) in enumerate(zip(steps, masses, strict=True)):
-    found = scores_by_name(step, mass)
+for index, mass in enumerate(masses):
+    by_age = block.to(mass).expand_as(scores[index])  # the newest block scores highest
+    found = {"pooled": scores[index], "newest": by_age, "mass": group_mass[index]}
     for way in ways:
         for row, ratio in enumerate(ratios):
             chosen = is_selected(found[way], lengths, replace(config, active_ratio=ratio, min_blocks=1))
             left_out[way][row, index] = mass.masked_fill(chosen[:, :, None], 0.0).sum(dim=-1).mean()
 
 figure, (by_ratio, by_layer) = plt.subplots(1, 2, figsize=(7.5, 2.8), sharey=True)
-names = {"pooled": "by score", "newest": "the newest", "best": "best possible"}
+names = {"pooled": "by score", "newest": "the newest", "mass": "best possible"}
 for way, marker in zip(ways, "os^", strict=True):
     by_ratio.plot(ratios, left_out[way].mean(dim=1), marker=marker, label=names[way])
     by_layer.plot(left_out[way][ratios.index(0.1)], marker=marker, label=names[way])
@@ -314,7 +315,7 @@ plt.show()
 
 for way in ways:
     print(f"{names[way]:13}: {left_out[way][ratios.index(0.1)].mean():.3f} of the mass left out at p = 0.1")
-    assert (left_out["best"] <= left_out[way] + 1e-5).all()
+    assert (left_out["mass"] <= left_out[way] + 1e-5).all()
     assert left_out[way][-1].max() < 1e-5, "all blocks leave nothing out"
     assert (left_out[way].mean(dim=1).diff() <= 1e-6).all(), "more blocks leave less out"
 

@@ -633,3 +633,5 @@ print("all cases pass")
 # %% [markdown]
 # **3.** Take another framework that you know, and start from an empty file. [Porting](../porting.md) lists the traps
 # and an order to follow. [A port to JAX](../examples/jax_port.py) was written from that page alone.
+#
+# **Next:** [choosing better](10_choosing_better.md).

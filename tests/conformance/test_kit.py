@@ -55,7 +55,7 @@ def vectors():
 @pytest.fixture(scope="module")
 def few(vectors):
     """Without most of the generations, for kernels that are interpreted."""
-    short = ("never", "paper_4", "fused_5_from_a_block_and_one", "sketch_paper_4")
+    short = ("paper_4", "fused_5_from_a_block_and_one", "sketch_paper_4")
     kept = [entry for entry in vectors.manifest["traces"] if entry["case"] in short]
     return replace(vectors, manifest={**vectors.manifest, "traces": kept})
 
@@ -228,7 +228,9 @@ def test_the_jax_port_conforms(vectors):
         pytest.skip("the extra `dev` has jax from Python 3.11 on")
     assert len(JAX_PORT.read_text().splitlines()) < 320
     command = [sys.executable, "-c", JAX_CHECK, JAX_PORT]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    # Compiling takes most of the time, and arrays this small gain nothing from optimised code.
+    chosen = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **chosen})
     assert done.returncode == 0, done.stderr[-2000:]
     rows, n_sparse, n_dense = json.loads(done.stdout)
     assert len(rows) == len(vectors.manifest["operations"]) + len(vectors.manifest["traces"])
