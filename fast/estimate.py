@@ -49,7 +49,8 @@ def score_rotated(
     scores = factors.unit.new_empty(batch, n_kv_head, n_blocks)
     if scores.numel():
         # A multiprocessor runs all its programs at once, and all have equal shares.
-        is_integer, is_long = factors.rows.dtype == torch.int8, rows * capacity >= LONG
+        is_integer = factors.rows.dtype == torch.int8
+        is_long = rows * capacity >= LONG and head_dim <= 128  # wider keys take more registers
         programs, registers = (12, 168) if is_long else (8, None)
         n_tiles = triton.cdiv(capacity, TOKENS)
         splits = count_splits(rows * n_eights, programs, n_tiles, codes.device)

@@ -101,7 +101,7 @@ def test_generate_reads_a_folder(folder, capsys):
     result = json.loads(capsys.readouterr().out)
     tokenizer = read_tokenizer(folder)
     prompt = tokenizer.encode_ordinary(PROSE)
-    config = ReSAConfig(interval=4, min_blocks=2)
+    config = ReSAConfig(interval=4, min_blocks=2, selection="sketch")
     expected = generate(load_pretrained(folder), [prompt], 9, config, stop_tokens=stop_tokens(folder))[0].tokens
     assert (result["tokens"], result["text"]) == (expected, tokenizer.decode(expected))
     assert main([*options, "--device", "cpu", "--dtype", "bfloat16"]) == 0
