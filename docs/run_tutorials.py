@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jupytext
@@ -83,6 +84,16 @@ def execute(script: Path) -> nbformat.NotebookNode:
             raise RuntimeError(f"{script.name}, code cell {number}: a figure without *Figure: …* in the cell after it")
         del cell.metadata["execution"]  # times of day
     return notebook
+
+
+def timed(script: Path) -> tuple[float, nbformat.NotebookNode | None, str | None]:
+    """Execute a script → the seconds that it took, and the notebook or what is wrong."""
+    begin = time.monotonic()
+    try:
+        notebook, failure = execute(script), None
+    except RuntimeError as error:
+        notebook, failure = None, str(error)
+    return time.monotonic() - begin, notebook, failure
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -198,30 +209,25 @@ def main() -> int:
     unknown = set(options.names) - {script.stem for script in chosen}
     if unknown:
         parser.error(f"no tutorial {', '.join(sorted(unknown))}; there are {', '.join(p.stem for p in tutorials())}")
-    # Take as many threads as a small machine has: times and rounding should not depend on a large machine.
-    os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+    # Two at a time, each with one thread: times and rounding should not depend on a large machine.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     NOTEBOOKS.mkdir(parents=True, exist_ok=True)
     if not options.names:
         for old in NOTEBOOKS.glob("*.ipynb"):
             old.unlink()
     taken, failures = [], []
-    for script in chosen:
-        print(f"{script.stem:22}", end="", flush=True)
-        begin = time.monotonic()
-        try:
-            notebook = execute(script)
-        except RuntimeError as error:
-            print("failed")
-            failures.append(str(error))
-            continue
-        taken.append(time.monotonic() - begin)
-        is_slow = taken[-1] > LIMIT
-        print(f"{taken[-1]:6.1f} s{f'   over the limit of {LIMIT:.0f} s' if is_slow else ''}", flush=True)
-        if is_slow:
-            failures.append(f"{script.name} took {taken[-1]:.0f} s of {LIMIT:.0f}")
-        nbformat.write(notebook, NOTEBOOKS / f"{script.stem}.ipynb")
-        if options.write:
-            write_page(notebook, script.stem)
+    with ThreadPoolExecutor(2) as pool:
+        for script, (seconds, notebook, failure) in zip(chosen, pool.map(timed, chosen), strict=True):
+            print(f"{script.stem:22}{seconds:6.1f} s{'   failed' if failure else ''}", flush=True)
+            if failure is None and seconds > LIMIT:
+                failure = f"{script.name} took {seconds:.0f} s of {LIMIT:.0f}"
+            failures += [] if failure is None else [failure]
+            if notebook is None:
+                continue
+            taken.append(seconds)
+            nbformat.write(notebook, NOTEBOOKS / f"{script.stem}.ipynb")
+            if options.write:
+                write_page(notebook, script.stem)
     if options.write:
         remove_leftovers()
     if taken:
