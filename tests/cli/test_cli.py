@@ -347,8 +347,8 @@ def test_a_stop_token_ends_the_text_on_either_side_of_the_seam(decoded, monkeypa
 @pytest.mark.parametrize(
     ("crossover", "arguments", "says"),
     [
-        (N_PROMPT + 5, [], "dense up to 57 tokens, measured to be faster"),
-        (2048, [], "all of it is dense, below 2,048 tokens, measured to be faster"),
+        (N_PROMPT + 5, [], "dense up to 57 tokens, measured to be faster, by bounds"),
+        (2048, [], "all of it is dense, below 2,048 tokens, measured to be faster, by bounds"),
         (2048, ["--dense-below", "60"], "dense up to 60 tokens, as --dense-below says"),
         (2048, ["--dense-below", "0"], None),
         (N_PROMPT, [], None),  # long enough from the start
