@@ -487,6 +487,33 @@ def beside_attention() -> str:
     return table(["part", *(f"{name}, batch {batch}" for name, batch in columns)], lines, note)
 
 
+def prefill() -> str:
+    """Time to the first token, and memory beside weights and cache."""
+    result = load("docs/results/prefill.json")
+    ways, depth = ("flash, whole", "cudnn, whole", "flash, chunks"), result["shape"]["n_layer"]
+    lines = []
+    for row in result["rows"]:
+        times = {"resa": row["resa"], **row["dense"]}
+        cells = {name: spread({key: us / 1e3 for key, us in time.items()}) for name, time in times.items()}
+        fastest = min(row["dense"], key=lambda name: row["dense"][name]["us"])
+        memory = " / ".join(f"{row['peak_bytes'][name] / 1e9:.2f}" for name in (fastest, "resa"))
+        whole = " / ".join(f"{row['all_layers_us'][name] / 1e6:.2f}" for name in ("dense", "resa"))
+        times = [cells.get(name, "–") for name in (*ways, "resa")]
+        lines.append([f"{row['context'] // 1024}K", *times, f"**{row['ratio']:.2f}**", memory, whole])
+    head = ["context", "dense, flash", "dense, cuDNN", "dense, flash by chunks", "ReSA", "dense ÷ ReSA"]
+    head += ["memory, GB: dense / ReSA", f"{depth} layers, s: dense / ReSA"]
+    layers, chunk, config = result["rows"][0]["layers"], result["rows"][0]["chunk"], result["config"]
+    note = (
+        f"ms for one prompt and {layers} layers, up to the first token chosen; medians [quartiles]; a dash where the "
+        f"whole prompt's activations did not fit. Times of {depth} layers are estimates: the time without the output "
+        f"projection, times {depth / layers:g}. Memory is the peak beside weights and cache, dense for its fastest "
+        f"way. ReSA and the dense chunks read {chunk:,} tokens at a time. {result['device']}, torch {result['torch']}, "
+        f"triton {result['triton']}; {result['dtype']}, block size {config['block_size']}, blocks chosen by "
+        f"{config['selection']}. `{result['command']}`, commit {result['commit']}."
+    )
+    return table(head, lines, note)
+
+
 TABLES = {
     "fidelity": fidelity,
     "real": real,
@@ -506,6 +533,7 @@ TABLES = {
     "true_caches": partial(end_to_end, "true"),
     "paper": paper,
     "beside_attention": beside_attention,
+    "prefill": prefill,
 }
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

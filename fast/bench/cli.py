@@ -1,4 +1,4 @@
-"""`resa bench layer` and `resa bench e2e`: their arguments, and their results as a JSON file.
+"""`resa bench layer`, `e2e` and `prefill`: their arguments, and their results as a JSON file.
 
 Nothing here imports Triton before it measures, so the command line has its help everywhere.
 """
@@ -45,13 +45,25 @@ def add_bench(commands: Commands) -> None:
     text = "contexts to measure at the largest batch whose true caches fit; give none to skip this"
     e2e.option("--true-contexts", [65_536, 262_144], text, nargs="*")
 
+    prefill = add_command(bench, "prefill", run_prefill)
+    _add_cache(prefill, contexts[3:], "docs/results/prefill.json")
+    prefill.set_defaults(selection="sketch")  # as `resa generate` has it
+    prefill.option("--layers", 4, "layers of the model, of 28")
+    text = "tokens of a prompt read at a time (default: those of resa.fast.generate)"
+    prefill.option("--chunk", None, text, type=int)
+    prefill.option("--dtype", "float16", "data type of everything", choices=kinds[:2])
+
 
 def _add_points(parser: Parser, contexts: list[int], batches: list[int], out: str) -> None:
-    parser.option("--contexts", contexts, "cache lengths in tokens", nargs="*")
+    _add_cache(parser, contexts, out)
     parser.option("--batches", batches, "batch sizes")
-    parser.option("--block-size", 16, "tokens per block")
     parser.option("--active-ratio", 0.1, "share of blocks that a sparse step reads")
     parser.option("--intervals", [32], "f, tokens per rectification")
+
+
+def _add_cache(parser: Parser, contexts: list[int], out: str) -> None:
+    parser.option("--contexts", contexts, "cache lengths in tokens", nargs="*")
+    parser.option("--block-size", 16, "tokens per block")
     parser.option("--selection", "bounds", "what blocks are chosen by", choices=SELECTIONS)
     parser.option("--sketch-bits", 2, "bits per channel of a sketch", choices=(1, 2))
     parser.option("--out", Path(out), "file to write, after every row")
@@ -114,6 +126,31 @@ def run_e2e(options: argparse.Namespace) -> None:
         torch.cuda.empty_cache()
 
 
+def run_prefill(options: argparse.Namespace) -> None:
+    """Time the first token of a prompt: a model of Qwen2.5-7B's layers, with random weights, reads
+    random tokens and chooses the next one. Beside it the same layers attend by torch.
+    """
+    how = {"selection": options.selection, "sketch_bits": options.sketch_bits}
+    config, contexts = ReSAConfig(block_size=options.block_size, **how), sorted(options.contexts)
+    require(len(contexts) > 0, "--contexts", "none", "at least one")
+    require(contexts[0] >= 1, "--contexts", contexts[0], "1 or more")
+    require(options.chunk is None or options.chunk >= 1, "--chunk", options.chunk, "1 or more")
+    _check_machine(options)
+    from ..generate import PREFILL_CHUNK
+    from . import e2e, prefill
+
+    shape, layers = e2e.QWEN_7B, options.layers
+    require(contexts[-1] <= shape.context, "--contexts", contexts[-1], f"≤ {shape.context:,}")
+    require(1 <= layers <= shape.n_layer, "--layers", layers, f"1 … {shape.n_layer}")
+    chunk = PREFILL_CHUNK if options.chunk is None else options.chunk
+    model = e2e.build(options.dtype, replace(shape, n_layer=layers))
+    result = {**_provenance(options, config), "shape": asdict(shape), "dtype": options.dtype}
+    result |= {"errors": prefill.check(model), "rows": []}
+    for context in contexts:
+        row = prefill.measure(model, config, context, chunk)
+        _keep(options.out, result, row, f"{context:,} tokens, {layers} layers")
+
+
 def _checked(options: argparse.Namespace) -> ReSAConfig:
     """The configuration; what is wrong with the arguments is said before anything is measured."""
     b, p, longest = options.block_size, options.active_ratio, max(options.intervals)
@@ -125,9 +162,14 @@ def _checked(options: argparse.Namespace) -> ReSAConfig:
     require(len(contexts) > 0, "--contexts", "none", "at least one")
     require(min(contexts) > longest, "--contexts", min(contexts), "> --intervals")
     require(min(options.batches) >= 1, "--batches", min(options.batches), "1 or more")
+    _check_machine(options)
+    return config
+
+
+def _check_machine(options: argparse.Namespace) -> None:
+    """Refuse a machine without a GPU, and make the folder of the results."""
     require(torch.cuda.device_count() > 0, "device", "no NVIDIA GPU", "a machine with one")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    return config
 
 
 def _provenance(options: argparse.Namespace, config: ReSAConfig) -> Result:

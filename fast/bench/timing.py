@@ -69,6 +69,14 @@ def elapsed(work: Callable[[], object]) -> float:
     return begin.elapsed_time(end) * 1e3
 
 
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most bytes of the GPU that `work` holds at a time, beyond those held before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def copy_bandwidth(size: int = 2**31) -> float:
     """TB/s, read plus written, of the faster of a copy and an elementwise kernel."""
     source = torch.randn(size // 4, device="cuda")

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from resa import reference
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.fast
 e2e = pytest.importorskip("resa.fast.bench.e2e", reason="triton comes for Linux only")
 layer = pytest.importorskip("resa.fast.bench.layer", reason="triton comes for Linux only")
 four_bit = pytest.importorskip("resa.fast.bench.four_bit", reason="triton comes for Linux only")
+prefill = pytest.importorskip("resa.fast.bench.prefill", reason="triton comes for Linux only")
 model_file = pytest.importorskip("resa.fast.model", reason="triton comes for Linux only")
 
 SMALL = Shape(seed=3, head_dim=16, hidden=32, context=512, tied=False)
@@ -98,6 +100,26 @@ def test_a_dense_step_overwrites_the_last_position(model):
             hidden = reference.dense_pass(plainly, fed[s : s + 1], own, CONTEXT - 1)
             assert int(plainly.output(hidden[0]).argmax()) == int(step.pending[s])
         assert (own.keys[:, 0] - cache.keys[:, s]).abs().max() < 1e-4
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    """torch's ways with the one backend that every device has."""
+    monkeypatch.setattr(prefill, "WAYS", {"whole": (SDPBackend.MATH, True), "chunks": (SDPBackend.MATH, False)})
+
+
+@pytest.mark.parametrize("chunk", [7, 16, 40, 64])
+def test_torchs_prefill_is_this_projects(model, chunk):
+    """In chunks that do and do not divide the prompt: the same next token, the same keys and values."""
+    prompt = torch.randint(SMALL.vocab, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    (own, feed), (other, _) = (prefill.open_cache(model, [prompt], 1, CONFIG, None) for _ in range(2))
+    chosen = prefill.prefill(model, feed, own, chunk_size=16).argmax(dim=-1)
+    tokens = torch.tensor(feed, device=DEVICE)
+    found = prefill.TorchPrefill(model, other, tokens, chunk, SDPBackend.MATH)()
+    assert torch.equal(found, chosen)
+    for name in ("keys", "values"):
+        assert getattr(own, name)[..., :40, :].std() > 0.1
+        assert (getattr(own, name) - getattr(other, name))[..., :40, :].abs().max() < 1e-4
 
 
 # ---- What is checked -------------------------------------------------------------------------------------------------
@@ -177,6 +199,33 @@ def test_a_layers_row_has_every_part_and_the_faster_dense_attention(one_layer, m
     assert row["sum_us"] == (3 * steps + timed["rectify"] + timed["refresh"]) / 4
     assert (row["dense_us"], row["resa_us"], row["ratio"]) == (109.0, 110.0, 0.991)
     assert row["cache_bytes"] == row["floor_us"]["rectify"] == 2 * 2 * 2 * CONTEXT * 16 * 4
+
+
+def test_the_attention_of_a_prompt_is_the_references(model, by_torch, monkeypatch):
+    monkeypatch.setattr(prefill, "CHECKED", 12)
+    errors = prefill.check(model)
+    assert list(errors) == ["resa", "whole", "chunks"]
+    assert max(errors.values()) < 1e-6
+
+
+def masked(mask):
+    """Attention by torch under a mask of its own, upper-left or none at all."""
+    return lambda backend, *qkv: F.scaled_dot_product_attention(*qkv, **mask, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("causal_attention", masked({"is_causal": True}), "chunks"),
+        ("causal_attention", masked({}), "whole"),
+        ("dense_attention", lambda *qkv, right=prefill.dense_attention: 1.01 * right(*qkv), "resa"),
+    ],
+)
+def test_a_wrong_attention_of_a_prompt_is_not_timed(model, by_torch, monkeypatch, name, wrong, message):
+    monkeypatch.setattr(prefill, "CHECKED", 12)
+    monkeypatch.setattr(prefill, name, wrong)
+    with pytest.raises(ValueError, match=rf"^{message}: got error .* before it is timed"):
+        prefill.check(model)
 
 
 def test_a_model_in_four_bits_checks_its_matrix_products():
@@ -282,6 +331,56 @@ def test_a_row_compares_with_the_faster_dense_attention(model, untimed):
     assert (sparse.passes, resa.passes) == ([False, False], [False, True])
 
 
+@pytest.mark.parametrize("selection", ["bounds", "sketch"])
+def test_a_prompts_row_has_times_memory_and_the_estimate_for_all_layers(model, by_torch, monkeypatch, selection):
+    """By hand: 2 of 28 layers take 1,000 µs, of which 20 are the output's, so all take 14 · 980 + 20."""
+    clock = {"whole": [880.0, 900.0, 920.0], "chunks": [1500.0] * 3, "resa": [1000.0] * 3}
+    ways = ("resa", "whole", "chunks")
+    order = []
+
+    def elapsed(work):
+        order.append(ways[len(order) % 3])
+        return clock[order[-1]].pop()
+
+    monkeypatch.setattr(prefill, "ENOUGH_US", 1)
+    monkeypatch.setattr(prefill, "elapsed", elapsed)
+    monkeypatch.setattr(prefill, "peak_bytes", lambda work: 4 if type(work) is prefill.TorchPrefill else 2)
+    monkeypatch.setattr(prefill, "time_calls", lambda calls: [call() for call in calls] and layer.Time.of([20.0]))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    row = prefill.measure(model, replace(CONFIG, selection=selection), CONTEXT, 32)
+    assert order == [*ways] * prefill.FEWEST_ROUNDS
+    assert (row["context"], row["layers"], row["chunk"]) == (CONTEXT, SMALL.layers, 32)
+    assert row["resa"] == {"us": 1000.0, "low": 1000.0, "high": 1000.0}
+    assert row["dense"]["whole"] == {"us": 900.0, "low": 890.0, "high": 910.0}
+    assert (row["dense_us"], row["ratio"], row["tokens_per_second"]) == (900.0, 0.9, 80_000)
+    assert row["peak_bytes"] == {"resa": 2, "whole": 4, "chunks": 4}
+    assert row["output_us"] == 20.0
+    assert row["all_layers_us"] == {"resa": 14 * 980 + 20, "dense": 14 * 880 + 20}
+    # 2 layers, 2 KV heads, room for 128 tokens of 16 float32 channels; 16 blocks of 8 or sketches of 4 bytes and 4.
+    searched = 2 * 16 * 16 * 4 if selection == "bounds" else 128 * (4 + 4)
+    assert row["cache_bytes"] == 2 * 2 * (2 * 128 * 16 * 4 + searched)
+
+
+@pytest.mark.parametrize("name", ["whole", "resa"])
+def test_what_does_not_fit_is_left_out_unless_it_is_this_projects(model, by_torch, monkeypatch, name):
+    def peak_bytes(work):
+        if name == ("resa" if type(work) is not prefill.TorchPrefill else "whole" if work.chunk == 20 else "chunks"):
+            raise torch.OutOfMemoryError
+        return 1
+
+    monkeypatch.setattr(prefill, "elapsed", lambda work: 5e6)
+    monkeypatch.setattr(prefill, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(prefill, "time_calls", lambda calls: layer.Time.of([20.0]))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    if name == "resa":
+        with pytest.raises(torch.OutOfMemoryError):
+            prefill.measure(model, CONFIG, 20, 16)
+    else:
+        row = prefill.measure(model, CONFIG, 20, 16)
+        assert list(row["dense"]) == ["chunks"]
+        assert row["peak_bytes"] == {"resa": 1, "chunks": 1}
+
+
 @pytest.fixture
 def machine(monkeypatch, model, untimed):
     """A machine of so little memory that one sequence fits, and the small model for the large one."""
@@ -325,6 +424,57 @@ def test_the_command_writes_what_it_measured(machine, monkeypatch, tmp_path, cap
     assert str(out) in shown.replace("\n", "")
 
 
+def test_the_command_writes_how_long_a_prompt_takes(machine, monkeypatch, tmp_path, capsys):
+    """Row by row, shortest prompt first, with the model, the chunk and the configuration that were asked for."""
+    out, built, asked = tmp_path / "new" / "prefill.json", [], []
+
+    def measured(model, config, context, chunk):
+        asked.append((model, config.selection, context, chunk))
+        row = {"context": context, "resa": {"us": 10.0 * context}, "dense_us": 9.0 * context, "ratio": 0.9}
+        assert json.loads(out.read_text())["rows"] if context > 80 else not out.exists()
+        return row
+
+    monkeypatch.setattr(e2e, "build", lambda *words: built.append(words) or "a model")
+    monkeypatch.setattr(prefill, "check", lambda model: {"resa": 1e-4})
+    monkeypatch.setattr(prefill, "measure", measured)
+    words = "bench prefill --contexts 160 80 --layers 3 --dtype bfloat16 --block-size 8"
+    for more, chunk, selection in (("", 1024, "sketch"), (" --chunk 96 --selection bounds", 96, "bounds")):
+        monkeypatch.setattr("sys.argv", ["resa", *(words + more).split(), "--out", str(out), "--commit", "abc"])
+        assert cli.main() == 0
+        result = json.loads(out.read_text())
+        assert asked == [("a model", selection, context, chunk) for context in (80, 160)]
+        assert [row["context"] for row in result["rows"]] == [80, 160]
+        assert (result["command"], result["commit"], result["dtype"]) == (f"resa {words}{more}", "abc", "bfloat16")
+        assert (result["config"]["block_size"], result["shape"]["n_layer"]) == (8, 28)
+        assert result["errors"] == {"resa": 1e-4}
+        assert "160 tokens, 3 layers: dense 1,440.0 µs, ReSA 1,600.0 µs, ratio 0.90" in capsys.readouterr().out
+        out.unlink()
+        asked.clear()
+    assert built == [("bfloat16", replace(e2e.QWEN_7B, n_layer=3))] * 2
+
+
+BAD_PROMPTS = {
+    "--contexts": "--contexts: got none; allowed: at least one",
+    "--contexts 0 5": "--contexts: got 0; allowed: 1 or more",
+    "--contexts 2000000": "--contexts: got 2000000; allowed: ≤ 1,048,576",
+    "--layers 0": "--layers: got 0; allowed: 1 … 28",
+    "--layers 29": "--layers: got 29; allowed: 1 … 28",
+    "--chunk 0": "--chunk: got 0; allowed: 1 or more",
+    "--block-size 0": "block_size: got 0",
+}
+
+
+@pytest.mark.parametrize("words", BAD_PROMPTS)
+def test_bad_prompts_are_named_before_anything_is_built(machine, monkeypatch, capsys, tmp_path, words):
+    monkeypatch.setattr(e2e, "build", lambda *words: pytest.fail("something was built"))
+    out = tmp_path / "prefill.json"
+    assert cli.main(["bench", "prefill", *words.split(), "--out", str(out)]) == 2
+    shown = capsys.readouterr().err
+    assert f"resa bench: {BAD_PROMPTS[words]}" in shown
+    assert shown.count("\n") == 1
+    assert not out.exists()
+
+
 BAD = {
     "--intervals 1 4": "--intervals: got 1; allowed: 2 or more",
     "--contexts --true-contexts": "--contexts: got none",
@@ -356,6 +506,6 @@ def test_without_the_library_for_four_bits_it_says_so_at_once(machine, monkeypat
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    for what in ("layer", "e2e"):
+    for what in ("layer", "e2e", "prefill"):
         assert cli.main(["bench", what]) == 2
         assert capsys.readouterr().err == "resa bench: device: got no NVIDIA GPU; allowed: a machine with one\n"

@@ -114,6 +114,26 @@ def test_tables_say_what_choosing_blocks_reads(monkeypatch):
     assert shares["scorers", "sketch-4"] == shares["scorers", "mass"] == (None, None)
 
 
+def test_the_table_of_prompts_shows_the_fastest_dense_way_and_what_did_not_fit(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    tables = importlib.import_module("make_tables")
+    time = {"us": 2000.0, "low": 1900.0, "high": 2100.0}
+    dense = {"flash, whole": {**time, "us": 1900.0}, "cudnn, whole": {**time, "us": 1500.0}, "flash, chunks": time}
+    peaks = {"resa": 3e8, "flash, whole": 9e9, "cudnn, whole": 8e9, "flash, chunks": 4e8}
+    row = {"context": 8192, "layers": 4, "chunk": 1024, "resa": time, "dense": dense, "ratio": 0.75}
+    row |= {"peak_bytes": peaks, "all_layers_us": {"resa": 14_000, "dense": 1.05e7}}
+    long = {**row, "context": 2**18, "dense": {"flash, chunks": time}, "ratio": 1.0}
+    about = {name: name for name in ("device", "torch", "triton", "dtype", "command", "commit")}
+    about |= {"shape": {"n_layer": 28}, "config": {"block_size": 16, "selection": "sketch"}, "rows": [row, long]}
+    monkeypatch.setattr(tables, "load", {"docs/results/prefill.json": about}.get)
+    head, _, *lines = tables.TABLES["prefill"]().split("\n")[:4]
+    assert len(head.split("|")) == len(lines[0].split("|")) == len(lines[1].split("|")) == 10
+    times = "| 1.9 [1.9, 2.1] | 1.5 [1.9, 2.1] | 2.0 [1.9, 2.1] | 2.0 [1.9, 2.1] |"
+    assert lines[0] == f"| 8K {times} **0.75** | 8.00 / 0.30 | 10.50 / 0.01 |"
+    times = "| – | – | 2.0 [1.9, 2.1] | 2.0 [1.9, 2.1] |"
+    assert lines[1] == f"| 256K {times} **1.00** | 0.40 / 0.30 | 10.50 / 0.01 |"
+
+
 def test_a_run_is_compared_with_what_is_recorded(tmp_path):
     """By every number that has an interval: in rows, in nested parts, in lists of intervals."""
     names = ("carried_small", "retrieval_1024", "fidelity_ratios_english", "fidelity_code")
