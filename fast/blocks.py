@@ -246,7 +246,8 @@ def select_blocks(
     return indices
 
 
-@triton.jit
+# Not one variant for widths that 16 divides, and one for others: it would only compile longer.
+@triton.jit(do_not_specialize=["width"])
 def _select_kernel(
     scores_ptr, lengths_ptr, counts_ptr, indices_ptr, n_kv_head, n_blocks, width, local_blocks,
     BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr

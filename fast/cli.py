@@ -5,7 +5,8 @@ there is an NVIDIA GPU. Where Triton is not installed it works with the referenc
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,29 @@ def _crossover() -> int:
     return json.loads(path.read_text(encoding="utf-8"))["dense_below_tokens"]
 
 
+@contextmanager
+def _watched(tell: Callable[[str], None]) -> Iterator[None]:
+    """Say that kernels compile, from the first one on. What Triton finds on disk is no news."""
+    from triton import knobs
+
+    before, n_compiled = knobs.compilation.listener, 0
+
+    def listen(*, cache_hit: bool, **about: Any) -> None:
+        nonlocal n_compiled
+        if not cache_hit:
+            n_compiled += 1
+            tell(f"Compiling kernels, which later runs find on disk: {n_compiled} …")
+        if before is not None:
+            before(cache_hit=cache_hit, **about)
+
+    knobs.compilation.listener = listen
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before
+
+
 BACKENDS = {
-    "triton": Backend(_generate, _operations, _needs, _crossover),
+    "triton": Backend(_generate, _operations, _needs, _crossover, _watched),
     "reference": REFERENCE,
 }

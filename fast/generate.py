@@ -43,6 +43,7 @@ PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt, at most; changes no r
 # Tokens per dense pass of all prompts together: a pass holds some 50,000 numbers per token of a 7B
 # model.
 PREFILL_ROWS = 8192
+PREFILL_WIDTH = 32  # a prompt's last pass has a multiple of this: any other would compile anew
 SMALL_BLOCK = 2048  # numbers in a block's keys, up to which one warp appends while others score
 MANY_ROWS = 16  # KV heads of all sequences, from which on appending beside the scoring pays
 READ_BACK = 32  # fewest tokens between two looks at the device
@@ -164,18 +165,19 @@ def prefill(
     given, allowed = f"{len(prompts)} lists", f"{batch}, one per sequence of the cache"
     require(len(prompts) == batch, "prompts", given, allowed)
     longest = max(map(len, prompts))
-    padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-    tokens = torch.tensor(padded, dtype=torch.int64, device=device).view(batch, longest)
+    width = triton.cdiv(longest, PREFILL_WIDTH) * PREFILL_WIDTH
+    padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
+    tokens = torch.tensor(padded, dtype=torch.int64, device=device).view(batch, width)
     counts = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=device)
     room = min(cache.capacity, model.config.context)
     check_lengths("prompts: lengths in the cache", cache.lengths + counts, room)
-    check_tokens(tokens, model.config.vocab_size)
+    check_tokens(tokens[:, :longest], model.config.vocab_size)
     check_kernel_dtypes(cache=cache.keys)
 
     # Read them chunk by chunk. A sequence's logits come from the chunk in which its prompt ends.
     vocabulary, dtype = model.config.vocab_size, cache.keys.dtype
     logits = torch.zeros(batch, vocabulary, dtype=dtype, device=device)
-    split_counters = new_split_counters(model, cache, min(chunk_size, longest))
+    split_counters = new_split_counters(model, cache, min(chunk_size, width))
     for first in range(0, longest, chunk_size):
         end = cache.lengths + (counts - first).clamp(0, chunk_size)
         chunk = tokens[:, first : first + chunk_size]

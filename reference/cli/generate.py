@@ -125,7 +125,7 @@ def continue_text(options: argparse.Namespace) -> None:
         "on_token": None if options.json else writer,
     }
     started = time.perf_counter()
-    with reading:
+    with reading, backend.watched(reading.update):
         tokens = decode(backend, model, prompt, n_tokens, config, n_dense, **request)
     seconds = time.perf_counter() - started
     reads = count_reads(len(prompt), len(tokens), config, n_dense)

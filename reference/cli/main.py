@@ -16,6 +16,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -61,6 +62,8 @@ class Backend:
     needs: Callable[[torch.device], str | None]  # what a device lacks to run it; None: it runs
     # cache length from which sparse decoding of one sequence is faster than dense; None: always
     crossover: Callable[[], int] | None = None
+    # takes a function, and calls it with what delays the first tokens while the context lasts
+    watched: Callable[[Callable[[str], None]], AbstractContextManager[object]] = nullcontext
 
 
 REFERENCE = Backend(generate, operations=lambda: REFERENCE_OPS, needs=lambda device: None)

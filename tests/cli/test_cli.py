@@ -7,12 +7,15 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from resa.reference import ReSAConfig, Sampling, generate, load_model, save_model
 from resa.reference.cli import demo as demo_module
@@ -228,6 +231,32 @@ def test_nothing_is_printed_before_the_backend_takes_the_request(resa, path):
     backends = {"reference": replace(REFERENCE, generate=refuse, crossover=lambda: 100)}
     status, out, err = resa("generate", "--tokens", 3, "--model", path, backends=backends)
     assert (status, out, err) == (2, "", "resa generate: block_size: got 16; allowed: 17\n")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_delays_the_first_tokens_is_told_on_a_terminal(resa, path, monkeypatch, is_terminal):
+    """In place of the line about the prompt, gone before the text; a file gets neither."""
+    monkeypatch.setattr(generate_command, "Console", partial(Console, force_terminal=is_terminal, width=80))
+    telling = []
+
+    @contextmanager
+    def watched(tell):
+        telling.append(tell)
+        yield
+        telling.clear()
+
+    def slow(*arguments, **more):
+        telling[0]("Compiling: 1 …")
+        done = generate(*arguments, **more)
+        telling[0]("Compiling: 2 …")  # the text is there by now
+        return done
+
+    backends = {"reference": replace(REFERENCE, generate=slow, watched=watched)}
+    status, out, err = resa("generate", "x = ", "--tokens", 3, "--model", path, backends=backends)
+    assert (status, telling) == (0, [])
+    assert out.startswith("x = ")
+    assert ("Compiling: 1 …" in err) == is_terminal
+    assert "Compiling: 2 …" not in err
 
 
 def test_an_interruption_is_one_line(resa, path):

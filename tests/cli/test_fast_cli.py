@@ -189,6 +189,25 @@ def test_generate_decodes_with_the_kernels_densely_then_sparsely(resa, path, tok
     assert ("measured to be faster" in err) == (n_dense > 0)
 
 
+@needs_triton
+def test_kernels_that_compile_are_counted_and_those_on_disk_are_not():
+    """Whoever listened to Triton before goes on doing so, and afterwards nobody else does."""
+    knobs, told, heard = import_module("triton").knobs.compilation, [], []
+    knobs.listener = lambda **about: heard.append(about)
+    try:
+        before = knobs.listener
+        with cli.BACKENDS["triton"].watched(told.append):
+            for hit in (True, False, True, False):
+                knobs.listener(src="a kernel", cache_hit=hit)
+        assert told == [f"Compiling kernels, which later runs find on disk: {n} …" for n in (1, 2)]
+        assert heard == [{"src": "a kernel", "cache_hit": hit} for hit in (True, False, True, False)]
+        with pytest.raises(ZeroDivisionError), cli.BACKENDS["triton"].watched(told.append):
+            1 / 0  # noqa: B018
+        assert knobs.listener is before
+    finally:
+        knobs.listener = None
+
+
 @pytest.mark.fast
 def test_the_measured_crossover_is_taken_unless_another_is_given(resa, path, on_triton):
     arguments = ["generate", TEXT, "--tokens", 3, "--model", path, *SPARSE, *on_triton, "--json"]
