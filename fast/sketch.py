@@ -134,7 +134,6 @@ def _write_sketches_kernel(
     Grid: (ceil(G / 8) or 0 without queries, plus ceil(Q / TOKENS), B·Hkv).
     """
     wait_for_previous()
-    let_next_start()
     i_row = tl.program_id(1).to(tl.int64)
     if tl.program_id(0) >= N_EIGHTS:
         start, end = tl.load(start_ptr + i_row // n_kv_head), tl.load(end_ptr + i_row // n_kv_head)
@@ -147,6 +146,7 @@ def _write_sketches_kernel(
             query_ptr, rows_ptr, offset_ptr, unit_ptr, i_row, tl.program_id(0), N_EIGHTS,
             G, D, BITS, WIDTH
         )  # fmt: skip
+    let_next_start()
 
 
 @triton.jit
