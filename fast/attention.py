@@ -5,6 +5,9 @@ tokens with a running maximum and sum, and share one sequence's tokens among sev
 *splits*, because a batch has fewer heads than the GPU has multiprocessors. Each split leaves its
 sums in memory. The one that finishes last merges them (law 4), always in the same order, so that
 reruns give the same bits. Split counters say who is last.
+
+On Hopper, windows of 16-bit numbers go to a kernel in `gpu/hopper.py`, which computes the same
+faster.
 """
 
 from functools import cache
@@ -17,11 +20,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resa.reference.checks import require
 
+from .gpu import hopper
 from .gpu.launch import let_next_start, overlapped, wait_for_previous
 from .gpu.limits import INTERPRETED
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MERGED_AT_ONCE = tl.constexpr(4)
+MERGED_ROWS = 16  # query rows that one program merges
 GROUP_ROWS = 16  # query heads of a group, padded to the fewest rows of a matrix product
 
 
@@ -178,32 +183,41 @@ def _finish(
         counted = tl.atomic_add(split_counters_ptr + i_counter, 1, sem="acq_rel")
         is_last = counted == splits - 1
         if is_last:
-            m, z, acc = _merge(partial_ptr + i_counter * splits * R * (D + 2), splits, m_out, R, D)
+            p_first = partial_ptr + i_counter * splits * R * (D + 2)
+            m, z, acc = _merge(p_first + tl.zeros([R], tl.int64), splits, o_r, m_out, R, D)
             tl.store(split_counters_ptr + i_counter, 0)
     if is_last:
-        total = tl.where(z == 0, 1.0, z)  # nothing visible: 0 and −∞
-        lse = tl.where(z == 0, float("-inf"), m * D**-0.5 + tl.log(total))
-        out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + o_out[:, None] * D + o_d, out, mask=m_out[:, None])
-        tl.store(lse_ptr + o_out, lse, mask=m_out)
+        _store_output(m, z, acc, out_ptr, lse_ptr, o_out, m_out)
 
 
 @triton.jit
-def _merge(partial_ptr, splits, m_out, R: tl.constexpr, D: tl.constexpr):
+def _store_output(m, z, acc, out_ptr, lse_ptr, o_out, m_out):
+    """Write rows o_out of the output and their log-sum-exps."""
+    D: tl.constexpr = acc.shape[1]
+    total = tl.where(z == 0, 1.0, z)  # nothing visible: 0 and −∞
+    lse = tl.where(z == 0, float("-inf"), m * D**-0.5 + tl.log(total))
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + o_out[:, None] * D + tl.arange(0, D), out, mask=m_out[:, None])
+    tl.store(lse_ptr + o_out, lse, mask=m_out)
+
+
+@triton.jit
+def _merge(p_first, splits, o_r, m_out, R: tl.constexpr, D: tl.constexpr):
     """The splits' m, z and acc merged into those of the whole; empty splits weigh nothing.
 
-    m and z are merged apart, not as their log-sum-exp: where logits are huge, that has no digits
-    left for z.
+    Row o_r of R has its first split's sums at p_first. m and z are merged apart, not as their
+    log-sum-exp: where logits are huge, that has no digits left for z.
     """
-    o_r, o_d = tl.arange(0, R), tl.arange(0, D)
-    m = tl.full([R], float("-inf"), tl.float32)
-    z = tl.zeros([R], tl.float32)
-    acc = tl.zeros([R, D], tl.float32)
+    N: tl.constexpr = o_r.shape[0]
+    o_d = tl.arange(0, D)
+    m = tl.full([N], float("-inf"), tl.float32)
+    z = tl.zeros([N], tl.float32)
+    acc = tl.zeros([N, D], tl.float32)
     for base in range(0, splits, MERGED_AT_ONCE):
         for i in tl.static_range(MERGED_AT_ONCE):  # unrolled, so that their loads wait together
-            m_row = m_out & (tl.full([R], base + i, tl.int32) < splits)
-            p_split = partial_ptr + (base + i) * R * (D + 2)
-            p_acc = p_split + o_r[:, None] * D + o_d
+            m_row = m_out & (tl.full([N], base + i, tl.int32) < splits)
+            p_split = p_first + (base + i) * R * (D + 2)
+            p_acc = (p_split + o_r * D)[:, None] + o_d
             p_m = p_split + R * D + o_r
             p_z = p_split + R * (D + 1) + o_r
             # .cg reads the shared cache: another multiprocessor wrote this a moment ago.
@@ -245,10 +259,12 @@ def dense_attention(
         if query_lengths is None:
             query_lengths = torch.full_like(lengths, n_queries)
         query_lengths = query_lengths.to(torch.int32).contiguous()
+        n_rows = n_queries * group
+        if hopper.suits(query, n_rows):
+            _attend_on_hopper(query, keys, values, lengths, query_lengths, out, lse)
+            return (out, lse) if return_lse else out
         n_counters = count_split_counters(keys, group, n_queries)
         split_counters = _counters(split_counters, n_counters, device)
-
-        n_rows = n_queries * group
         rows, tokens, warps, stages, resident = dense_tile(head_dim, keys.element_size(), n_rows)
         splits = count_splits(n_counters, resident, triton.cdiv(capacity, tokens), device)
         shape = n_counters if splits > 1 else 0, splits, rows * (head_dim + 2)
@@ -345,3 +361,62 @@ def _dense_kernel(
     i_counter = i_row * tl.num_programs(1) + tl.program_id(1)
     m_out = o_q < n_queries
     _finish(m, z, acc, partial_ptr, split_counters_ptr, i_counter, out_ptr, lse_ptr, o_out, m_out)
+
+
+def _attend_on_hopper(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, query_lengths: Tensor,
+    out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Fill `out` and `lse` of a window by the kernel for Hopper, and merge its splits."""
+    (batch, n_kv_head, capacity, head_dim), n_queries = keys.shape, query.shape[2]
+    group, rows = query.shape[1] // n_kv_head, batch * n_kv_head
+    n_rows = n_queries * group
+    tiles = triton.cdiv(n_rows, hopper.PROGRAM_ROWS)
+    iterations = triton.cdiv(capacity, hopper.TOKENS.value)
+    splits = full_waves(rows * tiles, iterations, query.device)
+    n_parts, part_rows = tiles * hopper.GROUPS.value, hopper.ROWS.value
+    sizes = rows * n_parts if splits > 1 else 0, splits, part_rows * (head_dim + 2)
+    partial = query.new_empty(sizes, dtype=torch.float32)
+    hopper.launch(query, keys, values, lengths, query_lengths, out, lse, partial, splits)
+    if splits > 1:
+        _merge_kernel[(triton.cdiv(n_rows, MERGED_ROWS), rows)](
+            partial, out, lse, n_queries, splits, n_parts, group, head_dim, part_rows,
+            MERGED_ROWS, **overlapped(query.device)
+        )  # fmt: skip
+
+
+@cache
+def full_waves(programs: int, iterations: int, device: torch.device) -> int:
+    """Splits of `programs`, one per multiprocessor at a time, with which the last ends first.
+
+    In units of an iteration's time, about: a program begins and ends in 4, a split is merged in
+    1/4.
+    """
+    processors = count_processors(device)
+
+    def time(splits: int) -> float:
+        waves = triton.cdiv(programs * splits, processors)
+        return waves * (triton.cdiv(iterations, splits) + 4) + splits / 4
+
+    most = min(iterations, max(1, 4 * processors // programs))
+    return min(range(1, most + 1), key=time)
+
+
+@triton.jit(do_not_specialize=["n_queries", "splits", "n_parts"])
+def _merge_kernel(
+    partial_ptr, out_ptr, lse_ptr, n_queries, splits, n_parts,
+    G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """ROWS query rows of one KV head merged from all splits, R rows together.
+
+    Grid: (ceil(Q·G / ROWS), B·Hkv).
+    """
+    wait_for_previous()
+    let_next_start()
+    i_row = tl.program_id(1).to(tl.int64)
+    o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_out = o_r // G < n_queries
+    p_first = partial_ptr + (i_row * n_parts + o_r // R) * splits * R * (D + 2)
+    m, z, acc = _merge(p_first, splits, o_r % R, m_out, R, D)
+    o_out = (i_row * G + o_r % G) * n_queries + o_r // G
+    _store_output(m, z, acc, out_ptr, lse_ptr, o_out, m_out)

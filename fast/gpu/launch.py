@@ -23,11 +23,12 @@ IS_COMPILED = tl.constexpr(not INTERPRETED)
 
 def overlapped(device: torch.device) -> dict[str, bool]:
     """The launch option that starts a kernel before its predecessor ends, where the GPU has it."""
-    return {"launch_pdl": True} if device.type == "cuda" and _capability(device) >= (9, 0) else {}
+    return {"launch_pdl": True} if device.type == "cuda" and capability(device) >= (9, 0) else {}
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """The GPU's generation, as (9, 0) for Hopper."""
     return torch.cuda.get_device_capability(device)
 
 

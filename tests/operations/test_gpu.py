@@ -249,6 +249,62 @@ def test_one_set_of_split_counters_serves_every_launch():
         assert_all_same_bits(found, expected, "replayed")
 
 
+# --- The kernel for Hopper ---
+
+
+@pytest.fixture(params=["hopper", "portable"])
+def rendering(request, monkeypatch):
+    """Both renderings of dense attention, where the GPU has both."""
+    hopper = import_module("resa.fast.gpu.hopper")
+    if request.param == "portable":
+        monkeypatch.setattr(hopper, "suits", lambda *_: False)
+    elif torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "group", "width"), [(128, 7, 32), (128, 1, 65), (128, 16, 40), (64, 8, 32), (64, 3, 32), (64, 16, 65)]
+)
+def test_windows_of_both_renderings(ops, rendering, monkeypatch, dtype, head_dim, group, width):
+    """One to many programs' rows; splits with much, one and no tile; what lies past the end is never seen."""
+    lengths, used = int32(3000, width, 1030, 700, 0), int32(width, width, 1, 0, 5)
+    keys, values = (normal(5, 2, 3072, head_dim, seed=seed, dtype=dtype) for seed in (20, 21))
+    window = 2 * normal(5, 2 * group, width, head_dim, seed=22, dtype=dtype)
+    poisoned = [keys.clone(), values.clone()]
+    for tensor in poisoned:
+        for s, length in enumerate(lengths.tolist()):
+            tensor[s, :, length:] = NAN
+    for splits in (None, 1, 2, 5, 40):
+        if splits is not None:
+            monkeypatch.setattr("resa.fast.attention.count_splits", lambda *_, splits=splits: splits)
+            monkeypatch.setattr("resa.fast.attention.full_waves", lambda *_, splits=splits: splits)
+        check_dense(ops, window, keys, values, lengths, used, f"{splits} splits")
+        runs = [
+            ops.dense_attention(window, *cache, lengths, query_lengths=used, return_lse=True)
+            for cache in ((keys, values), poisoned, poisoned)
+        ]
+        assert_all_same_bits(runs[1], runs[0], "garbage past the end")
+        assert_all_same_bits(runs[2], runs[1], "rerun")
+
+
+@pytest.mark.parametrize("scale", [1e2, 3e4])
+def test_huge_logits_of_both_renderings(ops, rendering, scale):
+    """Logits of up to 1e11, whose log-sum-exp has no digits left for a count: equal ones still share the weight."""
+    keys, values = (normal(1, 1, 1024, 128, seed=seed).clamp(-1, 1) for seed in (23, 24))
+    keys = (keys.sign() * scale).half()
+    keys[:, :, 100] = keys[:, :, 900] = keys[:, :, 1000]
+    window = (keys[:, :, 1000:1001].sign() * scale).expand(1, 7, 32, 128).contiguous()
+    window[:, :, 0] = 0  # sees everything alike
+    out, lse = ops.dense_attention(window, keys, values, int32(1024), return_lse=True)
+    mean = values[0, 0, [100, 900, 1000]].double().mean(dim=0)
+    assert_within(out[0, :, 20].cpu(), mean.expand(7, -1).cpu().numpy(), 1e-3, "equal logits")
+    everything = values[0, 0, :993].double().mean(dim=0)
+    assert_within(out[0, :, 0].cpu(), everything.expand(7, -1).cpu().numpy(), 1e-3, "no logits")
+    assert lse.isfinite().all()
+
+
 @pytest.mark.parametrize("batch", [1, 3, 48])
 def test_from_one_program_to_many_waves(ops, batch):
     """One sequence is shared by every multiprocessor; 48 times 4 KV heads are more than there are."""
