@@ -353,10 +353,10 @@ def selections() -> str:
         for name, parts in (("bounds", ()), ("sketch", ("sketch",)))
         for ratio in (0.05, 0.1)
     }
-    files = [("bounds", 0.1), ("bounds", 0.05), ("sketch", 0.1), ("sketch", 0.05)]
+    files = [("bounds", 0.1), ("sketch", 0.1), ("sketch", 0.05)]
     lines = []
     for name, ratio in files:
-        result = load(f"docs/results/frontier/{name}_{ratio}.json")
+        result = load(f"docs/results/cycles/{name}_{ratio}.json")
         for row in result["rows"]:
             if row["interval"] == 32:
                 parts = [f"{row['parts'][part]['us']:.1f}" for part in ("append", "score", "select", "attend")]
@@ -368,7 +368,7 @@ def selections() -> str:
         f"µs per layer and token, batch 8; medians [quartiles]. {result['device']}, torch {result['torch']}, triton "
         f"{result['triton']}; 28 query and 4 KV heads of 128, float16, block size 16, interval 32. Lost: nats on "
         f"SmolLM2, English / code ([evidence.md](evidence.md)). `{result['command']}` and the like, commit "
-        f"{result['commit']}; files in [frontier/](results/frontier)."
+        f"{result['commit']}; files in [cycles/](results/cycles)."
     )
     return table([*head, "dense ÷ ReSA", "lost"], lines, note)
 
