@@ -93,7 +93,7 @@ def count_processors(device: torch.device) -> int:
     return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _sparse_kernel(
     query_ptr, keys_ptr, values_ptr, indices_ptr, counts_ptr, lengths_ptr, out_ptr, lse_ptr,
     partial_ptr, split_counters_ptr, capacity, width,

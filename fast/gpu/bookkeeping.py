@@ -95,7 +95,7 @@ def note_tokens(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "n_stop"])
 def _note_kernel(
     chosen_ptr, mask_ptr, end_ptr, tokens_ptr, n_chosen_ptr, pending_ptr, running_ptr, lengths_ptr,
     n_drifted_ptr, stop_ptr, batch, n_tokens, n_stop,

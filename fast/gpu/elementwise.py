@@ -34,7 +34,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Ten
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _add_norm_kernel(
     x_ptr, delta_ptr, weight_ptr, out_ptr, n_rows, size, eps, ROWS: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
@@ -151,7 +151,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _swiglu_kernel(gate_up_ptr, out_ptr, n_rows, size, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Part of some rows. Grid: (ceil(rows / ROWS), tiles). Tile: [ROWS, TILE] channels."""
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]

@@ -35,7 +35,7 @@ PROGRAM_ROWS = GROUPS.value * ROWS.value
 
 
 def suits(query: Tensor, n_rows: int) -> bool:
-    """Whether queries [B, Hq, Q, D], n_rows = Q·G, are attended faster here than portably."""
+    """Say whether windows [B, Hq, Q, D], of n_rows = Q·G rows, are faster here than portably."""
     is_right = query.dtype != torch.float32 and query.shape[3] in (64, 128) and n_rows > 16
     return is_right and not INTERPRETED and capability(query.device) == (9, 0)
 
