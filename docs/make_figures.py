@@ -34,6 +34,7 @@ TEXTS = {"english": "English", "code": "Python source"}
 Setting = tuple[str, float, int | None]
 PAPER, RECOMMENDED = ("pooled", 0.1, 32), ("sketch-2", 0.1, 32)
 SCORES = {"pooled": "bounds", "sketch-1": "sketches, 1 bit", "sketch-2": "sketches, 2 bits"}
+WEIGHTS = {"float16": "16-bit weights", "int4": "4-bit weights"}
 HEAD_DIM = 64  # of the model whose loss is drawn
 TIMED_AT = 2**18  # tokens of context
 
@@ -170,6 +171,25 @@ def frontier(figure: Figure) -> None:
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 
 
+def speedup(figure: Figure) -> None:
+    """How many times faster than dense decoding whole steps are, by context and batch, for both kinds of weights."""
+    panels = zip(figure.subplots(1, 2, sharey=True), WEIGHTS.items(), strict=True)
+    for axes, (weights, title) in panels:
+        rows = load(f"end_to_end_{weights}")["rows"]
+        for batch, colour in zip((8, 4, 2, 1), COLOURS, strict=False):
+            own = [row for row in rows if row["batch"] == batch and row["protocol"] == "shared"]
+            line = sorted((row["context"] // 1024, row["ratio"]) for row in own)
+            axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=3)
+            label = f"{batch} sequences" if batch > 1 else "1 sequence"
+            axes.annotate(label, line[-1], (6, 0), textcoords="offset points", va="center", color=colour)
+        axes.axhline(1, color="0.6", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        ticks = [context for context, _ in line]
+        axes.set_xticks(ticks, [f"{context}K" for context in ticks])
+        axes.set(title=title, xlabel="tokens of context", xlim=(ticks[0] * 0.8, ticks[-1] * 3.6))
+    figure.axes[0].set_ylabel("times faster than dense")
+
+
 def drawn(draw: Callable[[Figure], None], size: tuple[float, float]) -> bytes:
     """Draw a figure as SVG."""
     with plt.style.context(STYLE):
@@ -182,6 +202,7 @@ def drawn(draw: Callable[[Figure], None], size: tuple[float, float]) -> bytes:
 
 
 FIGURES = {
+    "speedup.svg": (speedup, (9, 3.6)),
     "real.svg": (real_model, (10, 3.6)),
     "carried.svg": (carried_values, (6.5, 3.8)),
     "frontier.svg": (frontier, (10, 4.2)),
