@@ -7,7 +7,7 @@ sums in memory. The one that finishes last merges them (law 4), always in the sa
 reruns give the same bits. Split counters say who is last.
 
 On Hopper, windows of 16-bit numbers go to a kernel in `gpu/hopper.py`, which computes the same
-faster.
+faster, and leaves its splits to a kernel that merges them.
 """
 
 from functools import cache
@@ -184,7 +184,7 @@ def _finish(
         is_last = counted == splits - 1
         if is_last:
             p_first = partial_ptr + i_counter * splits * R * (D + 2)
-            m, z, acc = _merge(p_first + tl.zeros([R], tl.int64), splits, o_r, m_out, R, D)
+            m, z, acc = _merge(p_first, splits, o_r, m_out, R, D)
             tl.store(split_counters_ptr + i_counter, 0)
     if is_last:
         _store_output(m, z, acc, out_ptr, lse_ptr, o_out, m_out)
@@ -205,8 +205,9 @@ def _store_output(m, z, acc, out_ptr, lse_ptr, o_out, m_out):
 def _merge(p_first, splits, o_r, m_out, R: tl.constexpr, D: tl.constexpr):
     """The splits' m, z and acc merged into those of the whole; empty splits weigh nothing.
 
-    Row o_r of R has its first split's sums at p_first. m and z are merged apart, not as their
-    log-sum-exp: where logits are huge, that has no digits left for z.
+    Each has left those of R rows, the first at p_first. Merged are the rows o_r of them. m and z
+    are merged apart, not as their log-sum-exp: where logits are huge, that has no digits left for
+    z.
     """
     N: tl.constexpr = o_r.shape[0]
     o_d = tl.arange(0, D)
@@ -217,7 +218,7 @@ def _merge(p_first, splits, o_r, m_out, R: tl.constexpr, D: tl.constexpr):
         for i in tl.static_range(MERGED_AT_ONCE):  # unrolled, so that their loads wait together
             m_row = m_out & (tl.full([N], base + i, tl.int32) < splits)
             p_split = p_first + (base + i) * R * (D + 2)
-            p_acc = (p_split + o_r * D)[:, None] + o_d
+            p_acc = p_split + o_r[:, None] * D + o_d
             p_m = p_split + R * D + o_r
             p_z = p_split + R * (D + 1) + o_r
             # .cg reads the shared cache: another multiprocessor wrote this a moment ago.
@@ -246,7 +247,7 @@ def dense_attention(
     i. Rows at or past query_lengths[s], or at negative positions, give zeros and −∞.
 
     The decode loop passes split_counters [≥ `count_split_counters`] int32 of its own, zeros before
-    and after.
+    and after. The kernel for Hopper needs none.
     """
     (batch, n_kv_head, capacity, head_dim), device = keys.shape, query.device
     n_queries, group = query.shape[2], query.shape[1] // n_kv_head
@@ -370,35 +371,35 @@ def _attend_on_hopper(
     """Fill `out` and `lse` of a window by the kernel for Hopper, and merge its splits."""
     (batch, n_kv_head, capacity, head_dim), n_queries = keys.shape, query.shape[2]
     group, rows = query.shape[1] // n_kv_head, batch * n_kv_head
-    n_rows = n_queries * group
-    tiles = triton.cdiv(n_rows, hopper.PROGRAM_ROWS)
-    iterations = triton.cdiv(capacity, hopper.TOKENS.value)
-    splits = full_waves(rows * tiles, iterations, query.device)
-    n_parts, part_rows = tiles * hopper.GROUPS.value, hopper.ROWS.value
-    sizes = rows * n_parts if splits > 1 else 0, splits, part_rows * (head_dim + 2)
-    partial = query.new_empty(sizes, dtype=torch.float32)
-    hopper.launch(query, keys, values, lengths, query_lengths, out, lse, partial, splits)
+    n_programs = rows * triton.cdiv(n_queries * group, hopper.PROGRAM_ROWS.value)
+    n_tiles = triton.cdiv(capacity, hopper.TOKENS.value)
+    splits = count_wave_splits(n_programs, n_tiles, count_processors(query.device))
+    partial = hopper.attend(query, keys, values, lengths, query_lengths, out, lse, splits)
     if splits > 1:
-        _merge_kernel[(triton.cdiv(n_rows, MERGED_ROWS), rows)](
-            partial, out, lse, n_queries, splits, n_parts, group, head_dim, part_rows,
-            MERGED_ROWS, **overlapped(query.device)
+        _merge_kernel[(triton.cdiv(n_queries * group, MERGED_ROWS), rows)](
+            partial, out, lse, n_queries, splits, len(partial) // rows, group, head_dim,
+            hopper.ROWS.value, MERGED_ROWS, **overlapped(query.device)
         )  # fmt: skip
 
 
 @cache
-def full_waves(programs: int, iterations: int, device: torch.device) -> int:
-    """Splits of `programs`, one per multiprocessor at a time, with which the last ends first.
+def count_wave_splits(programs: int, n_tiles: int, processors: int) -> int:
+    """Splits of programs, each with a multiprocessor to itself, with which the last ends first.
 
-    In units of an iteration's time, about: a program begins and ends in 4, a split is merged in
-    1/4.
+    In units of a tile's time, about: a program begins and ends in 4, a split is merged in 1/4. More
+    than 8 waves win next to nothing, and cost memory.
+
+    >>> count_wave_splits(programs=64, n_tiles=2048, processors=132)
+    2
+    >>> count_wave_splits(programs=48, n_tiles=512, processors=132)
+    11
     """
-    processors = count_processors(device)
 
     def time(splits: int) -> float:
         waves = triton.cdiv(programs * splits, processors)
-        return waves * (triton.cdiv(iterations, splits) + 4) + splits / 4
+        return waves * (triton.cdiv(n_tiles, splits) + 4) + splits / 4
 
-    most = min(iterations, max(1, 4 * processors // programs))
+    most = min(n_tiles, max(1, 8 * processors // programs))
     return min(range(1, most + 1), key=time)
 
 
@@ -416,7 +417,8 @@ def _merge_kernel(
     i_row = tl.program_id(1).to(tl.int64)
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_out = o_r // G < n_queries
-    p_first = partial_ptr + (i_row * n_parts + o_r // R) * splits * R * (D + 2)
+    i_part = i_row * n_parts + tl.program_id(0) * ROWS // R
+    p_first = partial_ptr + i_part * splits * R * (D + 2)
     m, z, acc = _merge(p_first, splits, o_r % R, m_out, R, D)
     o_out = (i_row * G + o_r % G) * n_queries + o_r // G
     _store_output(m, z, acc, out_ptr, lse_ptr, o_out, m_out)

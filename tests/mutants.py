@@ -20,6 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 OPERATIONS, DECODING, CONTRACT = "tests/operations", "tests/decoding", "tests/contract"
 SKETCHES = "tests/operations/test_sketch.py"
+MERGING = "tests/operations/test_hopper.py"
 
 
 class Mistake(NamedTuple):
@@ -173,6 +174,20 @@ KERNELS = [
     Mistake("kernel: a counter is left behind", "fast/attention.py", "            tl.store(split_counters_ptr + i_counter, 0)\n", "", f"{OPERATIONS} {DECODING}"),
     Mistake("kernel: causal mask one short", "fast/attention.py", "(token + o_t[None, :] <= start + o_q[:, None])", "(token + o_t[None, :] < start + o_q[:, None])", OPERATIONS),
     Mistake("kernel: rows past the window keep their sums", "fast/attention.py", "    z = tl.where(m_query, z, 0.0)\n", "", OPERATIONS),
+    Mistake("kernel: parts of one KV head are all its first", "fast/attention.py", "i_part = i_row * n_parts + tl.program_id(0) * ROWS // R", "i_part = i_row * n_parts", MERGING),
+    Mistake("kernel: rows of a part are all its first", "fast/attention.py", "splits, o_r % R, m_out", "splits, o_r % ROWS, m_out", MERGING),
+    Mistake("kernel: a split too few is merged", "fast/attention.py", "partial, out, lse, n_queries, splits, len", "partial, out, lse, n_queries, splits - 1, len", MERGING),
+    Mistake("kernel: a slot is loaded while it is read", "fast/gpu/hopper.py", "        mbarrier.wait(done.index(slot + 1), phase ^ 1)\n", "", MERGING),
+    Mistake("kernel: the loader waits for a phase that never ends", "fast/gpu/hopper.py", "mbarrier.wait(done.index(slot), phase ^ 1)", "mbarrier.wait(done.index(slot), phase)", MERGING),
+    Mistake("kernel: both groups wait for their turn", "fast/gpu/hopper.py", "(i - 1 + W) & 1", "i & 1", MERGING),
+    Mistake("kernel: values of the tile before are not waited for", "fast/gpu/hopper.py", "            mbarrier.wait(loaded.index(before + 1), phase_before)\n            mbarrier.wait(loaded.index(slot)", "            mbarrier.wait(loaded.index(slot)", MERGING),
+    Mistake("kernel: the tile's values are weighed a tile early", "fast/gpu/hopper.py", "acc = warpgroup_mma(weight, slots.index(before + 1), acc, is_async=True)", "acc = warpgroup_mma(weight, slots.index(slot + 1), acc, is_async=True)", MERGING),
+    Mistake("kernel: the last tile's values are forgotten", "fast/gpu/hopper.py", "        acc = warpgroup_mma(weight, slots.index(slot + 1), acc)\n        mbarrier.arrive(done.index(slot + 1), count=1)\n\n    # The tokens", "        mbarrier.arrive(done.index(slot + 1), count=1)\n\n    # The tokens", MERGING),
+    Mistake("kernel: hidden values stay NaN", "fast/gpu/hopper.py", "gl.where((o_t < n_tokens)[:, None], values.load(MEMORY), 0.0)", "values.load(MEMORY)", MERGING),
+    Mistake("kernel: nobody waits for the cleaning", "fast/gpu/hopper.py", "        mbarrier.wait(cleaned, 0)", "        mbarrier.wait(cleaned, 1)", MERGING),
+    Mistake("kernel: a row on Hopper sees a token ahead", "fast/gpu/hopper.py", "(position[None, :] <= (start + o_q)[:, None])", "(position[None, :] <= (start + o_q)[:, None] + 1)", MERGING),
+    Mistake("kernel: sums on Hopper do not decay", "fast/gpu/hopper.py", "            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]\n        slot", "        slot", MERGING),
+    Mistake("kernel: rows past the window keep what they summed", "fast/gpu/hopper.py", "    z = gl.where((i_first + o_m) // G < n_valid, z, 0.0)\n", "", MERGING),
     Mistake("kernel: log-sum-exp in base two", "fast/attention.py", "tl.log(total)", "tl.log2(total)", OPERATIONS),
     # cache, steps, sampling.
     Mistake("kernel: bounds extended, not rebuilt", "fast/cache.py", "mask=(position < start)[:, None]", "mask=(position < 0)[:, None]", f"{OPERATIONS} {DECODING}"),

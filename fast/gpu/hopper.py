@@ -4,6 +4,10 @@ It computes what `fast/attention.py`'s dense kernel computes, which is the one t
 rectification is bound by arithmetic, and that kernel lets the tensor cores rest while it takes
 exponentials. Here one warp loads tiles of keys and values through the copy engine, and two groups
 of four warps, 64 query rows each, take turns: one multiplies while the other is at its softmax.
+
+Warps meet at barriers. A barrier counts the phases that have ended, and shows the last bit of that
+number. To wait for phase 0, 1, 2, … is to wait for the bits 0, 1, 0, …: right as long as nobody
+falls two phases behind.
 """
 
 import torch
@@ -24,140 +28,158 @@ from .launch import capability
 from .limits import INTERPRETED
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-GROUPS = gl.constexpr(2)  # of four warps, in a program
+GROUPS = gl.constexpr(2)  # of four warps; not a choice, turns are taken by two
 ROWS = gl.constexpr(64)  # query rows of a group
+PROGRAM_ROWS = gl.constexpr(128)
 TOKENS = gl.constexpr(128)  # of a tile
-STAGES = gl.constexpr(3)  # tiles of keys, and of values, in shared memory
-# Registers per thread. The loading warp leaves most of its own to the groups.
+STAGES = gl.constexpr(3)  # tiles in shared memory, each a slot of keys and a slot of values
+# Registers per thread. The loading warp leaves most of its own to the groups. It counts as a group:
+# 168 is the mean of 240, 240 and 24.
 REGISTERS, LOADING_REGISTERS, MEAN_REGISTERS = gl.constexpr(240), gl.constexpr(24), 168
 TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16))
-PROGRAM_ROWS = GROUPS.value * ROWS.value
+copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9 renamed it
 
 
 def suits(query: Tensor, n_rows: int) -> bool:
     """Say whether windows [B, Hq, Q, D], of n_rows = Q·G rows, are faster here than portably."""
-    is_right = query.dtype != torch.float32 and query.shape[3] in (64, 128) and n_rows > 16
-    return is_right and not INTERPRETED and capability(query.device) == (9, 0)
+    fits = query.dtype != torch.float32 and query.shape[3] in (64, 128) and n_rows > 16
+    return fits and not INTERPRETED and capability(query.device) == (9, 0)
 
 
-def launch(
+def attend(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, query_lengths: Tensor,
-    out: Tensor, lse: Tensor, partial: Tensor, splits: int,
-) -> None:  # fmt: skip
-    """Write the outputs, or what each of several splits has summed.
+    out: Tensor, lse: Tensor, splits: int,
+) -> Tensor:  # fmt: skip
+    """Write the outputs, or return what each of several splits has summed.
 
-    partial [B·Hkv · groups of ROWS rows, splits, ROWS·(D + 2)] float32: acc [ROWS, D], m and z.
+    The sums are [B·Hkv · groups of ROWS rows, splits, ROWS·(D + 2)] float32: acc [ROWS, D], m and
+    z.
     """
     batch, n_kv_head, capacity, head_dim = keys.shape
-    group, n_queries = query.shape[1] // n_kv_head, query.shape[2]
-    _attend_kernel[(triton.cdiv(n_queries * group, PROGRAM_ROWS), splits, batch * n_kv_head)](
-        query, _tiles(keys), _tiles(values), lengths, query_lengths, out, lse, partial,
-        n_kv_head, capacity, n_queries, group, head_dim,
-        num_warps=4, maxnreg=MEAN_REGISTERS
+    group, n_queries, rows = query.shape[1] // n_kv_head, query.shape[2], batch * n_kv_head
+    n_tiles = triton.cdiv(n_queries * group, PROGRAM_ROWS.value)
+    n_parts = rows * n_tiles * GROUPS.value if splits > 1 else 0
+    sizes = n_parts, splits, ROWS.value * (head_dim + 2)
+    partial = query.new_empty(sizes, dtype=torch.float32)
+    _attend_kernel[(n_tiles, splits, rows)](
+        query, tiles_of(keys), tiles_of(values), lengths, query_lengths, out, lse, partial,
+        n_kv_head, capacity, n_queries, group, head_dim, num_warps=4, maxnreg=MEAN_REGISTERS
     )  # fmt: skip
+    return partial
 
 
-def _tiles(table: Tensor) -> TensorDescriptor:
+def tiles_of(table: Tensor) -> TensorDescriptor:
     """[B, Hkv, T_max, D] as rows of D, which the copy engine loads in tiles of TOKENS rows."""
     rows, tile = table.view(-1, table.shape[3]), [TOKENS.value, table.shape[3]]
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), tile, TILE.value)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["n_queries", "n_kv_head"])
 def _attend_kernel(
     query_ptr, keys, values, lengths_ptr, query_lengths_ptr, out_ptr, lse_ptr, partial_ptr,
     n_kv_head, capacity, n_queries, G: gl.constexpr, D: gl.constexpr
 ):  # fmt: skip
-    """Attention of GROUPS·ROWS queries of one KV head over one split of the cache.
+    """Attention of PROGRAM_ROWS queries of one KV head over one split of the cache.
 
-    Grid: (ceil(Q·G / (GROUPS·ROWS)), splits, B·Hkv). The row tiles of one split are neighbours, so
+    Grid: (ceil(Q·G / PROGRAM_ROWS), splits, B·Hkv). The row tiles of one split are neighbours, so
     that the second finds in the L2 cache what the first has read.
     """
-    # Tokens that all rows of this program see, and the few that only some do (`_dense_kernel`).
-    i_tile, i_split, i_row = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
-    n_valid = gl.load(query_lengths_ptr + i_row // n_kv_head)
-    start = gl.load(lengths_ptr + i_row // n_kv_head) - n_valid
-    q_first = i_tile * (ROWS * GROUPS) // G
-    q_last = gl.minimum(((i_tile + 1) * (ROWS * GROUPS) - 1) // G, n_valid - 1)
-    has_rows = q_first <= q_last
-    seen_by_all = gl.where(has_rows, gl.maximum(start + q_first + 1, 0) // TOKENS, 0)  # tiles
-    seen_by_any = gl.where(has_rows, start + q_last + 1, 0)
-    share = gl.cdiv(seen_by_all, gl.num_programs(1))
-    first = gl.minimum(i_split * share, seen_by_all)
-    n_whole = gl.minimum(share, seen_by_all - first)
-    n_masked = gl.cdiv(seen_by_any, TOKENS) - seen_by_all
-    n_masked = gl.where(i_split == gl.num_programs(1) - 1, n_masked, 0)
-
-    # Tiles in shared memory, and for every place of one a barrier that tells when it is loaded and
-    # one that tells when both groups are done with it.
+    # Slots for tiles in shared memory. A barrier tells when a slot is loaded, one when both groups
+    # are done with it, and one when its last values are free of NaN. Two give the groups their
+    # turns.
     DTYPE: gl.constexpr = query_ptr.dtype.element_ty
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     queries = gl.allocate_shared_memory(DTYPE, [GROUPS, ROWS, D], TILE)
-    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, TOKENS, D], TILE)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, TOKENS, D], TILE)
-    k_loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_cleaned = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    slots = gl.allocate_shared_memory(DTYPE, [2 * STAGES, TOKENS, D], TILE)
+    loaded = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
+    done = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
+    cleaned = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
     turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_loaded.index(i), count=1)
-        mbarrier.init(v_loaded.index(i), count=1)
-        mbarrier.init(k_done.index(i), count=GROUPS)
-        mbarrier.init(v_done.index(i), count=GROUPS)
-        mbarrier.init(v_cleaned.index(i), count=1)
+    for i in gl.static_range(2 * STAGES):
+        mbarrier.init(loaded.index(i), count=1)
+        mbarrier.init(done.index(i), count=GROUPS)
+        mbarrier.init(cleaned.index(i), count=1)
     for i in gl.static_range(GROUPS):
         mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
 
     # One warp loads, two groups attend.
-    tiles = k_tiles, v_tiles, k_loaded, v_loaded, k_done, v_done
-    token = (i_row * capacity).to(gl.int32) + first * TOKENS  # the first row in the cache
-    loads = keys, values, tiles, token, n_whole + n_masked
-    pointers = query_ptr, out_ptr, lse_ptr, partial_ptr
-    window = first, n_whole, n_masked, start, n_valid, seen_by_any, n_queries
-    shared = queries, tiles, v_cleaned, turns, pointers, window
+    _, _, first, n_whole, n_masked = _share(lengths_ptr, query_lengths_ptr, n_kv_head, G)
+    row = gl.program_id(2).to(gl.int64) * capacity  # of the cache, the sequence's first
+    row = row.to(gl.int32) + first * TOKENS
+    memory = queries, slots, loaded, done, cleaned, turns
+    pointers = query_ptr, lengths_ptr, query_lengths_ptr, out_ptr, lse_ptr, partial_ptr
     gl.warp_specialize([
-        (_attend, (gl.constexpr(0), shared, G, D)),
-        (_attend, (gl.constexpr(1), shared, G, D)),
-        (_load, loads),
+        (_attend_group, (gl.constexpr(0), memory, pointers, n_kv_head, n_queries, G, D)),
+        (_attend_group, (gl.constexpr(1), memory, pointers, n_kv_head, n_queries, G, D)),
+        (_load_tiles, (keys, values, slots, loaded, done, row, n_whole + n_masked)),
     ], [4, 1], [REGISTERS, LOADING_REGISTERS])  # fmt: skip
 
 
 @gluon.jit
-def _load(keys, values, tiles, token, n_tiles):
-    """Load tile after tile, each into the place that has been free for longest."""
-    k_tiles, v_tiles, k_loaded, v_loaded, k_done, v_done = tiles
-    for i in range(n_tiles):
-        stage, phase = i % STAGES, i // STAGES & 1
-        place = [token + i * TOKENS, 0]
-        mbarrier.wait(k_done.index(stage), phase ^ 1)
-        mbarrier.expect(k_loaded.index(stage), keys.block_type.nbytes)
-        tma.async_copy_global_to_shared(keys, place, k_loaded.index(stage), k_tiles.index(stage))
-        mbarrier.wait(v_done.index(stage), phase ^ 1)
-        mbarrier.expect(v_loaded.index(stage), values.block_type.nbytes)
-        tma.async_copy_global_to_shared(values, place, v_loaded.index(stage), v_tiles.index(stage))
+def _share(lengths_ptr, query_lengths_ptr, n_kv_head, G: gl.constexpr):
+    """The window's first position and valid queries, and this program's tiles of the cache.
+
+    These are its first tile, the number of tiles that all its rows see, shared among the splits,
+    and, for the last split, the one or two after them that only some see.
+    """
+    i_tile, i_split, i_row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    n_valid = gl.load(query_lengths_ptr + i_row // n_kv_head)
+    start = gl.load(lengths_ptr + i_row // n_kv_head) - n_valid
+    q_first = i_tile * PROGRAM_ROWS // G
+    q_last = gl.minimum(((i_tile + 1) * PROGRAM_ROWS - 1) // G, n_valid - 1)
+    has_rows = q_first <= q_last
+    n_seen = gl.where(has_rows, gl.cdiv(gl.maximum(start + q_last + 1, 0), TOKENS), 0)
+    n_seen_by_all = gl.where(has_rows, gl.maximum(start + q_first + 1, 0) // TOKENS, 0)
+    share = gl.cdiv(n_seen_by_all, gl.num_programs(1))
+    first = gl.minimum(i_split * share, n_seen_by_all)
+    n_whole = gl.minimum(share, n_seen_by_all - first)
+    is_last = i_split == gl.num_programs(1) - 1
+    return start, n_valid, first, n_whole, gl.where(is_last, n_seen - n_seen_by_all, 0)
 
 
 @gluon.jit
-def _attend(W: gl.constexpr, shared, G: gl.constexpr, D: gl.constexpr):
+def _slot(i):
+    """The slot of tile i's keys, before that of its values, and its barriers' phase, 0 or 1."""
+    return i % STAGES * 2, i // STAGES & 1
+
+
+@gluon.jit
+def _load_tiles(keys, values, slots, loaded, done, row, n_tiles):
+    """Load tile after tile, each into the slots that were loaded longest ago.
+
+    A slot is free when its tile before this one is done with: one phase earlier. A new barrier
+    passes as one whose phase 1 has ended.
+    """
+    for i in range(n_tiles):
+        slot, phase = _slot(i)
+        mbarrier.wait(done.index(slot), phase ^ 1)
+        mbarrier.expect(loaded.index(slot), keys.block_type.nbytes)
+        copy_tile(keys, [row + i * TOKENS, 0], loaded.index(slot), slots.index(slot))
+        mbarrier.wait(done.index(slot + 1), phase ^ 1)
+        mbarrier.expect(loaded.index(slot + 1), values.block_type.nbytes)
+        copy_tile(values, [row + i * TOKENS, 0], loaded.index(slot + 1), slots.index(slot + 1))
+
+
+@gluon.jit
+def _attend_group(
+    W: gl.constexpr, memory, pointers, n_kv_head, n_queries, G: gl.constexpr, D: gl.constexpr
+):
     """Attention of the ROWS query rows of group W.
 
-    Invariant: acc = Σ exp(s − m)·v and z = Σ exp(s − m) over the tokens whose values were
-    multiplied so far. In the loop, a tile's values are multiplied beside the next one's keys.
+    Invariant of the loop: z = Σ exp(s − m) over the tiles before the i-th, m their largest logit s.
+    acc = Σ exp(s − m)·v lacks the last of them, whose exp(s − m) is `weight`.
     """
-    queries, tiles, v_cleaned, turns, pointers, window = shared
-    k_tiles, v_tiles, k_loaded, v_loaded, k_done, v_done = tiles
-    query_ptr, out_ptr, lse_ptr, partial_ptr = pointers
-    first, n_whole, n_masked, start, n_valid, seen_by_any, n_queries = window
+    queries, slots, loaded, done, cleaned, turns = memory
+    query_ptr, lengths_ptr, query_lengths_ptr, out_ptr, lse_ptr, partial_ptr = pointers
     DTYPE: gl.constexpr = query_ptr.dtype.element_ty
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    i_tile, i_split, i_row = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
-    i_first = (i_tile * GROUPS + W) * ROWS
+    start, n_valid, first, n_whole, n_masked = _share(lengths_ptr, query_lengths_ptr, n_kv_head, G)
+    i_row = gl.program_id(2).to(gl.int64)
+    i_first = gl.program_id(0) * PROGRAM_ROWS + W * ROWS
 
     # The queries.
     o_r = i_first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MEMORY))
@@ -170,95 +192,66 @@ def _attend(W: gl.constexpr, shared, G: gl.constexpr, D: gl.constexpr):
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
     z = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
     acc = gl.zeros([ROWS, D], gl.float32, SUMS)
-    none = gl.zeros([ROWS, TOKENS], gl.float32, LOGITS)
+    unused = gl.zeros([ROWS, TOKENS], gl.float32, LOGITS)
     if n_whole > 0:
-        mbarrier.wait(k_loaded.index(0), 0)
-        if W > 0:
-            mbarrier.wait(turns.index(W), 0)
-        key = k_tiles.index(0).permute((1, 0))
-        logit = warpgroup_mma(query, key, none, use_acc=False, is_async=True)
+        # The first tile's weights. Group 0 begins, so group 1 waits for one turn more.
+        mbarrier.wait(loaded.index(0), 0)
+        if W == 1:
+            mbarrier.wait(turns.index(1), 0)
+        key_t = slots.index(0).permute((1, 0))
+        logit = warpgroup_mma(query, key_t, unused, use_acc=False, is_async=True)
         mbarrier.arrive(turns.index(1 - W), count=1)
         logit = warpgroup_mma_wait(0, deps=(logit,))
-        mbarrier.arrive(k_done.index(0), count=1)
+        mbarrier.arrive(done.index(0), count=1)
         weight, m, z, decay = _weigh(logit, m, z, D)
         weight = gl.convert_layout(weight.to(DTYPE), WEIGHTS)
         for i in range(1, n_whole):
             # Issue both products in this group's turn, then pass it on.
-            stage, phase = i % STAGES, i // STAGES & 1
-            before, phase_before = (i - 1) % STAGES, (i - 1) // STAGES & 1
-            mbarrier.wait(k_loaded.index(stage), phase)
-            mbarrier.wait(turns.index(W), (i if W > 0 else i - 1) & 1)
-            key = k_tiles.index(stage).permute((1, 0))
-            logit = warpgroup_mma(query, key, none, use_acc=False, is_async=True)
-            mbarrier.wait(v_loaded.index(before), phase_before)
-            acc = warpgroup_mma(weight, v_tiles.index(before), acc, is_async=True)
+            slot, phase = _slot(i)
+            before, phase_before = _slot(i - 1)
+            mbarrier.wait(loaded.index(before + 1), phase_before)
+            mbarrier.wait(loaded.index(slot), phase)
+            mbarrier.wait(turns.index(W), (i - 1 + W) & 1)
+            key_t = slots.index(slot).permute((1, 0))
+            logit = warpgroup_mma(query, key_t, unused, use_acc=False, is_async=True)
+            acc = warpgroup_mma(weight, slots.index(before + 1), acc, is_async=True)
             mbarrier.arrive(turns.index(1 - W), count=1)
 
             # The softmax of this tile beside the product of the one before.
             logit = warpgroup_mma_wait(1, deps=(logit,))
-            mbarrier.arrive(k_done.index(stage), count=1)
+            mbarrier.arrive(done.index(slot), count=1)
             next_weight, m, z, decay = _weigh(logit, m, z, D)
             next_weight = gl.convert_layout(next_weight.to(DTYPE), WEIGHTS)
-            # This waits for nothing. Without its branch the compiler moves the wait for the product
-            # before the softmax.
-            mbarrier.wait(v_loaded.index(before), phase_before)
+            # Passed before. The branch of this wait keeps the compiler from moving the next one
+            # ahead of the softmax.
+            mbarrier.wait(loaded.index(before + 1), phase_before)
             acc, weight = warpgroup_mma_wait(0, deps=(acc, next_weight))
-            mbarrier.arrive(v_done.index(before), count=1)
+            mbarrier.arrive(done.index(before + 1), count=1)
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
-        before = (n_whole - 1) % STAGES
-        mbarrier.wait(v_loaded.index(before), (n_whole - 1) // STAGES & 1)
-        acc = warpgroup_mma(weight, v_tiles.index(before), acc)
-        mbarrier.arrive(v_done.index(before), count=1)
+        slot, phase = _slot(n_whole - 1)
+        mbarrier.wait(loaded.index(slot + 1), phase)
+        acc = warpgroup_mma(weight, slots.index(slot + 1), acc)
+        mbarrier.arrive(done.index(slot + 1), count=1)
 
-    # The last split adds the few tokens that only some rows see.
-    o_s = i_first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LOGITS))
-    for j in range(n_masked):
-        i = n_whole + j
-        stage, phase = i % STAGES, i // STAGES & 1
+    # The tokens that only some rows see.
+    o_q = (i_first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LOGITS))) // G
+    for i in range(n_whole, n_whole + n_masked):
+        slot, phase = _slot(i)
+        mbarrier.wait(loaded.index(slot), phase)
+        logit = warpgroup_mma(query, slots.index(slot).permute((1, 0)), unused, use_acc=False)
+        mbarrier.arrive(done.index(slot), count=1)
         token = (first + i) * TOKENS
-        mbarrier.wait(k_loaded.index(stage), phase)
-        logit = warpgroup_mma(query, k_tiles.index(stage).permute((1, 0)), none, use_acc=False)
-        mbarrier.arrive(k_done.index(stage), count=1)
         position = token + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, LOGITS))
-        is_visible = position[None, :] <= (start + o_s // G)[:, None]
-        is_visible = is_visible & (o_s // G < n_valid)[:, None]
+        is_visible = (position[None, :] <= (start + o_q)[:, None]) & (o_q < n_valid)[:, None]
         weight, m, z, decay = _weigh(gl.where(is_visible, logit, float("-inf")), m, z, D)
         acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
 
-        # A hidden value may be NaN, and 0 · NaN is NaN: the first group sets it to 0 for both.
-        mbarrier.wait(v_loaded.index(stage), phase)
-        if W == 0:
-            value = v_tiles.index(stage).load(MEMORY)
-            position = token + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, MEMORY))
-            v_tiles.index(stage).store(gl.where((position < seen_by_any)[:, None], value, 0.0))
-            fence_async_shared()
-            mbarrier.arrive(v_cleaned.index(stage), count=1)
-        else:
-            mbarrier.wait(v_cleaned.index(stage), j // STAGES & 1)
+        mbarrier.wait(loaded.index(slot + 1), phase)
+        _clean(W, slots.index(slot + 1), cleaned.index(slot + 1), start + n_valid - token, MEMORY)
         weight = gl.convert_layout(weight.to(DTYPE), WEIGHTS)
-        acc = warpgroup_mma(weight, v_tiles.index(stage), acc)
-        mbarrier.arrive(v_done.index(stage), count=1)
-
-    # Rows past the window have run along in the loop without a mask: forget what they summed.
-    z = gl.where(o_s // G < n_valid, z, 0.0)
-    o_r = i_first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, SUMS))
-    acc = gl.where((o_r // G < n_valid)[:, None], acc, 0.0)
-    if gl.num_programs(1) > 1:
-        i_part = (i_row * gl.num_programs(0) + i_tile) * GROUPS + W
-        i_part = i_part * gl.num_programs(1) + i_split
-        p_part = partial_ptr + i_part * ROWS * (D + 2)
-        gl.store(p_part + (o_r - i_first)[:, None] * D + o_d[None, :], acc)
-        gl.store(p_part + ROWS * D + o_s - i_first, m)
-        gl.store(p_part + ROWS * (D + 1) + o_s - i_first, z)
-    else:
-        total = gl.where(z == 0, 1.0, z)  # nothing visible: 0 and −∞
-        lse = gl.where(z == 0, float("-inf"), m * D**-0.5 + gl.log(total))
-        p_lse = lse_ptr + (i_row * G + o_s % G) * n_queries + o_s // G
-        gl.store(p_lse, lse, mask=o_s // G < n_queries)
-        acc = acc / gl.convert_layout(total, gl.SliceLayout(1, SUMS))[:, None]
-        p_out = out_ptr + ((i_row * G + o_r % G) * n_queries + o_r // G)[:, None] * D + o_d[None, :]
-        gl.store(p_out, acc.to(DTYPE), mask=(o_r // G < n_queries)[:, None])
+        acc = warpgroup_mma(weight, slots.index(slot + 1), acc)
+        mbarrier.arrive(done.index(slot + 1), count=1)
+    _store(m, z, acc, out_ptr, lse_ptr, partial_ptr, i_row, i_first, n_valid, n_queries, G)
 
 
 @gluon.jit
@@ -273,3 +266,50 @@ def _weigh(logit, m, z, D: gl.constexpr):
     weight = gl.exp2((logit - m_safe[:, None]) * SCALE)
     decay = gl.exp2((m - m_safe) * SCALE)
     return weight, m_next, z * decay + gl.sum(weight, axis=1), decay
+
+
+@gluon.jit
+def _clean(W: gl.constexpr, values, cleaned, n_tokens, MEMORY: gl.constexpr):
+    """Set values from the n_tokens-th on to 0: they may be NaN, and 0 · NaN is NaN.
+
+    Group 0 does it, the other waits. A slot is cleaned once at most: its barrier has one phase.
+    """
+    if W == 0:
+        o_t = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, MEMORY))
+        values.store(gl.where((o_t < n_tokens)[:, None], values.load(MEMORY), 0.0))
+        fence_async_shared()
+        mbarrier.arrive(cleaned, count=1)
+    else:
+        mbarrier.wait(cleaned, 0)
+
+
+@gluon.jit
+def _store(
+    m, z, acc, out_ptr, lse_ptr, partial_ptr, i_row, i_first, n_valid, n_queries, G: gl.constexpr
+):
+    """Store rows i_first … i_first + ROWS − 1 of a KV head's window, or a split's sums of them."""
+    D: gl.constexpr = acc.shape[1]
+    LOGIT_ROWS: gl.constexpr = m.type.layout
+    SUM_ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    o_m, o_r = gl.arange(0, ROWS, layout=LOGIT_ROWS), gl.arange(0, ROWS, layout=SUM_ROWS)
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, acc.type.layout))
+
+    # Rows past the window have run along in the loop without a mask: forget what they summed.
+    z = gl.where((i_first + o_m) // G < n_valid, z, 0.0)
+    acc = gl.where(((i_first + o_r) // G < n_valid)[:, None], acc, 0.0)
+    if gl.num_programs(1) > 1:
+        i_part = (i_row * gl.num_programs(0) * PROGRAM_ROWS + i_first) // ROWS
+        p_part = partial_ptr + (i_part * gl.num_programs(1) + gl.program_id(1)) * ROWS * (D + 2)
+        gl.store(p_part + o_r[:, None] * D + o_d[None, :], acc)
+        gl.store(p_part + ROWS * D + o_m, m)
+        gl.store(p_part + ROWS * (D + 1) + o_m, z)
+    else:
+        total = gl.where(z == 0, 1.0, z)  # nothing visible: 0 and −∞
+        lse = gl.where(z == 0, float("-inf"), m * D**-0.5 + gl.log(total))
+        acc = acc / gl.convert_layout(total, SUM_ROWS)[:, None]
+        o_m, o_r = i_first + o_m, i_first + o_r
+        p_lse = lse_ptr + (i_row * G + o_m % G) * n_queries + o_m // G
+        gl.store(p_lse, lse, mask=o_m // G < n_queries)
+        p_out = out_ptr + ((i_row * G + o_r % G) * n_queries + o_r // G)[:, None] * D + o_d[None, :]
+        out = acc.to(out_ptr.dtype.element_ty)
+        gl.store(p_out, out, mask=(o_r // G < n_queries)[:, None])

@@ -7,6 +7,7 @@ small shapes the two agree.
 import gc
 from importlib import import_module
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -34,6 +35,19 @@ HEADS, KV_HEADS, HEAD_DIM, BLOCK, LENGTH = 28, 4, 128, 16, 16_384
 def ops():
     """The public Triton operations, for tensors that lie on the GPU already."""
     return import_module("resa.fast")
+
+
+@pytest.fixture(params=["hopper", "portable"])
+def rendering(request, monkeypatch):
+    """Both renderings of dense attention, where the GPU has both; the one asked for must have run."""
+    hopper = import_module("resa.fast.gpu.hopper")
+    if request.param == "portable":
+        monkeypatch.setattr(hopper, "suits", lambda *_: False)
+    elif torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    with mock.patch.object(hopper, "attend", wraps=hopper.attend) as attend:
+        yield request.param
+    assert attend.called == (request.param == "hopper")
 
 
 def normal(*shape, seed, dtype=torch.float16):
@@ -150,16 +164,16 @@ def test_scores_of_the_last_sequence_of_huge_bounds(ops, huge):
     assert (scores[:-1] == -INF).all()
 
 
-def test_attention_in_the_last_sequence_of_a_huge_cache(ops, huge):
+def test_attention_in_the_last_sequence_of_a_huge_cache(ops, huge, rendering):
     length, n_blocks = HUGE_LENGTH - 3, HUGE_LENGTH // HUGE_BLOCK
     order = torch.rand(HUGE_HEADS, n_blocks, generator=torch.Generator().manual_seed(5)).argsort(dim=-1)
     chosen = torch.cat([order[:, : n_blocks // 10], torch.full((HUGE_HEADS, 1), n_blocks - 1)], dim=1)
     chosen[:, :-1].masked_fill_(chosen[:, :-1] == n_blocks - 1, -1)  # the last block once
     indices = torch.zeros(HUGE_BATCH, *chosen.shape, dtype=torch.int32, device=DEVICE)
     indices[-1] = chosen
-    window = normal(HUGE_BATCH, 3 * HUGE_HEADS, 5, HUGE_DIM, seed=6)
+    window = normal(HUGE_BATCH, 3 * HUGE_HEADS, 6, HUGE_DIM, seed=6)  # 18 rows per KV head
     check_sparse(ops, window[:, :, 0], huge.keys, huge.values, indices, only_last(length), "huge", LAST)
-    check_dense(ops, window, huge.keys, huge.values, only_last(length), only_last(4, other=5), "huge", LAST)
+    check_dense(ops, window, huge.keys, huge.values, only_last(length), only_last(4, other=6), "huge", LAST)
 
 
 def test_a_window_into_the_last_sequence_of_a_huge_cache(huge):
@@ -221,7 +235,7 @@ def test_compiled_runs_repeat_bit_for_bit(dtype):
         assert_all_same_bits(all_results(TRITON, x, config, used), first, "rerun")
 
 
-def test_one_set_of_split_counters_serves_every_launch():
+def test_one_set_of_split_counters_serves_every_launch(rendering):
     """Sparse and dense kernels in turn, captured once like a decode loop's step, replayed into outputs of NaN."""
     attention, capture = import_module("resa.fast.attention"), import_module("resa.fast.gpu.graphs").capture
     lengths, used = int32(LENGTH, 1, LENGTH // 3, 0), int32(32, 1, 20, 0)
@@ -252,26 +266,18 @@ def test_one_set_of_split_counters_serves_every_launch():
 # --- The kernel for Hopper ---
 
 
-@pytest.fixture(params=["hopper", "portable"])
-def rendering(request, monkeypatch):
-    """Both renderings of dense attention, where the GPU has both."""
-    hopper = import_module("resa.fast.gpu.hopper")
-    if request.param == "portable":
-        monkeypatch.setattr(hopper, "suits", lambda *_: False)
-    elif torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("head_dim", "group", "width"), [(128, 7, 32), (128, 1, 65), (128, 16, 40), (64, 8, 32), (64, 3, 32), (64, 16, 65)]
 )
 def test_windows_of_both_renderings(ops, rendering, monkeypatch, dtype, head_dim, group, width):
-    """One to many programs' rows; splits with much, one and no tile; what lies past the end is never seen."""
-    lengths, used = int32(3000, width, 1030, 700, 0), int32(width, width, 1, 0, 5)
-    keys, values = (normal(5, 2, 3072, head_dim, seed=seed, dtype=dtype) for seed in (20, 21))
-    window = 2 * normal(5, 2 * group, width, head_dim, seed=22, dtype=dtype)
+    """One to many programs' rows; splits with much, one and no tile; what lies past the end is never seen.
+
+    The last tiles of the first sequence and of the last reach into the next one and past the cache.
+    """
+    lengths, used = int32(3000, 0, width, 1030, 700, 3, 2990), int32(width, 5, width, 1, 0, width, width)
+    keys, values = (normal(7, 2, 3000, head_dim, seed=seed, dtype=dtype) for seed in (20, 21))
+    window = 2 * normal(7, 2 * group, width, head_dim, seed=22, dtype=dtype)
     poisoned = [keys.clone(), values.clone()]
     for tensor in poisoned:
         for s, length in enumerate(lengths.tolist()):
@@ -279,7 +285,7 @@ def test_windows_of_both_renderings(ops, rendering, monkeypatch, dtype, head_dim
     for splits in (None, 1, 2, 5, 40):
         if splits is not None:
             monkeypatch.setattr("resa.fast.attention.count_splits", lambda *_, splits=splits: splits)
-            monkeypatch.setattr("resa.fast.attention.full_waves", lambda *_, splits=splits: splits)
+            monkeypatch.setattr("resa.fast.attention.count_wave_splits", lambda *_, splits=splits: splits)
         check_dense(ops, window, keys, values, lengths, used, f"{splits} splits")
         runs = [
             ops.dense_attention(window, *cache, lengths, query_lengths=used, return_lse=True)
@@ -291,17 +297,19 @@ def test_windows_of_both_renderings(ops, rendering, monkeypatch, dtype, head_dim
 
 @pytest.mark.parametrize("scale", [1e2, 3e4])
 def test_huge_logits_of_both_renderings(ops, rendering, scale):
-    """Logits of up to 1e11, whose log-sum-exp has no digits left for a count: equal ones still share the weight."""
+    """Logits of up to 1e11, whose log-sum-exp has no digits left for a count: equal ones still share the weight.
+
+    And no other gets any, so that one that looks a token ahead is seen.
+    """
     keys, values = (normal(1, 1, 1024, 128, seed=seed).clamp(-1, 1) for seed in (23, 24))
     keys = (keys.sign() * scale).half()
     keys[:, :, 100] = keys[:, :, 900] = keys[:, :, 1000]
     window = (keys[:, :, 1000:1001].sign() * scale).expand(1, 7, 32, 128).contiguous()
     window[:, :, 0] = 0  # sees everything alike
     out, lse = ops.dense_attention(window, keys, values, int32(1024), return_lse=True)
-    mean = values[0, 0, [100, 900, 1000]].double().mean(dim=0)
-    assert_within(out[0, :, 20].cpu(), mean.expand(7, -1).cpu().numpy(), 1e-3, "equal logits")
-    everything = values[0, 0, :993].double().mean(dim=0)
-    assert_within(out[0, :, 0].cpu(), everything.expand(7, -1).cpu().numpy(), 1e-3, "no logits")
+    seen = {0: range(993), **dict.fromkeys(range(1, 8), (100, 900)), **dict.fromkeys(range(8, 32), (100, 900, 1000))}
+    means = torch.stack([values[0, 0, list(tokens)].double().mean(dim=0) for tokens in seen.values()])
+    assert_within(out[0].cpu(), means.expand(7, -1, -1).cpu().numpy(), 1e-3, "equal logits")
     assert lse.isfinite().all()
 
 
