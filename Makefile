@@ -77,7 +77,8 @@ tutorials: install-dev real  ## run every tutorial and write its page in docs/tu
 	$(PYTHON) docs/run_tutorials.py --write $(ARGS)
 
 OWN_KERNELS = $(foreach name,bounds score select write sparse dense compress append_and_score \
-    plan note add_norm split swiglu write_sketches rotate estimate share attend merge,--kernel-name kns=_$(name)_kernel)
+    plan note add_norm split swiglu write_sketches rotate estimate share attend merge \
+    count weigh draw,--kernel-name kns=_$(name)_kernel)
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
 sanitize: install-dev  ## every kernel under compute-sanitizer: memory errors, then races

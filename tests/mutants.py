@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 OPERATIONS, DECODING, CONTRACT = "tests/operations", "tests/decoding", "tests/contract"
 SKETCHES = "tests/operations/test_sketch.py"
 MERGING = "tests/operations/test_hopper.py"
+DRAWING = "tests/operations/test_draw.py"
 
 
 class Mistake(NamedTuple):
@@ -188,6 +189,13 @@ KERNELS = [
     Mistake("kernel: a row on Hopper sees a token ahead", "fast/gpu/hopper.py", "(position[None, :] <= (start + o_q)[:, None])", "(position[None, :] <= (start + o_q)[:, None] + 1)", MERGING),
     Mistake("kernel: sums on Hopper do not decay", "fast/gpu/hopper.py", "            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]\n        slot", "        slot", MERGING),
     Mistake("kernel: rows past the window keep what they summed", "fast/gpu/hopper.py", "    z = gl.where((i_first + o_m) // G < n_valid, z, 0.0)\n", "", MERGING),
+    Mistake("kernel: top-k counts a tie too few", "fast/gpu/draw.py", "total += (top_k - n_before)", "total += (top_k - 1 - n_before)", DRAWING),
+    Mistake("kernel: top-p leaves out the token that reaches it", "fast/gpu/draw.py", "tl.maximum(tl.ceil((goal - before)", "tl.maximum(tl.floor((goal - before)", DRAWING),
+    Mistake("kernel: a negative NaN is the last", "fast/gpu/draw.py", "tl.where(value != value, 0, 32767 - order)", "32767 - order", DRAWING),
+    Mistake("kernel: zeros have two places", "fast/gpu/draw.py", "(value + 0.0)", "value", DRAWING),
+    Mistake("kernel: the temperature is forgotten", "fast/gpu/draw.py", "below / temperature", "below", DRAWING),
+    Mistake("kernel: of tied tokens always the first", "fast/gpu/draw.py", "tl.cumsum(is_there, axis=0) <= rank", "tl.cumsum(is_there, axis=0) <= 0", DRAWING),
+    Mistake("kernel: every token takes the first number", "fast/gpu/draw.py", "uniforms_ptr + i_row * n_uniforms + n_chosen", "uniforms_ptr + i_row * n_uniforms", DRAWING),
     Mistake("kernel: log-sum-exp in base two", "fast/attention.py", "tl.log(total)", "tl.log2(total)", OPERATIONS),
     # cache, steps, sampling.
     Mistake("kernel: bounds extended, not rebuilt", "fast/cache.py", "mask=(position < start)[:, None]", "mask=(position < 0)[:, None]", f"{OPERATIONS} {DECODING}"),

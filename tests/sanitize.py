@@ -14,8 +14,9 @@ from resa import fast, reference
 from resa.fast import estimate
 from resa.fast.cache import write_window
 from resa.fast.generate import DecodeLoop
+from resa.fast.sampling import Sampler
 from resa.fast.sketch import Sketches, write_sketched
-from resa.reference import ReSAConfig, attention, blocks, sketch
+from resa.reference import ReSAConfig, Sampling, attention, blocks, sketch
 from small_models import Shape
 from strategies import Case
 
@@ -95,6 +96,21 @@ def score_by_sketches(query, keys, lengths, b, bits, runs):
     return is_close and same and torch.equal(masses.isnan(), is_lost)
 
 
+def draw():
+    """Tokens from rows of logits with ties and impossible ones; True if the reference draws the same."""
+    logits = torch.randn(3, 5001, generator=torch.Generator().manual_seed(0)).half()
+    logits[1], logits[2, ::2] = logits[1].round(), float("-inf")
+    sampling, good = Sampling(0.7, 0.9, 1000), True
+    for seed in range(3):
+        own = [torch.Generator().manual_seed(seed) for _ in logits]
+        sampler = Sampler(sampling, own, 1, torch.device("cuda"))
+        found = sampler(logits.cuda(), torch.zeros(3, dtype=torch.int64, device="cuda")).tolist()
+        expected = [sampling.token(row, generator) for row, generator in zip(logits, own, strict=True)]
+        print("drawing", found, "" if found == expected else f"FAILED, expected {expected}")
+        good &= found == expected
+    return good
+
+
 def decode(interval, schedule, selection="bounds"):
     """Two sequences of unequal length through sparse steps and rectifications; True if the reference agrees.
 
@@ -123,6 +139,7 @@ def main():
     for interval, schedule in itertools.product((4, 32), ("fused", "paper")):
         good &= decode(interval, schedule)
     good &= decode(4, "fused", "sketch")
+    good &= draw()
     torch.cuda.synchronize()
     return 0 if good else 1
 
