@@ -189,7 +189,7 @@ KERNELS = [
     Mistake("kernel: a row on Hopper sees a token ahead", "fast/gpu/hopper.py", "(position[None, :] <= (start + o_q)[:, None])", "(position[None, :] <= (start + o_q)[:, None] + 1)", MERGING),
     Mistake("kernel: sums on Hopper do not decay", "fast/gpu/hopper.py", "            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]\n        slot", "        slot", MERGING),
     Mistake("kernel: rows past the window keep what they summed", "fast/gpu/hopper.py", "    z = gl.where((i_first + o_m) // G < n_valid, z, 0.0)\n", "", MERGING),
-    Mistake("kernel: top-k counts a tie too few", "fast/gpu/draw.py", "total += (top_k - n_before)", "total += (top_k - 1 - n_before)", DRAWING),
+    Mistake("kernel: top-k counts a tie too few", "fast/gpu/draw.py", "tl.minimum(top_k - n_before, n)", "tl.minimum(top_k - 1 - n_before, n)", DRAWING),
     Mistake("kernel: top-p leaves out the token that reaches it", "fast/gpu/draw.py", "tl.maximum(tl.ceil((goal - before)", "tl.maximum(tl.floor((goal - before)", DRAWING),
     Mistake("kernel: a negative NaN is the last", "fast/gpu/draw.py", "tl.where(value != value, 0, 32767 - order)", "32767 - order", DRAWING),
     Mistake("kernel: zeros have two places", "fast/gpu/draw.py", "(value + 0.0)", "value", DRAWING),

@@ -52,15 +52,17 @@ def draw_tokens(
 def _count_kernel(logits_ptr, counts_ptr, size, TOKENS: tl.constexpr):
     """Count the tokens of every place, and find the first place.
 
-    Grid: (ceil(V / TOKENS), B). Tile: [TOKENS]. Counts are zero before.
+    Grid: (ceil(V / TOKENS), B). Tile: [TOKENS]. Counts are zero before. Impossible tokens are left
+    out: they weigh nothing, and where a mask has made many, all would wait for one counter.
     """
     wait_for_previous()
     let_next_start()
     p_row = counts_ptr + tl.program_id(1).to(tl.int64) * ROW
     o_v = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     p_logit = logits_ptr + tl.program_id(1).to(tl.int64) * size + o_v
-    place = _place(tl.load(p_logit, mask=o_v < size, other=float("-inf")))
-    tl.atomic_add(p_row + place, 1, mask=o_v < size, sem="relaxed")
+    logit = tl.load(p_logit, mask=o_v < size, other=float("-inf"))
+    place = _place(logit)
+    tl.atomic_add(p_row + place, 1, mask=logit != float("-inf"), sem="relaxed")
     up = PLACES - 1 - tl.min(place, axis=0, keep_dims=True)  # [1]
     tl.atomic_max(p_row + PLACES + tl.arange(0, 1), up, sem="relaxed")
 
@@ -104,13 +106,13 @@ def _draw_kernel(
         # Top-k keeps all places before its last, and there as many tokens as are left.
         total = tl.sum(masses, axis=0)
         if top_k < size:
-            cut, n_before, _ = _find(numbers, top_k - 1, p_row, first, temperature, False, DTYPE)
+            cut, n_before, n = _find(numbers, top_k - 1, p_row, first, temperature, False, DTYPE)
             i_segment = cut // SEGMENT
             _, mass = _segment(p_row, i_segment, first, temperature, DTYPE)
             is_before = i_segment * SEGMENT + tl.arange(0, SEGMENT) < cut
             total = tl.sum(tl.where(o_s < i_segment, masses, 0.0), axis=0)
             total += tl.sum(tl.where(is_before, mass, 0.0), axis=0)
-            total += (top_k - n_before) * _weight(cut, first, temperature, DTYPE)
+            total += tl.minimum(top_k - n_before, n) * _weight(cut, first, temperature, DTYPE)
 
         # Top-p keeps the tokens before which there is less than its share; 1e-12 absorbs rounding.
         goal = (top_p - 1e-12) * total
@@ -120,13 +122,14 @@ def _draw_kernel(
         kept = tl.minimum(kept, count.to(tl.float64))
 
         # Drawn is the first up to which there is more than the uniform number's share of the kept.
+        # Rounding may put it past the last.
         goal = uniform * (before + kept * weight)
         drawn, before, count = _find(masses, goal, p_row, first, temperature, True, DTYPE)
+        rank = tl.floor((goal - before) / _weight(drawn, first, temperature, DTYPE))
+        rank = tl.where(drawn > last, kept, rank)
+        count = tl.where(drawn >= last, kept, count.to(tl.float64))
         drawn = tl.minimum(drawn, last)
-        count = tl.where(drawn == last, kept, count.to(tl.float64))
-        weight = _weight(drawn, first, temperature, DTYPE)
-        rank = tl.minimum(tl.floor((goal - before) / weight), count - 1).to(tl.int32)
-        rank = tl.maximum(rank, 0)
+        rank = tl.maximum(tl.minimum(rank, count - 1), 0).to(tl.int32)
 
     # Of the tokens in its place the one of this rank.
     start, token = 0, 0
