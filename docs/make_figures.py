@@ -172,7 +172,7 @@ def frontier(figure: Figure) -> None:
 
 
 def speedup(figure: Figure) -> None:
-    """How many times faster than dense decoding whole steps are, by context and batch, for both kinds of weights."""
+    """The speed-up of whole steps over dense decoding, by context and batch, for both kinds of weights."""
     panels = zip(figure.subplots(1, 2, sharey=True), WEIGHTS.items(), strict=True)
     for axes, (weights, title) in panels:
         rows = load(f"end_to_end_{weights}")["rows"]

@@ -1,4 +1,4 @@
-"""What of the kernel for Hopper can be tested without one: that it compiles, and what is done with its sums."""
+"""Only Triton: the kernel for Hopper without a Hopper GPU. It must compile, and compute the same in threads."""
 
 import os
 import subprocess
