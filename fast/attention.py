@@ -26,7 +26,7 @@ from .gpu.limits import INTERPRETED
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MERGED_AT_ONCE = tl.constexpr(4)
-MERGED_ROWS = 16  # query rows that one program merges
+MERGED_ROWS = 4  # query rows that one program merges
 GROUP_ROWS = 16  # query heads of a group, padded to the fewest rows of a matrix product
 
 
@@ -53,11 +53,14 @@ def sparse_attention(
         if indices.dtype != torch.int32:
             indices = indices.clamp(-1, capacity)  # far past the end stays past the end
         indices = indices.to(torch.int32).contiguous()
+        early = overlapped(device) if counts is not None else {}
         if counts is None:  # −1 may stand anywhere, so every entry is looked at
             counts = torch.full_like(lengths, width)
         split_counters = _counters(split_counters, rows, device)
 
         tokens = min(256, 32768 // (head_dim * keys.element_size()))
+        if rows * triton.cdiv(width * block_size, 128) <= count_processors(device):
+            tokens = min(128, tokens)  # short lists: more programs with less to do each
         iterations = triton.cdiv(width * block_size, tokens)
         # A pipeline pays when it stays filled for a while. Before that, two programs hide each
         # other's latency better.
@@ -68,7 +71,7 @@ def sparse_attention(
         _sparse_kernel[(splits, n_kv_head, batch)](
             query, keys, values, indices, counts, lengths, out, lse, partial, split_counters,
             capacity, width, group, head_dim, block_size, tokens,
-            num_warps=4, num_stages=stages, **overlapped(device)
+            num_warps=4, num_stages=stages, **early
         )  # fmt: skip
     return (out, lse) if return_lse else out
 

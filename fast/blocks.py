@@ -167,7 +167,8 @@ def append_and_score(
     one kernel.
 
     query [B, Hq, D], key and value [B, Hkv, 1, D], start, end and completed [B] int32 → scores [B,
-    Hkv, M] float32. The token's block must begin at `completed` or later.
+    Hkv, M] float32. The token's block must begin at `completed` or later. The three must be older
+    than the kernel launched right before.
     """
     table, scale = table_and_scale(bounds)
     (batch, n_kv_head, capacity, head_dim), n_blocks, tile = keys.shape, table.shape[4], 32
@@ -191,18 +192,18 @@ def _append_and_score_kernel(
     Grid: (1 + ceil(M / BLOCKS), B·Hkv), the first program of a row storing the token. The others
     need not wait for it: what it writes they do not count.
     """
-    wait_for_previous()
-    let_next_start()
     i_row = tl.program_id(1).to(tl.int64)
     i_sequence = i_row // n_kv_head
+    start, end = tl.load(start_ptr + i_sequence), tl.load(end_ptr + i_sequence)
+    length = tl.load(completed_ptr + i_sequence)
+    wait_for_previous()
+    let_next_start()
     if tl.program_id(0) == 0:
-        start, end = tl.load(start_ptr + i_sequence), tl.load(end_ptr + i_sequence)
         write_block(
             keys_ptr, values_ptr, bounds_ptr, scale_ptr, key_ptr, value_ptr, start, end,
             i_row, start // BLOCK_SIZE, capacity, 1, n_blocks, D, BLOCK_SIZE
         )  # fmt: skip
     else:
-        length = tl.load(completed_ptr + i_sequence)
         _score_tile(
             query_ptr, bounds_ptr, scale_ptr, scores_ptr, length, i_row, tl.program_id(0) - 1,
             n_blocks, G, D, BLOCK_SIZE, BLOCKS, ALIGNED
@@ -227,21 +228,23 @@ def select_blocks(
 
     scores [B, Hkv, M] float32, lengths [B] → indices [B, Hkv, N] int32, ascending, −1 behind them.
     Unlike the reference's, N is the n of a full cache, so that no length has to be read back. The
-    decode loop passes its own counts [B] int32, which are `active_blocks(lengths, config)`.
+    decode loop passes its own counts [B] int32, which are `active_blocks(lengths, config)`. They
+    and the lengths must then be older than the kernel launched right before.
     """
     batch, n_kv_head, n_blocks = scores.shape
     full = torch.tensor([n_blocks * config.block_size], device="cpu")  # nothing waits for the GPU
     width = int(active_blocks(full, config))
     indices = scores.new_empty(batch, n_kv_head, width, dtype=torch.int32)
     if indices.numel():
+        early = overlapped(scores.device) if counts is not None else {}
         if counts is None:
             counts = active_blocks(lengths, config).to(torch.int32)
         lengths = lengths.to(torch.int32).contiguous()
         tile = max(4, triton.next_power_of_2(n_blocks))
         _select_kernel[(batch * n_kv_head,)](
             scores, lengths, counts, indices, n_kv_head, n_blocks, width, config.local_blocks,
-            config.block_size, tile, n_blocks % 16 == 0, num_warps=min(8, max(1, tile // 256)),
-            **overlapped(scores.device)
+            config.block_size, tile, n_blocks % 16 == 0,
+            num_warps=min(8, max(1, tile // 512)), **early
         )  # fmt: skip
     return indices
 
@@ -257,13 +260,14 @@ def _select_kernel(
     Grid: (B·Hkv,). Tile: [BLOCKS], the whole row in registers, BLOCKS ≥ M. Invariant: a block is
     written once, at its rank among the selected; the newest come first, and their ranks are last.
     """
+    i_row = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths_ptr + i_row // n_kv_head)
+    n = tl.load(counts_ptr + i_row // n_kv_head)
+    # Wait for the scores. Lengths and counts are older than the kernel before this one.
     wait_for_previous()
     let_next_start()
 
     # The newest blocks are always in. `needed` more come from the candidates before them.
-    i_row = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths_ptr + i_row // n_kv_head)
-    n = tl.load(counts_ptr + i_row // n_kv_head)
     total = tl.cdiv(length, BLOCK_SIZE)
     candidates = tl.maximum(total - local_blocks, 0)
     needed = n - (total - candidates)

@@ -265,10 +265,10 @@ def _share_kernel(
 
     Grid: (ceil(M / BLOCKS), B·Hkv). Invariant: every score is written, −∞ past the end.
     """
-    wait_for_previous()
-    let_next_start()
     i_row = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths_ptr + i_row // n_kv_head)
+    wait_for_previous()
+    let_next_start()
     o_block, o_run = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS), tl.arange(0, 64)
     m_block, n_used = o_block < tl.cdiv(length, BLOCK_SIZE), tl.cdiv(length, run)
     n_heads = tl.num_programs(1).to(tl.int64) * G

@@ -39,9 +39,8 @@ from .sampling import Sampler
 from .sketch import Sketches, sketch_keys, write_sketched
 
 NO_TOKEN = -1
-PREFILL_CHUNK = 1024  # tokens per dense pass of a prompt, at most; changes no result
-# Tokens per dense pass of all prompts together: a pass holds some 50,000 numbers per token of a 7B
-# model.
+# Tokens per dense pass of all prompts together, which changes no result: a pass of a 7B model holds
+# some 100,000 numbers per token.
 PREFILL_ROWS = 8192
 PREFILL_WIDTH = 32  # a prompt's last pass has a multiple of this: any other would compile anew
 SMALL_BLOCK = 2048  # numbers in a block's keys, up to which one warp appends while others score
@@ -160,7 +159,7 @@ def prefill(
     # Check, and pad the prompts to one length.
     batch, device = len(cache.lengths), cache.lengths.device
     if chunk_size is None:
-        chunk_size = max(1, min(PREFILL_CHUNK, PREFILL_ROWS // max(1, batch)))
+        chunk_size = max(1, PREFILL_ROWS // max(1, batch))
     chunk_size = require_integer("chunk_size", chunk_size, 1)
     given, allowed = f"{len(prompts)} lists", f"{batch}, one per sequence of the cache"
     require(len(prompts) == batch, "prompts", given, allowed)

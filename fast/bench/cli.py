@@ -21,6 +21,8 @@ from resa.reference.config import SELECTIONS, ReSAConfig
 from resa.reference.lab.evidence import without
 from resa.reference.weights.files import as_json, write_atomically
 
+from .shapes import QWEN_7B, SHAPES
+
 Result = dict[str, Any]
 
 
@@ -41,7 +43,10 @@ def add_bench(commands: Commands) -> None:
     e2e = add_command(bench, "e2e", run_e2e)
     _add_points(e2e, contexts[2:], [1, 2, 4, 8], "docs/results/end_to_end.json")
     kinds = ("float16", "bfloat16", "int4")
+    e2e.option("--model", "qwen2.5-7b", "whose shape; weights are random", choices=tuple(SHAPES))
     e2e.option("--weights", ["float16", "int4"], "kinds of weights", choices=kinds)
+    text = "select by bounds rounded outward to 8 bits"
+    e2e.option("--eight-bit-bounds", False, text)
     text = "contexts to measure at the largest batch whose true caches fit; give none to skip this"
     e2e.option("--true-contexts", [65_536, 262_144], text, nargs="*")
 
@@ -84,7 +89,7 @@ def run_layer(options: argparse.Namespace) -> None:
 
 
 def run_e2e(options: argparse.Namespace) -> None:
-    """Time whole decoding steps of a model of Qwen2.5-7B's shape, with random weights. Dense,
+    """Time whole decoding steps of a model with random weights, of Qwen2.5-7B's shape. Dense,
     sparse and rectified decoding run from the token fed to the token chosen, with a cache that all
     layers share, as the paper has it, and with true caches.
     """
@@ -97,7 +102,7 @@ def run_e2e(options: argparse.Namespace) -> None:
     result = {
         **_provenance(options, config),
         "memory_bytes": torch.cuda.get_device_properties(0).total_memory,
-        "shape": asdict(e2e.QWEN_7B),
+        "shape": asdict(SHAPES[options.model]),
         "sampling": asdict(e2e.SAMPLED),
         "weights": {},
         "rows": [],
@@ -105,7 +110,7 @@ def run_e2e(options: argparse.Namespace) -> None:
     batches, contexts = sorted(options.batches), sorted(options.contexts)
     for weights in options.weights:
         # What does not depend on the context.
-        model = e2e.build(weights)
+        model = e2e.build(weights, SHAPES[options.model])
         parts = {str(batch): e2e.measure_parts(model, config, batch) for batch in batches}
         result["weights"][weights] = {"bytes": e2e.weight_bytes(model), "parts": parts}
 
@@ -136,13 +141,13 @@ def run_prefill(options: argparse.Namespace) -> None:
     require(contexts[0] >= 1, "--contexts", contexts[0], "1 or more")
     require(options.chunk is None or options.chunk >= 1, "--chunk", options.chunk, "1 or more")
     _check_machine(options)
-    from ..generate import PREFILL_CHUNK
+    from ..generate import PREFILL_ROWS
     from . import e2e, prefill
 
-    shape, layers = e2e.QWEN_7B, options.layers
+    shape, layers = QWEN_7B, options.layers
     require(contexts[-1] <= shape.context, "--contexts", contexts[-1], f"≤ {shape.context:,}")
     require(1 <= layers <= shape.n_layer, "--layers", layers, f"1 … {shape.n_layer}")
-    chunk = PREFILL_CHUNK if options.chunk is None else options.chunk
+    chunk = PREFILL_ROWS if options.chunk is None else options.chunk
     model = e2e.build(options.dtype, replace(shape, n_layer=layers))
     result = {**_provenance(options, config), "shape": asdict(shape), "dtype": options.dtype}
     result |= {"errors": prefill.check(model), "rows": []}
@@ -155,6 +160,7 @@ def _checked(options: argparse.Namespace) -> ReSAConfig:
     """The configuration; what is wrong with the arguments is said before anything is measured."""
     b, p, longest = options.block_size, options.active_ratio, max(options.intervals)
     how = {"selection": options.selection, "sketch_bits": options.sketch_bits}
+    how["eight_bit_bounds"] = getattr(options, "eight_bit_bounds", False)
     config = ReSAConfig(block_size=b, active_ratio=p, interval=longest, **how)
     least, allowed = min(options.intervals), "2 or more, to have sparse steps at all"
     require(least > 1, "--intervals", least, allowed)

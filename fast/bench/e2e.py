@@ -29,18 +29,16 @@ from resa.reference.sampling import Sampling
 from ..blocks import block_bounds
 from ..cache import BatchedCache
 from ..generate import DecodeLoop, passes
+from ..gpu.bounds8 import compress_bounds
 from ..gpu.elementwise import add_norm, split_heads, swiglu
 from ..model import FusedGPT, FusedLayer, Linear
 from ..sampling import Sampler
 from ..sketch import Sketches, sketch_keys
 from .four_bit import FourBitLinear, quantise, round_to_four_bits, widened
 from .layer import BACKENDS, Shape, distance, floors, require_close
+from .shapes import QWEN_7B
 from .timing import Time, elapsed, time_calls
 
-QWEN_7B = GPTConfig(
-    vocab_size=152_064, n_layer=28, n_head=28, n_kv_head=4, head_dim=128, hidden_size=3584,
-    intermediate_size=18_944, context=2**20, rope_theta=1e6, qkv_bias=True, tied_embeddings=False,
-)  # fmt: skip
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=0.7, top_p=0.95)
 SAMPLES, ENOUGH_US = 15, 1e6  # samples of a cycle, fewer once they have taken that long
 MIN_SAMPLES = 5
@@ -71,16 +69,21 @@ def new_cache(
     layers = 1 if is_shared else shape.n_layer
     both = like.new_empty(layers, 2, batch, shape.n_kv_head, context, shape.head_dim)
     lengths = torch.full((batch,), context, dtype=torch.int32, device=like.device)
-    bits, searched = config.kept_bits, []
+    bits, searched, rounded = config.kept_bits, [], []
     for layer in range(layers):
         keys = both[layer].normal_()[0]
         found = (block_bounds(keys, lengths, b),) if bits is None else sketch_keys(keys, bits)
+        if config.eight_bit_bounds:
+            rounded.append(compress_bounds(*found))
+            continue
         searched = searched or [tensor.new_empty(layers, *tensor.shape) for tensor in found]
         for stored, tensor in zip(searched, found, strict=True):
             stored[layer] = tensor
     both, *searched = (
         tensor.expand(shape.n_layer, *tensor.shape[1:]) for tensor in (both, *searched)
     )
+    if config.eight_bit_bounds:
+        searched = [rounded * (shape.n_layer // layers)]
     if bits is None:
         return BatchedCache(both[:, 0], both[:, 1], *searched, lengths, b)
     return BatchedCache(both[:, 0], both[:, 1], None, lengths, b, Sketches(*searched, bits))
@@ -260,7 +263,8 @@ def floors_us(
     layer = Shape(shape.n_head, shape.n_kv_head, shape.head_dim, dtype)
     parts = floors(layer, config, batch, context)
     dense = shape.n_layer * parts["rectify"]
-    sparse = shape.n_layer * (parts["score"] + parts["attend"])
+    scored = "score, 8-bit bounds" if config.eight_bit_bounds else "score"
+    sparse = shape.n_layer * (parts[scored] + parts["attend"])
     read = {"dense": dense, "sparse": sparse, "resa": ((f - 1) * sparse + dense) / f}
     return {name: round((weights + n) / bandwidth / 1e6, 1) for name, n in read.items()}
 

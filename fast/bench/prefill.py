@@ -23,8 +23,8 @@ from ..attention import dense_attention
 from ..cache import BatchedCache
 from ..generate import open_cache, prefill
 from ..model import FusedGPT
-from .e2e import QWEN_7B
 from .layer import distance, require_close
+from .shapes import QWEN_7B
 from .timing import Time, elapsed, peak_bytes, time_calls
 
 OWN = "resa"

@@ -117,13 +117,19 @@ def _attend_kernel(
 
 
 @gluon.jit
+def _row_tile():
+    """This program's rows. The last come first: in a prompt they see most, and take longest."""
+    return gl.num_programs(0) - 1 - gl.program_id(0)
+
+
+@gluon.jit
 def _share(lengths_ptr, query_lengths_ptr, n_kv_head, G: gl.constexpr):
     """The window's first position and valid queries, and this program's tiles of the cache.
 
     These are its first tile, the number of tiles that all its rows see, shared among the splits,
     and, for the last split, the one or two after them that only some see.
     """
-    i_tile, i_split, i_row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    i_tile, i_split, i_row = _row_tile(), gl.program_id(1), gl.program_id(2)
     n_valid = gl.load(query_lengths_ptr + i_row // n_kv_head)
     start = gl.load(lengths_ptr + i_row // n_kv_head) - n_valid
     q_first = i_tile * PROGRAM_ROWS // G
@@ -179,7 +185,7 @@ def _attend_group(
     MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     start, n_valid, first, n_whole, n_masked = _share(lengths_ptr, query_lengths_ptr, n_kv_head, G)
     i_row = gl.program_id(2).to(gl.int64)
-    i_first = gl.program_id(0) * PROGRAM_ROWS + W * ROWS
+    i_first = _row_tile() * PROGRAM_ROWS + W * ROWS
 
     # The queries.
     o_r = i_first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MEMORY))

@@ -59,6 +59,18 @@ def test_caches_are_full_and_shared_where_asked(model, is_shared):
         assert torch.equal(plain.block_bounds(keys, cache.lengths, CONFIG.block_size), bounds)
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_bounds_are_rounded_where_asked(model, is_shared):
+    config = replace(CONFIG, eight_bit_bounds=True)
+    cache = e2e.new_cache(model, config, 2, CONTEXT, is_shared=is_shared)
+    assert len(cache.bounds) == SMALL.layers
+    for keys, rounded in zip(cache.keys, cache.bounds, strict=True):
+        expected = e2e.compress_bounds(e2e.block_bounds(keys, cache.lengths, CONFIG.block_size))
+        assert torch.equal(rounded.codes, expected.codes)
+        assert torch.equal(rounded.scale, expected.scale)
+    e2e.Cycle(model, cache, config, e2e.GREEDY, f=4)()
+
+
 @pytest.mark.parametrize("interval", [4, None])
 def test_a_cycle_is_the_decode_loop_up_to_the_end_of_the_cache(model, interval):
     """Tokens equal those of the reference's sparse steps and rectifications; every repeat has one length."""
@@ -257,6 +269,9 @@ def test_floors_by_hand(model):
     resa = (3 * sparse + dense) / 4
     read = {"dense": dense, "sparse": sparse, "resa": resa}
     assert found == {name: pytest.approx((weights + n) / 100, abs=0.06) for name, n in read.items()}
+    rounded = replace(CONFIG, active_ratio=0.5, eight_bit_bounds=True)
+    less = found["sparse"] - e2e.floors_us(model, rounded, 3, CONTEXT, 1e-4)["sparse"]
+    assert less == pytest.approx(3 / 4 * 768 * 10 / 100, abs=0.11)  # of the bounds a quarter is left
 
 
 def test_the_work_beside_attention_has_the_sizes_of_the_model(model):
@@ -392,7 +407,7 @@ def machine(monkeypatch, model, untimed):
     monkeypatch.setattr(e2e, "free_memory", lambda device: 46_080)
     monkeypatch.setattr(bench_cli, "find_spec", lambda name: name)
     monkeypatch.setattr("resa.fast.bench.timing.copy_bandwidth", lambda: 2.5)
-    monkeypatch.setattr(e2e, "build", lambda weights: model)
+    monkeypatch.setattr(e2e, "build", lambda weights, shape: model)
 
     def measured(model, config, batch, context, bandwidth, *, is_shared):
         times = {"us": 40.0 * batch, "low": 39.0, "high": 41.0}
@@ -438,7 +453,7 @@ def test_the_command_writes_how_long_a_prompt_takes(machine, monkeypatch, tmp_pa
     monkeypatch.setattr(prefill, "check", lambda model: {"resa": 1e-4})
     monkeypatch.setattr(prefill, "measure", measured)
     words = "bench prefill --contexts 160 80 --layers 3 --dtype bfloat16 --block-size 8"
-    for more, chunk, selection in (("", 1024, "sketch"), (" --chunk 96 --selection bounds", 96, "bounds")):
+    for more, chunk, selection in (("", 8192, "sketch"), (" --chunk 96 --selection bounds", 96, "bounds")):
         monkeypatch.setattr("sys.argv", ["resa", *(words + more).split(), "--out", str(out), "--commit", "abc"])
         assert cli.main() == 0
         result = json.loads(out.read_text())

@@ -1,10 +1,12 @@
 """Only Triton: tokens drawn without a sort are those that the reference's sorting sampler draws."""
 
+from dataclasses import asdict
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from backends import poisoned_memory
@@ -42,7 +44,7 @@ def draw(logits, sampling, uniforms, n_chosen=None):
 
 def sorted_draw(logits, sampling, number):
     """The reference's `Sampling.token` from logits [V], for a number that is given."""
-    ids, mass = sampling.kept(logits)
+    ids, mass = Sampling.kept(sampling, logits)
     return int(ids[place(mass, number)])
 
 
@@ -75,13 +77,17 @@ def test_cuts_among_equal_tokens(dtype, sampling, n_kept):
     kind=st.sampled_from(sorted(KINDS)), size=st.integers(1, 4500), seed=st.integers(0, 2**31),
     sampling=samplings, row=st.tuples(numbers, numbers),
 )  # fmt: skip
+@example(kind="narrow", size=927, seed=8618, sampling=Sampling(0.001), row=(0.0, ALMOST_ONE))  # a cut between two sets
 def test_the_same_tokens_as_by_sorting(dtype, kind, size, seed, sampling, row):
     logits = torch.randn(2, size, generator=torch.Generator().manual_seed(seed))
     logits = KINDS[kind](logits).to(dtype)
     for each, number, found in zip(logits, row, draw(logits, sampling, row), strict=True):
-        # Where a number falls on the border of two tokens, a rounding decides.
+        # Where a number falls on the border of two tokens, or top-p on that of two sets, a rounding decides.
         near = [min(number * (1 + error), ALMOST_ONE) for error in (-1e-12, 0.0, 1e-12)]
-        assert found in [sorted_draw(each, sampling, number) for number in near]
+        cuts = [
+            SimpleNamespace(**asdict(sampling) | {"top_p": sampling.top_p + error}) for error in (0.0, -1e-14, 1e-14)
+        ]
+        assert found in [sorted_draw(each, cut, number) for cut in cuts for number in near]
 
 
 @each_dtype
