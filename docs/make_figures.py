@@ -171,23 +171,35 @@ def frontier(figure: Figure) -> None:
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 
 
+def speedup_line(gpu: str, weights: str, batch: int) -> list[tuple[int, float]]:
+    """Speed-ups of whole steps over dense decoding, by context in units of 1,024 tokens."""
+    rows = load(f"end_to_end/{gpu}_{weights}")["rows"]
+    own = [row for row in rows if row["batch"] == batch and row["protocol"] == "shared"]
+    return sorted((row["context"] // 1024, row["ratio"]) for row in own)
+
+
 def speedup(figure: Figure) -> None:
-    """The speed-up of whole steps over dense decoding, by context and batch, for both kinds of weights."""
+    """The speed-up of whole steps over dense decoding on two GPUs, by context and batch, for both kinds of weights."""
     panels = zip(figure.subplots(1, 2, sharey=True), WEIGHTS.items(), strict=True)
     for axes, (weights, title) in panels:
-        rows = load(f"end_to_end_{weights}")["rows"]
-        for batch, colour in zip((8, 4, 2, 1), COLOURS, strict=False):
-            own = [row for row in rows if row["batch"] == batch and row["protocol"] == "shared"]
-            line = sorted((row["context"] // 1024, row["ratio"]) for row in own)
-            axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=3)
-            label = f"{batch} sequences" if batch > 1 else "1 sequence"
-            axes.annotate(label, line[-1], (6, 0), textcoords="offset points", va="center", color=colour)
         axes.axhline(1, color="0.6", linewidth=0.8)
+        for batch, colour in zip((8, 1), COLOURS, strict=False):
+            other, line = (speedup_line(gpu, weights, batch) for gpu in ("h100", "h200"))
+            axes.plot(*zip(*other, strict=True), color=colour, linewidth=1, linestyle=(0, (4, 2)), alpha=0.8)
+            axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.8, marker="o", markersize=4)
+
+            # Label both ends, the higher of them a little higher.
+            apart = 4 if other[-1] > line[-1] else -4
+            style = {"textcoords": "offset points", "va": "center", "color": colour}
+            axes.annotate("H100", other[-1], (7, apart), fontsize=7.5, **style)
+            name = f"{batch} sequences" if batch > 1 else "1 sequence"
+            axes.annotate(f"{name}: {line[-1][1]:.1f}", line[-1], (7, -apart), **style)
         axes.set_xscale("log", base=2)
+        axes.minorticks_off()
         ticks = [context for context, _ in line]
         axes.set_xticks(ticks, [f"{context}K" for context in ticks])
-        axes.set(title=title, xlabel="tokens of context", xlim=(ticks[0] * 0.8, ticks[-1] * 3.6))
-    figure.axes[0].set_ylabel("times faster than dense")
+        axes.set(title=title, xlabel="tokens of context", xlim=(ticks[0] * 0.8, ticks[-1] * 5.5))
+    figure.axes[0].set(ylabel="times faster than dense", ylim=(0.8, None))
 
 
 def drawn(draw: Callable[[Figure], None], size: tuple[float, float]) -> bytes:

@@ -12,7 +12,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
-from functools import partial
+from itertools import product
 from pathlib import Path
 
 from resa.reference.config import ReSAConfig
@@ -301,6 +301,11 @@ def spread(time: dict, digits: int = 1) -> str:
     return f"{time['us']:.{digits}f} [{time['low']:.{digits}f}, {time['high']:.{digits}f}]"
 
 
+def kilo(context: int) -> str:
+    """A context in units of 1,024 tokens."""
+    return f"{context // 1024}K"
+
+
 def attention_rows() -> tuple[dict, list[dict]]:
     """The measurement of attention, and its rows of the widths that tables show."""
     result = load("docs/results/attention.json")
@@ -315,7 +320,7 @@ def attention() -> str:
     for row in rows:
         dense = [spread(row["dense"][kernel]) for kernel in ("flash", "cudnn")]
         ratio = f"{row['dense_us'] / row['sum_us']:.2f}"
-        lines.append([f"{row['context'] // 1024}K", *dense, f"{row['sum_us']:.1f}", ratio, spread(row["resa"])])
+        lines.append([kilo(row["context"]), *dense, f"{row['sum_us']:.1f}", ratio, spread(row["resa"])])
     shape, config = result["shape"], result["config"]
     note = (
         f"µs per layer and token, batch 8; medians [quartiles]. {result['device']}, torch {result['torch']}, triton "
@@ -330,20 +335,20 @@ def attention() -> str:
 def parts() -> str:
     """Every part of a cycle, with its floor."""
     _, rows = attention_rows()
-    step = ("append", "score", "select", "attend", "refresh", "rectify", "rectify, without a pause")
+    step = ("append", "score", "select", "attend", "refresh", "rectify")
     lines = []
     for part in (*step, "score, 8-bit bounds", "dense, this project's kernel"):
         if part in rows[0]["parts"]:
             lines.append([part])
             for row in rows:
-                floor = row["floor_us"].get(part.removesuffix(", without a pause"))
+                floor = row["floor_us"].get(part)
                 share = f"; {floor / row['parts'][part]['us']:.0%} of {floor:.0f}" if floor and floor > 1 else ""
                 lines[-1].append(spread(row["parts"][part]) + share)
     note = (
         "µs per call, batch 8; medians [quartiles]; where bytes limit the part, the share reached of the floor: its "
         "bytes at the copy bandwidth of the same run. `refresh` and `rectify` come once per interval."
     )
-    return table(["part", *(f"{row['context'] // 1024}K" for row in rows)], lines, note)
+    return table(["part", *(kilo(row["context"]) for row in rows)], lines, note)
 
 
 def selections() -> str:
@@ -362,7 +367,7 @@ def selections() -> str:
                 parts = [f"{row['parts'][part]['us']:.1f}" for part in ("append", "score", "select", "attend")]
                 cycle = [f"{row['parts']['rectify']['us'] / 32:.1f}", spread(row["resa"]), f"**{row['ratio']:.2f}**"]
                 losses = " / ".join(f"{loss:.3f}" for loss in lost[name, ratio])
-                lines.append([f"{name}, {ratio}, {row['context'] // 1024}K", *parts, *cycle, losses])
+                lines.append([f"{name}, {ratio}, {kilo(row['context'])}", *parts, *cycle, losses])
     head = ["chosen by, ratio, context", "append", "score", "select", "attend", "rectify ÷ 32", "whole cycles"]
     note = (
         f"µs per layer and token, batch 8; medians [quartiles]. {result['device']}, torch {result['torch']}, triton "
@@ -380,7 +385,7 @@ def crossover() -> str:
     ratios = {(row["batch"], row["context"]): f"{row['ratio']:.2f}" for row in rows}
     batches = sorted({row["batch"] for row in rows})
     lines = [[str(batch), *(ratios.get((batch, context), "–") for context in contexts)] for batch in batches]
-    return table(["batch", *(f"{context // 1024}K" for context in contexts)], lines)
+    return table(["batch", *map(kilo, contexts)], lines)
 
 
 def crossover_file() -> str:
@@ -396,95 +401,158 @@ def crossover_file() -> str:
     return json.dumps({**kept, "dense_below_tokens": min(longer, default=slower + 1)}, indent=1) + "\n"
 
 
-def end_to_end_results() -> list[dict]:
-    """The measurements of whole decoding steps, one per command that was run."""
-    return [load(str(path.relative_to(ROOT))) for path in sorted((ROOT / "docs/results").glob("end_to_end*.json"))]
+WEIGHTS = {"float16": "16-bit", "int4": "4-bit"}
+H100, H200 = ("h100_float16", "h100_int4", "h100_int4_true"), ("h200_float16", "h200_int4")
+Point = tuple[str, str, int, int]  # weights, whose caches, batch, context
 
 
-def end_to_end_rows(protocol: str) -> list[dict]:
-    """Their rows of one protocol, ordered by weights, batch and context."""
+def whole_steps(name: str) -> dict:
+    """Read a measurement of whole decoding steps."""
+    return load(f"docs/results/end_to_end/{name}.json")
+
+
+def step_rows(*names: str) -> dict[Point, dict]:
+    """Rows of measurements of whole decoding steps."""
     rows = {}
-    for row in (row for result in end_to_end_results() for row in result["rows"] if row["protocol"] == protocol):
-        point = row["weights"], row["batch"], row["context"]
-        if point in rows:
-            raise ValueError(f"docs/results/end_to_end*.json: {point} was measured twice; drop a file")
-        rows[point] = row
-    return [rows[point] for point in sorted(rows)]
+    for name in names:
+        for row in whole_steps(name)["rows"]:
+            point = row["weights"], row["protocol"], row["batch"], row["context"]
+            if point in rows:
+                raise ValueError(f"{', '.join(names)}: {point} was measured twice; drop a row")
+            rows[point] = row
+    return rows
 
 
-def end_to_end(protocol: str, *notes: str) -> str:
-    """Whole decoding steps: dense, sparse, ReSA."""
-    head = ["weights", "batch", "context", "dense", "sparse", "ReSA", "tokens/s", "dense ÷ ReSA", "limit by bytes"]
+def limit(row: dict) -> str:
+    """Dense over ReSA if both moved their least bytes at the speed of a copy."""
+    return f"{row['floor_us']['dense'] / row['floor_us']['resa']:.2f}"
+
+
+STEP_HEAD = ["dense", "sparse", "ReSA", "tokens/s", "dense ÷ ReSA", "limit by bytes"]
+
+
+def step_cells(row: dict) -> list[str]:
+    """Times of whole decoding steps, and what follows from them."""
+    times = {"dense": row["dense_us"], "sparse": row["sparse"]["us"], "resa": row["resa"]["us"]}
+    cells = [f"{us / 1e3:.2f} ({row['floor_us'][name] / us:.0%})" for name, us in times.items()]
+    rate = row["batch"] / row["resa"]["us"] * 1e6
+    return [*cells, f"{rate:,.0f}", f"**{row['ratio']:.2f}**", limit(row)]
+
+
+def end_to_end() -> str:
+    """Whole decoding steps, all layers sharing one cache, as in the paper."""
+    own, others = step_rows(*H200), step_rows(*H100)
     lines = []
-    for row in end_to_end_rows(protocol):
-        if protocol == "shared" and not (row["batch"] in (1, 8) and row["context"] in LONG):
-            continue
-        times = {"dense": row["dense_us"], "sparse": row["sparse"]["us"], "resa": row["resa"]["us"]}
-        cells = [f"{us / 1e3:.2f} ({row['floor_us'][name] / us:.0%})" for name, us in times.items()]
-        limit = row["floor_us"]["dense"] / row["floor_us"]["resa"]
-        rate = row["batch"] / row["resa"]["us"] * 1e6
-        point = [row["weights"], str(row["batch"]), f"{row['context'] // 1024}K"]
-        lines.append([*point, *cells, f"{rate:,.0f}", f"**{row['ratio']:.2f}**", f"{limit:.2f}"])
-    return table(head, lines, *notes)
-
-
-def chosen_how() -> str:
-    """Say how the tokens of whole steps were chosen."""
-    sampled = [result["sampling"] for result in end_to_end_results()]
-    said = {
-        "greedy" if not each["temperature"] else f"sampled, temperature {each['temperature']}, top-p {each['top_p']}"
-        for each in sampled
-    }
-    return " or ".join(sorted(said))
-
-
-def shared_caches() -> str:
-    """All layers share one cache, as in the paper."""
-    results = end_to_end_results()
-    first, config = results[0], results[0]["config"]
-    copies = sorted(result["copy_tbs"] for result in results)
-    commands = "; ".join(f"`{result['command']}`, commit {result['commit']}" for result in results)
+    for (weights, name), batch, context in product(WEIGHTS.items(), (1, 8), LONG):
+        point = weights, "shared", batch, context
+        cells = [*step_cells(own[point]), f"{others[point]['ratio']:.2f}"]
+        lines.append([name, str(batch), kilo(context), *cells])
+    result = whole_steps(H200[0])
+    config, sampling = result["config"], result["sampling"]
     note = (
-        f"ms per step (share of the memory roofline: bytes at the copy bandwidth of the same run, {copies[0]:.2f} to "
-        f"{copies[-1]:.2f} TB/s); medians. Tokens {chosen_how()}. {first['device']}, torch {first['torch']}, triton "
-        f"{first['triton']}; block size {config['block_size']}, active ratio {config['active_ratio']}, interval "
-        f"{config['interval']}. {commands}. These files hold more batches and contexts."
+        f"ms per step (share of the memory roofline: bytes at the copy bandwidth of the same run, "
+        f"{result['copy_tbs']:.2f} TB/s); medians. Tokens sampled, temperature {sampling['temperature']}, top-p "
+        f"{sampling['top_p']}. {result['device']}, torch {result['torch']}, triton {result['triton']}; block size "
+        f"{config['block_size']}, active ratio {config['active_ratio']}, interval {config['interval']}. The files in "
+        f"[end_to_end/](results/end_to_end) have more rows, the commands and the commits."
     )
-    return end_to_end("shared", note)
+    return table(["weights", "batch", "context", *STEP_HEAD, "dense ÷ ReSA, H100"], lines, note)
 
 
-PAPER = {"float16": ("16-bit", "2.28"), "int4": ("4-bit", "2.42 to 2.44")}  # arXiv 2506.04108, 8 × 256K on an A100
+def true_caches() -> str:
+    """Whole decoding steps, every layer with a cache of its own, at the largest batch that fits."""
+    lines = []
+    for weights, names in product(WEIGHTS, (H200, H100)):
+        gpu = whole_steps(names[0])["device"].split()[1]
+        rows = {point: row for point, row in step_rows(*names).items() if point[:2] == (weights, "true")}
+        for (_, _, batch, context), row in sorted(rows.items(), reverse=True):
+            lines.append([f"{WEIGHTS[weights]}, {gpu}", str(batch), kilo(context), *step_cells(row)])
+    return table(["weights, GPU", "batch", "context", *STEP_HEAD], lines)
+
+
+CHOSEN = {  # ending of the files: what chooses blocks, the part and the score of its losses
+    "": ("bounds", "scorers", "pooled"),
+    "_8bit": ("bounds in 8 bits", "scorers", "8-bits"),
+    "_sketch": ("sketches", "frontier", "sketch-2"),
+}
+
+
+def loss(part: str, text: str, score: str, ratio: float) -> float:
+    """Losses of ReSA at f = 32 on the real model, in nats."""
+    asked = {"score": score, "ratio": ratio, "way": "ReSA f=32"}.items()
+    return next(row["kl"] for row in evidence(f"{part}_{text}")["rows"] if asked <= row.items())
+
+
+def whole_steps_by_selection() -> str:
+    """Speed-ups of whole decoding steps by what blocks are chosen by, and what each loses."""
+    points = [("shared", 8, 2**18), ("true", 8, 2**18), ("shared", 8, 2**16), ("shared", 1, 2**16)]
+    lines = []
+    for (ending, (chosen, part, score)), (weights, name) in product(CHOSEN.items(), WEIGHTS.items()):
+        file = f"h200_{weights}{ending}"
+        rows, ratio = step_rows(file), whole_steps(file)["config"]["active_ratio"]
+        gains = [rows.get((weights, *point)) for point in points]
+        cells = ["–" if row is None else f"**{row['ratio']:.2f}**" for row in gains]
+        losses = " / ".join(f"{loss(part, text, score, ratio):.3f}" for text in ("english", "code"))
+        lines.append([f"{chosen}, {ratio}, {name}", *cells, losses])
+    head = ["chosen by, ratio, weights"]
+    head += [f"{batch} × {kilo(context)}, {whose}" for whose, batch, context in points]
+    note = (
+        "Dense ÷ ReSA of whole steps, H200, one cache shared by all layers or true caches. Lost: nats along 1,024 "
+        "decoded tokens of SmolLM2, f = 32, English / code ([evidence.md](evidence.md))."
+    )
+    return table([*head, "lost"], lines, note)
+
+
+def small_shapes() -> str:
+    """Speed-ups of whole decoding steps of small models, by batch and context."""
+    contexts = [2**12, 2**13, 2**14]
+    lines = []
+    for file, name in (("smollm2", "SmolLM2-135M"), ("qwen3", "Qwen3-0.6B"), ("float16", "Qwen2.5-7B")):
+        rows, shape = step_rows(f"h200_{file}"), whole_steps(f"h200_{file}")["shape"]
+        for batch in (1, 8, 32):
+            found = [rows.get(("float16", "shared", batch, context)) for context in contexts]
+            if any(found):
+                heads = f"{shape['n_head']}/{shape['n_kv_head']} heads of {shape['head_dim']}"
+                cells = ["–" if row is None else f"**{row['ratio']:.2f}**" for row in found]
+                lines.append([f"{name}, {heads}", str(batch), *cells])
+    note = "Dense ÷ ReSA of whole steps, H200, 16-bit weights, one cache shared by all layers, bounds, ratio 0.1."
+    return table(["shape", "batch", *map(kilo, contexts)], lines, note)
+
+
+PAPER = {"float16": "2.28", "int4": "2.42 to 2.44"}  # arXiv 2506.04108, 8 × 256K on an A100
 
 
 def paper() -> str:
     """The paper's speed-up beside this project's, at the point that both measured."""
-    rows = {row["weights"]: row for row in end_to_end_rows("shared") if (row["batch"], row["context"]) == (8, 2**18)}
     lines = []
-    for weights, (name, ratio) in PAPER.items():
-        row = rows[weights]
-        limit = row["floor_us"]["dense"] / row["floor_us"]["resa"]
-        resa = spread({key: value / 1e3 for key, value in row["resa"].items()}, digits=2)
-        lines.append([name, ratio, f"**{row['ratio']:.2f}**", f"{limit:.2f}", f"{row['dense_us'] / 1e3:.2f}", resa])
-    head = ["weights", "paper, A100", "this project, H100", "limit by bytes", "dense, ms", "ReSA, ms"]
-    note = f"8 sequences of 256K tokens, one cache shared by all layers, tokens {chosen_how()}; speed-up over dense "
-    return table(head, lines, f"{note}decoding.")
+    for weights, ratio in PAPER.items():
+        rows = [step_rows(*names)[weights, "shared", 8, 2**18] for names in (H100, H200)]
+        gains = (f"**{row['ratio']:.2f}**" for row in rows)
+        times = (f"{row['dense_us'] / 1e3:.2f} / {row['resa']['us'] / 1e3:.2f}" for row in rows)
+        lines.append([WEIGHTS[weights], ratio, *gains, limit(rows[-1]), *times])
+    head = ["weights", "paper, A100", "this project, H100", "H200", "limit by bytes"]
+    sampling = whole_steps(H200[0])["sampling"]
+    note = (
+        f"Dense ÷ ReSA of whole steps: 8 sequences of 256K tokens, one cache shared by all layers, tokens sampled, "
+        f"temperature {sampling['temperature']}, top-p {sampling['top_p']}."
+    )
+    return table([*head, "H100, ms: dense / ReSA", "H200, ms: dense / ReSA"], lines, note)
 
 
 def beside_attention() -> str:
     """Times of a step beside attention."""
-    about = [pair for result in end_to_end_results() for pair in result["weights"].items()]
-    columns = {(name, int(batch)): times for name, each in about for batch, times in each["parts"].items()}
-    ends = {1, max(batch for _, batch in columns)}
-    columns = {key: columns[key] for key in sorted(columns) if key[1] in ends}
-    names = []
-    for what in ("step", "rectification"):
-        products = "matrix products", "matrix products, the library's tiles", "matrix products by torch"
-        names += [f"{what}: {part}, per layer" for part in (*products, "elementwise work")]
-    names.remove("rectification: matrix products, the library's tiles, per layer")  # they are the library's anyway
+    columns = {
+        f"{WEIGHTS[weights]}, batch {batch}": whole_steps(f"h200_{weights}")["weights"][weights]["parts"][str(batch)]
+        for weights, batch in product(WEIGHTS, (1, 8))
+    }
+    names = [
+        f"{what}: {part}, per layer"
+        for what, part in product(("step", "rectification"), ("matrix products", "elementwise work"))
+    ]
     names += ["output projection", "sampling, greedy", "sampling, temperature 0.7, top_p 0.95"]
-    lines = [[name, *(spread(times[name]) if name in times else "–" for times in columns.values())] for name in names]
-    note = "µs; medians [quartiles]. Elementwise work: residuals, norms, RoPE, SwiGLU."
-    return table(["part", *(f"{name}, batch {batch}" for name, batch in columns)], lines, note)
+    lines = [[name, *(spread(times[name]) for times in columns.values())] for name in names]
+    note = "µs; medians [quartiles]. H200. Elementwise work: residuals, norms, RoPE, SwiGLU."
+    return table(["part", *columns], lines, note)
 
 
 def prefill() -> str:
@@ -499,7 +567,7 @@ def prefill() -> str:
         memory = " / ".join(f"{row['peak_bytes'][name] / 1e9:.2f}" for name in (fastest, "resa"))
         whole = " / ".join(f"{row['all_layers_us'][name] / 1e6:.2f}" for name in ("dense", "resa"))
         times = [cells.get(name, "–") for name in (*ways, "resa")]
-        lines.append([f"{row['context'] // 1024}K", *times, f"**{row['ratio']:.2f}**", memory, whole])
+        lines.append([kilo(row["context"]), *times, f"**{row['ratio']:.2f}**", memory, whole])
     head = ["context", "dense, flash", "dense, cuDNN", "dense, flash by chunks", "ReSA", "dense ÷ ReSA"]
     head += ["memory, GB: dense / ReSA", f"{depth} layers, s: dense / ReSA"]
     layers, chunk, config = result["rows"][0]["layers"], result["rows"][0]["chunk"], result["config"]
@@ -529,8 +597,10 @@ TABLES = {
     "selections": selections,
     "parts": parts,
     "crossover": crossover,
-    "end_to_end": shared_caches,
-    "true_caches": partial(end_to_end, "true"),
+    "end_to_end": end_to_end,
+    "true_caches": true_caches,
+    "whole_steps_by_selection": whole_steps_by_selection,
+    "small_shapes": small_shapes,
     "paper": paper,
     "beside_attention": beside_attention,
     "prefill": prefill,

@@ -264,7 +264,7 @@ assert token_bytes == 2 * 28 * 4 * 128 * 2 == 57_344
 # step takes, and compare:
 
 # %%
-measured = json.loads((results / "end_to_end_float16.json").read_text())
+measured = json.loads((results / "end_to_end" / "h100_float16.json").read_text())
 print(f"{measured['device']}, copying runs at {measured['copy_tbs']} TB/s; {T:,} tokens per sequence")
 for row in measured["rows"]:
     if row["context"] == T and row["protocol"] == "shared":

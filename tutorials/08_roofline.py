@@ -29,7 +29,7 @@ plt.style.use("resa.reference.weights.assets.figure")
 folder = Path(globals().get("__file__", "here")).resolve().parent  # of this script, or where a notebook runs
 RESULTS = next(each / "docs" / "results" for each in [folder, *folder.parents] if (each / "docs" / "results").is_dir())
 attention = json.loads((RESULTS / "attention.json").read_text())
-models = {name: json.loads((RESULTS / f"end_to_end_{name}.json").read_text()) for name in ("float16", "int4")}
+models = {name: json.loads((RESULTS / "end_to_end" / f"h100_{name}.json").read_text()) for name in ("float16", "int4")}
 settings = {name: value for name, value in attention["config"].items() if name != "dense_below"}  # no longer an option
 config, shape = ReSAConfig(**settings), Shape(**attention["shape"])
 print(f"{attention['device']}: copies at {attention['copy_tbs']} TB/s; one layer, commit {attention['commit']}")

@@ -18,7 +18,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..checks import FLOATS, checked_device, refuse, require
 from ..config import GPTConfig
@@ -147,9 +148,20 @@ def load_model(
     return filled(model, tensors)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Parameters stay as they are made. To draw them without memory, torch loads its compiler, for
+    seconds.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def hollow_model(config: GPTConfig) -> GPT:
     """A model whose parameters have shapes but no memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         return GPT(config)
 
 

@@ -29,6 +29,12 @@ def test_selection_by_hand(backend):
     assert selected_by_oracle(scores, [33], config_of(3)) == expected
 
 
+def test_one_block_beside_infinite_scores(backend):
+    """The block to find has the largest score, and no number lies above it."""
+    scores = torch.tensor([[[1.0, 0.0, INF, -INF, -1.0, 0.0]]])
+    assert select(backend, scores, [41], **config_of(2)) == [[[2, 5]]]
+
+
 @pytest.mark.parametrize("kind", SCORE_KINDS)
 @drawn(
     6,

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 from dataclasses import asdict, fields, replace
 
@@ -38,6 +40,17 @@ def test_a_model_comes_back(tmp_path_factory, shape, stored, loaded):
     for name, weight in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight.to(stored).to(loaded)), name
     assert read_header(path, "resa model")["note"] == "kept"
+
+
+def test_loading_a_model_does_not_load_torchs_compiler():
+    """Drawing weights without memory did, which took seconds."""
+    code = """if True:
+        import sys
+        from resa.reference.weights.checkpoint import load_model, shipped_checkpoint
+        load_model(shipped_checkpoint())
+        sys.exit("torch._dynamo" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_equal_weights_give_equal_files(tmp_path):
