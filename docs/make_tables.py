@@ -375,7 +375,7 @@ def selections() -> str:
         f"SmolLM2, English / code ([evidence.md](evidence.md)). `{result['command']}` and the like, commit "
         f"{result['commit']}; files in [cycles/](results/cycles)."
     )
-    return table([*head, "dense ÷ ReSA", "lost"], lines, note)
+    return table([*head, "dense ÷ ReSA", "lost, 4,096 tokens"], lines, note)
 
 
 def crossover() -> str:
@@ -500,7 +500,7 @@ def whole_steps_by_selection() -> str:
         "Dense ÷ ReSA of whole steps, H200, one cache shared by all layers or true caches. Lost: nats along 1,024 "
         "decoded tokens of SmolLM2, f = 32, English / code ([evidence.md](evidence.md))."
     )
-    return table([*head, "lost"], lines, note)
+    return table([*head, "lost, 1,024 tokens"], lines, note)
 
 
 def small_shapes() -> str:
@@ -534,7 +534,7 @@ def paper() -> str:
     sampling = whole_steps(H200[0])["sampling"]
     note = (
         f"Dense ÷ ReSA of whole steps: 8 sequences of 256K tokens, one cache shared by all layers, tokens sampled, "
-        f"temperature {sampling['temperature']}, top-p {sampling['top_p']}."
+        f"temperature {sampling['temperature']}, top-p {sampling['top_p']}. H100: an earlier version of the code."
     )
     return table([*head, "H100, ms: dense / ReSA", "H200, ms: dense / ReSA"], lines, note)
 

@@ -42,7 +42,8 @@ def sparse_attention(
 
     The decode loop passes two tensors of its own: counts [B] int32, so that only the first
     counts[s] indices are read, and split_counters [≥ B·Hkv] int32, zeros before and after. Its
-    query and lengths must be older than the kernel launched right before, which may not have ended.
+    query, lengths and counts must be older than the kernel launched right before, which may not
+    have ended.
     """
     (batch, n_kv_head, capacity, head_dim), device = keys.shape, query.device
     group, rows, width = query.shape[1] // n_kv_head, batch * n_kv_head, indices.shape[2]

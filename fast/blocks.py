@@ -21,7 +21,7 @@ from .gpu.launch import let_next_start, overlapped, wait_for_previous
 MANY_SCORES = 2**17  # from here on larger tiles pay: there are programs enough to fill the GPU
 # In rows up to this long the reduction dominates; warps add integers in one instruction.
 LONG_ROW = tl.constexpr(4096)
-GUESSES = tl.constexpr(16)  # passes that interpolate; simulated rows of 16,384 scores took 3 to 9
+GUESSES = tl.constexpr(16)  # passes that interpolate; smooth rows of 16,384, simulated, took 3 to 9
 LOGISTIC = tl.constexpr(0.5513)  # scale of a logistic distribution of standard deviation 1, √3/π
 
 
@@ -309,7 +309,7 @@ def _select_kernel(
 def _search(score, candidates, needed):
     """The highest number that `needed` scores reach, by its place in `_order`, and how many do.
 
-    Invariant: `at_low` ≥ `needed` candidates reach `low`, `at_high` < `needed` reach `high`. The
+    Invariant: `at_low` ≥ `needed` candidates reach `low`, and `at_high`, fewer, reach `high`. The
     first two guesses are those for a logistic distribution. Then the search interpolates, and after
     GUESSES passes it halves, which no distribution can defeat. An end that stays weighs less for
     the next guess (the Pegasus rule, Dowell and Jarratt 1972), or interpolation could creep along
@@ -322,7 +322,7 @@ def _search(score, candidates, needed):
     # Weights of the ends: how far they miss, or less.
     below, above = (candidates - needed).to(tl.float32), needed.to(tl.float32)
 
-    # Mean and scale of the scores. Of positive ones, masses say, it is those of their places, which
+    # Mean and scale of the scores. Where none is negative, masses say, those of their places, which
     # grow with the logarithm.
     place = _order(score).to(tl.float32) - low.to(tl.float32)
     x = tl.where(score == score, tl.where(lowest < 0, score, place), 0.0)
@@ -341,7 +341,7 @@ def _search(score, candidates, needed):
         guess = tl.minimum(tl.maximum(guess, low + 1), high - 1)
         halfway = (low & high) + ((low ^ high) >> 1)
         middle = tl.where(n_pass < GUESSES, guess, halfway)
-        takes_one, drops_one = needed - at_high == 1, at_low - needed == 1
+        takes_one, drops_one = needed - at_high == 1, (needed > 0) & (at_low - needed == 1)
         if takes_one:  # the highest below `high`
             most = tl.max(tl.where(score >= _number(high), float("-inf"), score), axis=0)
             middle = _order(most)

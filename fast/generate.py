@@ -39,7 +39,7 @@ from .sampling import Sampler
 from .sketch import Sketches, sketch_keys, write_sketched
 
 NO_TOKEN = -1
-# Tokens per dense pass of all prompts together, which changes no result: a pass of a 7B model holds
+# Tokens per dense pass of all prompts together. It changes no result. A pass of a 7B model holds
 # some 100,000 numbers per token.
 PREFILL_ROWS = 8192
 PREFILL_WIDTH = 32  # a prompt's last pass has a multiple of this: any other would compile anew

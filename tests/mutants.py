@@ -164,6 +164,7 @@ KERNELS = [
     Mistake("kernel: 0 times infinity is NaN", "fast/blocks.py", "product = tl.where(is_zero, 0.0, weight * bound.to(tl.float32))", "product = weight * bound.to(tl.float32)", OPERATIONS),
     Mistake("kernel: nothing below an end that is no number", "fast/blocks.py", "tl.where(score >= _number(high), float(\"-inf\"), score)", "tl.where(score < _number(high), score, float(\"-inf\"))", OPERATIONS),
     Mistake("kernel: one score from the goal, the wrong one", "fast/blocks.py", "tl.where(score >= _number(low), score, float(\"inf\"))", "tl.where(score > _number(low), score, float(\"inf\"))", OPERATIONS),
+    Mistake("kernel: none needed, one dropped", "fast/blocks.py", "(needed > 0) & (at_low - needed == 1)", "at_low - needed == 1", OPERATIONS),
     Mistake("kernel: one block too few", "fast/blocks.py", "needed = n - (total - candidates)", "needed = tl.maximum(n - (total - candidates) - 1, 0)", OPERATIONS),
     Mistake("kernel: the last of tied blocks", "fast/blocks.py", "tl.where(o_block < first, float(\"inf\")", "tl.where(o_block > first, float(\"inf\")", OPERATIONS),
     Mistake("kernel: no padding behind the selection", "fast/blocks.py", "    if n < width:\n", "    if n < 0:\n", OPERATIONS),

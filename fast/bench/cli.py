@@ -41,7 +41,7 @@ def add_bench(commands: Commands) -> None:
     layer.option("--dtype", "float16", "data type of everything", choices=("float16", "bfloat16"))
 
     e2e = add_command(bench, "e2e", run_e2e)
-    _add_points(e2e, contexts[2:], [1, 2, 4, 8], "docs/results/end_to_end.json")
+    _add_points(e2e, contexts[2:], [1, 2, 4, 8], "docs/results/end_to_end/own.json")
     kinds = ("float16", "bfloat16", "int4")
     e2e.option("--model", "qwen2.5-7b", "whose shape; weights are random", choices=tuple(SHAPES))
     e2e.option("--weights", ["float16", "int4"], "kinds of weights", choices=kinds)
@@ -89,8 +89,8 @@ def run_layer(options: argparse.Namespace) -> None:
 
 
 def run_e2e(options: argparse.Namespace) -> None:
-    """Time whole decoding steps of a model with random weights, of Qwen2.5-7B's shape. Dense,
-    sparse and rectified decoding run from the token fed to the token chosen, with a cache that all
+    """Time whole decoding steps of a model of a known shape, with random weights. Dense, sparse
+    and rectified decoding run from the token fed to the token chosen, with a cache that all
     layers share, as the paper has it, and with true caches.
     """
     config = _checked(options)

@@ -128,14 +128,11 @@ class DenseCycle:
 
     def __init__(self, step: DenseStep, *, f: int) -> None:
         self.step, self.f = step, f
-        self.launch: Callable[[], None] | None = None
+        step()  # compiles
+        self.launch = step if INTERPRETED else capture(step).replay
 
     def __call__(self) -> None:
-        """Take f steps. The first call compiles, the second captures."""
-        if self.launch is None:
-            self.launch = self.step
-        elif self.launch is self.step and not INTERPRETED:
-            self.launch = capture(self.step).replay
+        """Take f steps."""
         for _ in range(self.f):
             self.launch()
 

@@ -330,6 +330,14 @@ def untimed(monkeypatch):
     return cycles
 
 
+def test_a_dense_cycle_takes_f_steps():
+    taken = torch.zeros(1, device=DEVICE)
+    cycle = e2e.DenseCycle(lambda: taken.add_(1), f=5)
+    before = taken.item()
+    cycle()
+    assert taken.item() == before + 5
+
+
 def test_a_row_compares_with_the_faster_dense_attention(model, untimed):
     """And each way of decoding is the one it says: by its schedule and its bounds."""
     config = replace(CONFIG, interval=2)

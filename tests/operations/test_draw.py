@@ -84,7 +84,7 @@ def test_the_same_tokens_as_by_sorting(dtype, kind, size, seed, sampling, row):
     for each, number, found in zip(logits, row, draw(logits, sampling, row), strict=True):
         # Where a number falls on the border of two tokens, or top-p on that of two sets, a rounding decides.
         near = [min(number * (1 + error), ALMOST_ONE) for error in (-1e-12, 0.0, 1e-12)]
-        cuts = [
+        cuts = [  # `Sampling` refuses a top-p above 1
             SimpleNamespace(**asdict(sampling) | {"top_p": sampling.top_p + error}) for error in (0.0, -1e-14, 1e-14)
         ]
         assert found in [sorted_draw(each, cut, number) for cut in cuts for number in near]

@@ -29,10 +29,19 @@ def test_selection_by_hand(backend):
     assert selected_by_oracle(scores, [33], config_of(3)) == expected
 
 
-def test_one_block_beside_infinite_scores(backend):
-    """The block to find has the largest score, and no number lies above it."""
+@pytest.mark.parametrize(("n", "local_blocks", "expected"), [(2, 1, [2, 5]), (1, 1, [5]), (2, 2, [4, 5])], ids=str)
+def test_one_block_or_none_beside_an_infinite_score(backend, n, local_blocks, expected):
+    """No number lies above the largest score; where the local blocks are enough, it is not taken."""
     scores = torch.tensor([[[1.0, 0.0, INF, -INF, -1.0, 0.0]]])
-    assert select(backend, scores, [41], **config_of(2)) == [[[2, 5]]]
+    assert select(backend, scores, [41], **config_of(n, local_blocks=local_blocks)) == [[expected]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "n", "expected"), [([1.0, INF, 0.0], 1, [2]), ([3.0, INF, 0.0, 0.0], 2, [2, 3])], ids=str
+)
+def test_local_blocks_alone_beside_an_infinite_score(backend, scores, n, expected):
+    found = select(backend, torch.tensor([[scores]]), [8 * len(scores)], **config_of(n, local_blocks=n))
+    assert found == [[expected]]
 
 
 @pytest.mark.parametrize("kind", SCORE_KINDS)
