@@ -25,7 +25,6 @@ from .gpu.launch import let_next_start, overlapped, wait_for_previous
 from .gpu.limits import INTERPRETED
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-MERGED_AT_ONCE = tl.constexpr(4)
 MERGED_ROWS = 4  # query rows that one program merges
 GROUP_ROWS = 16  # query heads of a group, padded to the fewest rows of a matrix product
 
@@ -214,12 +213,13 @@ def _merge(p_first, splits, o_r, m_out, R: tl.constexpr, D: tl.constexpr):
     z.
     """
     N: tl.constexpr = o_r.shape[0]
+    AT_ONCE: tl.constexpr = 4 if N * D > 2048 else 8 if N * D > 1024 else 16  # as registers allow
     o_d = tl.arange(0, D)
     m = tl.full([N], float("-inf"), tl.float32)
     z = tl.zeros([N], tl.float32)
     acc = tl.zeros([N, D], tl.float32)
-    for base in range(0, splits, MERGED_AT_ONCE):
-        for i in tl.static_range(MERGED_AT_ONCE):  # unrolled, so that their loads wait together
+    for base in range(0, splits, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):  # unrolled, so that their loads wait together
             m_row = m_out & (tl.full([N], base + i, tl.int32) < splits)
             p_split = p_first + (base + i) * R * (D + 2)
             p_acc = p_split + o_r[:, None] * D + o_d

@@ -322,21 +322,24 @@ def _search(score, candidates, needed):
     # Weights of the ends: how far they miss, or less.
     below, above = (candidates - needed).to(tl.float32), needed.to(tl.float32)
 
-    # Mean and scale of the scores. Where none is negative, masses say, those of their places, which
-    # grow with the logarithm.
+    # Mean and scale of the finite scores. Where none is negative, masses say, those of their places,
+    # which grow with the logarithm.
     place = _order(score).to(tl.float32) - low.to(tl.float32)
-    x = tl.where(score == score, tl.where(lowest < 0, score, place), 0.0)
-    mean, square = tl.sum(x, axis=0) / candidates, tl.sum(x * x, axis=0) / candidates
+    x = tl.where(tl.abs(score) < float("inf"), tl.where(lowest < 0, score, place), 0.0)
+    n_scores = tl.maximum(candidates, 1)
+    mean, square = tl.sum(x, axis=0) / n_scores, tl.sum(x * x, axis=0) / n_scores
     scale = tl.sqrt(tl.maximum(square - mean * mean, 0.0)) * LOGISTIC
-    logistic = mean + scale * tl.log(below / above)
-    per_score = scale * candidates / (below * above)
-    first_place = low
+    n_below, n_above = tl.maximum(below, 0.5), tl.maximum(above, 0.5)
+    logistic = mean + scale * tl.log(n_below / n_above)
+    per_score = scale * candidates / (n_below * n_above)
+    first_place, width = low, high.to(tl.float32) - low.to(tl.float32)
     while (at_low > needed) & (high > low + 1):
         width_half = (high >> 1) - (low >> 1)  # half of it, because the whole can exceed 32 bits
         share = below / (below + above)
         guess = low + 2 * (width_half.to(tl.float32) * share).to(tl.int32)
         if n_pass < 2:
-            by_place = first_place + 2 * (logistic * 0.5).to(tl.int32)
+            within = tl.minimum(tl.maximum(logistic, 0.0), width)
+            by_place = first_place + 2 * (within * 0.5).to(tl.int32)
             guess = tl.where(lowest < 0, _order(logistic), by_place)
         guess = tl.minimum(tl.maximum(guess, low + 1), high - 1)
         halfway = (low & high) + ((low ^ high) >> 1)
