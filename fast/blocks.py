@@ -322,8 +322,8 @@ def _search(score, candidates, needed):
     # Weights of the ends: how far they miss, or less.
     below, above = (candidates - needed).to(tl.float32), needed.to(tl.float32)
 
-    # Mean and scale of the finite scores. Where none is negative, masses say, those of their places,
-    # which grow with the logarithm.
+    # Mean and scale of the finite scores. Where none is negative, masses say, those of their
+    # places, which grow with the logarithm.
     place = _order(score).to(tl.float32) - low.to(tl.float32)
     x = tl.where(tl.abs(score) < float("inf"), tl.where(lowest < 0, score, place), 0.0)
     n_scores = tl.maximum(candidates, 1)
