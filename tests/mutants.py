@@ -181,6 +181,8 @@ KERNELS = [
     Mistake("kernel: parts of one KV head are all its first", "fast/attention.py", "i_part = i_row * n_parts + tl.program_id(0) * ROWS // R", "i_part = i_row * n_parts", MERGING),
     Mistake("kernel: rows of a part are all its first", "fast/attention.py", "splits, o_r % R, m_out", "splits, o_r % ROWS, m_out", MERGING),
     Mistake("kernel: a split too few is merged", "fast/attention.py", "partial, out, lse, n_queries, splits, len", "partial, out, lse, n_queries, splits - 1, len", MERGING),
+    Mistake("kernel: only the first splits are merged", "fast/attention.py", "range(0, splits, AT_ONCE)", "range(0, AT_ONCE, AT_ONCE)", OPERATIONS),
+    Mistake("kernel: rows of another tile", "fast/gpu/hopper.py", "i_first = _row_tile() * PROGRAM_ROWS", "i_first = gl.program_id(0) * PROGRAM_ROWS", MERGING),
     Mistake("kernel: a slot is loaded while it is read", "fast/gpu/hopper.py", "        mbarrier.wait(done.index(slot + 1), phase ^ 1)\n", "", MERGING),
     Mistake("kernel: the loader waits for a phase that never ends", "fast/gpu/hopper.py", "mbarrier.wait(done.index(slot), phase ^ 1)", "mbarrier.wait(done.index(slot), phase)", MERGING),
     Mistake("kernel: both groups wait for their turn", "fast/gpu/hopper.py", "(i - 1 + W) & 1", "i & 1", MERGING),
