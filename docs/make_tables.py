@@ -306,9 +306,14 @@ def kilo(context: int) -> str:
     return f"{context // 1024}K"
 
 
+def cycles(name: str) -> dict:
+    """Read a measurement of one layer's attention."""
+    return load(f"docs/results/cycles/{name}.json")
+
+
 def attention_rows() -> tuple[dict, list[dict]]:
     """The measurement of attention, and its rows of the widths that tables show."""
-    result = load("docs/results/attention.json")
+    result = cycles("bounds_0.1")
     return result, [row for row in result["rows"] if row["batch"] == 8 and row["context"] in LONG]
 
 
@@ -361,9 +366,9 @@ def selections() -> str:
     files = [("bounds", 0.1), ("sketch", 0.1), ("sketch", 0.05)]
     lines = []
     for name, ratio in files:
-        result = load(f"docs/results/cycles/{name}_{ratio}.json")
+        result = cycles(f"{name}_{ratio}")
         for row in result["rows"]:
-            if row["interval"] == 32:
+            if row["batch"] == 8 and row["context"] in LONG:
                 parts = [f"{row['parts'][part]['us']:.1f}" for part in ("append", "score", "select", "attend")]
                 cycle = [f"{row['parts']['rectify']['us'] / 32:.1f}", spread(row["resa"]), f"**{row['ratio']:.2f}**"]
                 losses = " / ".join(f"{loss:.3f}" for loss in lost[name, ratio])
@@ -372,37 +377,42 @@ def selections() -> str:
     note = (
         f"µs per layer and token, batch 8; medians [quartiles]. {result['device']}, torch {result['torch']}, triton "
         f"{result['triton']}; 28 query and 4 KV heads of 128, float16, block size 16, interval 32. Lost: nats on "
-        f"SmolLM2, English / code ([evidence.md](evidence.md)). `{result['command']}` and the like, commit "
-        f"{result['commit']}; files in [cycles/](results/cycles)."
+        f"SmolLM2, English / code ([evidence.md](evidence.md)). Commands and commits stand in the files of "
+        f"[cycles/](results/cycles)."
     )
     return table([*head, "dense ÷ ReSA", "lost, 4,096 tokens"], lines, note)
 
 
+SELECTIONS = {"bounds": "bounds_0.1", "sketch": "sketch_0.1"}  # the measurements of both
+
+
 def crossover() -> str:
     """Dense time over ReSA time for every batch and context."""
-    rows = load("docs/results/attention.json")["rows"]
-    contexts = sorted({row["context"] for row in rows})
-    ratios = {(row["batch"], row["context"]): f"{row['ratio']:.2f}" for row in rows}
-    batches = sorted({row["batch"] for row in rows})
-    lines = [[str(batch), *(ratios.get((batch, context), "–") for context in contexts)] for batch in batches]
-    return table(["batch", *map(kilo, contexts)], lines)
+    lines, contexts = [], sorted({row["context"] for row in cycles("bounds_0.1")["rows"]})
+    for batch, (selection, name) in product((1, 8), SELECTIONS.items()):
+        ratios = {row["context"]: row["ratio"] for row in cycles(name)["rows"] if row["batch"] == batch}
+        lines.append([f"{batch}, {selection}", *(f"{ratios[context]:.2f}" for context in contexts)])
+    return table(["batch, chosen by", *map(kilo, contexts)], lines)
 
 
 def crossover_file() -> str:
     """The times from which `resa generate` decides how long a request decodes densely."""
-    result = load("docs/results/attention.json")
-    kept = {name: result[name] for name in ("device", "torch", "triton", "commit", "command", "shape")}
-    kept["shape"] |= {name: result["config"][name] for name in ("block_size", "active_ratio", "interval")}
+    kept, dense_below = {}, {}
+    for selection, name in SELECTIONS.items():
+        result = cycles(name)
+        kept = {key: result[key] for key in ("device", "torch", "triton", "commit", "shape")}
+        kept["shape"] |= {key: result["config"][key] for key in ("block_size", "active_ratio", "interval")}
 
-    # The shortest cache of one sequence from which ReSA was faster at every length measured.
-    rows = [row for row in result["rows"] if row["batch"] == 1]
-    slower = max((row["context"] for row in rows if row["resa_us"] >= row["dense_us"]), default=0)
-    longer = [row["context"] for row in rows if row["context"] > slower]
-    return json.dumps({**kept, "dense_below_tokens": min(longer, default=slower + 1)}, indent=1) + "\n"
+        # The shortest cache of one sequence from which ReSA was faster at every length measured.
+        rows = [row for row in result["rows"] if row["batch"] == 1]
+        slower = max((row["context"] for row in rows if row["resa_us"] >= row["dense_us"]), default=0)
+        dense_below[selection] = min((row["context"] for row in rows if row["context"] > slower), default=slower + 1)
+    return json.dumps({**kept, "dense_below_tokens": dense_below}, indent=1) + "\n"
 
 
 WEIGHTS = {"float16": "16-bit", "int4": "4-bit"}
-H100, H200 = ("h100_float16", "h100_int4", "h100_int4_true"), ("h200_float16", "h200_int4")
+H100 = "h100_float16", "h100_int4", "h100_int4_true"
+H200 = "h200_float16", "h200_int4", "h200_int4_true"
 Point = tuple[str, str, int, int]  # weights, whose caches, batch, context
 
 
@@ -489,7 +499,8 @@ def whole_steps_by_selection() -> str:
     lines = []
     for (ending, (chosen, part, score)), (weights, name) in product(CHOSEN.items(), WEIGHTS.items()):
         file = f"h200_{weights}{ending}"
-        rows, ratio = step_rows(file), whole_steps(file)["config"]["active_ratio"]
+        files = (file, "h200_int4_true") if file == "h200_int4" else (file,)
+        rows, ratio = step_rows(*files), whole_steps(file)["config"]["active_ratio"]
         gains = [rows.get((weights, *point)) for point in points]
         cells = ["–" if row is None else f"**{row['ratio']:.2f}**" for row in gains]
         losses = " / ".join(f"{loss(part, text, score, ratio):.3f}" for text in ("english", "code"))
@@ -508,7 +519,8 @@ def small_shapes() -> str:
     contexts = [2**12, 2**13, 2**14]
     lines = []
     for file, name in (("smollm2", "SmolLM2-135M"), ("qwen3", "Qwen3-0.6B"), ("float16", "Qwen2.5-7B")):
-        rows, shape = step_rows(f"h200_{file}"), whole_steps(f"h200_{file}")["shape"]
+        files = (f"h200_{file}", "h200_float16_32") if file == "float16" else (f"h200_{file}",)
+        rows, shape = step_rows(*files), whole_steps(files[0])["shape"]
         for batch in (1, 8, 32):
             found = [rows.get(("float16", "shared", batch, context)) for context in contexts]
             if any(found):

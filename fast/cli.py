@@ -50,10 +50,10 @@ def _operations() -> Operations:
     return TRITON_OPS
 
 
-def _crossover() -> int:
+def _crossover(selection: str) -> int:
     """Tokens up to which dense decoding is faster: one sequence, on the GPU that the file names."""
     path = Path(__file__).with_name("bench") / "crossover.json"
-    return json.loads(path.read_text(encoding="utf-8"))["dense_below_tokens"]
+    return json.loads(path.read_text(encoding="utf-8"))["dense_below_tokens"][selection]
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def continue_text(options: argparse.Namespace) -> None:
     sampling = Sampling(options.temperature, options.top_p, options.top_k)
     backend, dense_below = options.backends[name], options.dense_below
     if dense_below is None:
-        dense_below = 0 if backend.crossover is None else backend.crossover()
+        dense_below = 0 if backend.crossover is None else backend.crossover(config.selection)
     require_integer("--dense-below", dense_below, 0)
     newest, is_chat = options.prompt_tokens, options.chat
     require(newest is None or newest >= 1, "--prompt-tokens", newest, "an integer ≥ 1")
@@ -112,7 +112,7 @@ def continue_text(options: argparse.Namespace) -> None:
         if n_dense > 0:
             how_much = "all of it is dense, below" if n_dense == n_tokens else "dense up to"
             is_measured = options.dense_below is None
-            why = "measured to be faster, by bounds" if is_measured else "as --dense-below says"
+            why = "measured to be faster" if is_measured else "as --dense-below says"
             print(f"{how_much} {dense_below:,} tokens, {why}", file=sys.stderr)
         print(text, end="", flush=True)
 

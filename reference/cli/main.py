@@ -60,8 +60,9 @@ class Backend:
     generate: Callable[..., list[Generation]]  # with the signature of `resa.reference.generate`
     operations: Callable[[], Operations]  # for commands with a loop of their own
     needs: Callable[[torch.device], str | None]  # what a device lacks to run it; None: it runs
-    # cache length from which sparse decoding of one sequence is faster than dense; None: always
-    crossover: Callable[[], int] | None = None
+    # takes what chooses the blocks: cache length from which sparse decoding of one sequence is
+    # faster than dense; None: always
+    crossover: Callable[[str], int] | None = None
     # takes a function, and calls it with what delays the first tokens while the context lasts
     watched: Callable[[Callable[[str], None]], AbstractContextManager[object]] = nullcontext
 

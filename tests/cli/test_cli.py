@@ -228,7 +228,7 @@ def test_nothing_is_printed_before_the_backend_takes_the_request(resa, path):
     def refuse(*_, **__):
         raise ValueError("block_size: got 16; allowed: 17")
 
-    backends = {"reference": replace(REFERENCE, generate=refuse, crossover=lambda: 100)}
+    backends = {"reference": replace(REFERENCE, generate=refuse, crossover=lambda selection: 100)}
     status, out, err = resa("generate", "--tokens", 3, "--model", path, backends=backends)
     assert (status, out, err) == (2, "", "resa generate: block_size: got 16; allowed: 17\n")
 
@@ -292,7 +292,7 @@ class Watched:
 
     def __init__(self, crossover):
         self.calls, self.told = [], []
-        own = replace(REFERENCE, generate=self.generate, crossover=lambda: crossover)
+        own = replace(REFERENCE, generate=self.generate, crossover=lambda selection: crossover)
         self.backends = {"watched": own, **BACKENDS}
 
     def generate(self, model, prompts, n_tokens, config, *, on_token, resume=None, generators, **request):
@@ -376,8 +376,8 @@ def test_a_stop_token_ends_the_text_on_either_side_of_the_seam(decoded, monkeypa
 @pytest.mark.parametrize(
     ("crossover", "arguments", "says"),
     [
-        (N_PROMPT + 5, [], "dense up to 57 tokens, measured to be faster, by bounds"),
-        (2048, [], "all of it is dense, below 2,048 tokens, measured to be faster, by bounds"),
+        (N_PROMPT + 5, [], "dense up to 57 tokens, measured to be faster"),
+        (2048, [], "all of it is dense, below 2,048 tokens, measured to be faster"),
         (2048, ["--dense-below", "60"], "dense up to 60 tokens, as --dense-below says"),
         (2048, ["--dense-below", "0"], None),
         (N_PROMPT, [], None),  # long enough from the start

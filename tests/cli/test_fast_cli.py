@@ -158,7 +158,7 @@ def pays_from(monkeypatch):
     """Puts a length in the place of the measured crossover."""
 
     def become(length):
-        monkeypatch.setitem(cli.BACKENDS, "triton", replace(cli.BACKENDS["triton"], crossover=lambda: length))
+        monkeypatch.setitem(cli.BACKENDS, "triton", replace(cli.BACKENDS["triton"], crossover=lambda selection: length))
 
     return become
 
@@ -210,9 +210,10 @@ def test_kernels_that_compile_are_counted_and_those_on_disk_are_not():
 
 @pytest.mark.fast
 def test_the_measured_crossover_is_taken_unless_another_is_given(resa, path, on_triton):
-    arguments = ["generate", TEXT, "--tokens", 3, "--model", path, *SPARSE, *on_triton, "--json"]
-    told = [json.loads(resa(*arguments, *more)[1])["dense_below"] for more in ([], ["--dense-below", 0])]
-    assert told == [8192, 0]  # docs/performance.md: for one sequence ReSA is the faster from 8K on
+    arguments = ["generate", TEXT, "--tokens", 3, "--model", path, *SPARSE, *on_triton, "--json", "--selection"]
+    asked = (["bounds"], ["sketch"], ["sketch", "--dense-below", 0])
+    told = [json.loads(resa(*arguments, *more)[1])["dense_below"] for more in asked]
+    assert told == [2**14, 2**16, 0]  # docs/performance.md, "Where ReSA begins to pay"
 
 
 @pytest.mark.fast
