@@ -4,21 +4,28 @@ Its operations are the public ones. A trace runs through the decode loop of `gen
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from resa.reference import Generation, ReSAConfig, Sampling
-from resa.reference.conformance.port import as_numpy, build_model, entry
+from resa.conformance.port import as_numpy, build_model, entry, trace_attention
+from resa.reference import Generation, GPTConfig, ReSAConfig, Sampling
 
+from .cache import BatchedCache, write_window
 from .generate import DecodeLoop, check_model, open_cache, passes, prefill
 from .gpu.limits import INTERPRETED
 from .model import accelerated
-from .operations import CHECKED_OPS
+from .operations import CHECKED_OPS, TRITON_OPS
 from .sampling import Sampler
 
 if not (INTERPRETED or torch.cuda.is_available()):
     raise ImportError("resa.fast.port needs an NVIDIA GPU, or TRITON_INTERPRET=1")
 DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter computes with bfloat16's bits as if they were integers, and long contexts take it
+# too long. No kernel takes float64, or head dimensions that are no powers of two.
+GRADES = ("fp16", "batch") if INTERPRETED else ("fp16", "bf16", "batch", "long")
 
 block_bounds = as_numpy(CHECKED_OPS.block_bounds, DEVICE)
 score_blocks = as_numpy(CHECKED_OPS.score_blocks, DEVICE)
@@ -36,6 +43,8 @@ def decode_trace(
     """Greedy generation: one entry after the prefill and one after every step."""
     settings = dict(config)
     n_tokens, resa_config = settings.pop("max_new_tokens"), ReSAConfig(**settings)
+    if n_tokens == 0:
+        return []
     model = build_model(weights, model_config, device=DEVICE)
     check_model(model, resa_config, 1)
     model, longer = accelerated(model), n_tokens + 1  # longer, so that no token ends the sequence
@@ -56,3 +65,27 @@ def decode_trace(
         loop.selected.clear()
         loop.step(rectifies)
     return trace
+
+
+def choose_token(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float, u: np.ndarray
+) -> np.ndarray:
+    """Choose a token per row of logits [B, V] by the uniform numbers u [B] → [B]."""
+    sampler = Sampler(Sampling(temperature, top_p, top_k), [torch.Generator()] * len(u), 1, DEVICE)
+    sampler.uniforms = torch.from_numpy(u)[:, None].to(DEVICE)  # in place of the generators'
+    first = torch.zeros(len(u), dtype=torch.int64, device=DEVICE)
+    return sampler(torch.from_numpy(logits).to(DEVICE), first).cpu().numpy()
+
+
+def attention_trace(passes: Sequence[Mapping], config: Mapping) -> list[dict[str, Any]]:
+    """Attention alone: every pass writes its rows to the cache, then attends."""
+
+    def new_cache(shape: GPTConfig, capacity: int, *kept: Any, device: str) -> BatchedCache:
+        return BatchedCache.empty(shape, 1, capacity, *kept, dtype=torch.float32, device=device)
+
+    def write(cache: BatchedCache, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        ends = (torch.tensor([at], device=DEVICE) for at in (start, start + keys.shape[2]))
+        rows = cache.keys[layer], cache.values[layer], cache.searched(layer), keys, values
+        write_window(*rows, *ends, cache.block_size)
+
+    return trace_attention(passes, config, new_cache, write, TRITON_OPS, DEVICE)

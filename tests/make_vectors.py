@@ -17,10 +17,12 @@ from safetensors.numpy import save
 import oracle
 from tolerances import eps, logit_size, lse_floor, output_floor, score_floor
 
-VERSION = 3
+VERSION = 4
 FOLDER = Path(__file__).parent / "vectors"
 INF, NAN = math.inf, math.nan
 D, BLOCK = 16, 8  # small, and what kernels that need powers of two can take; some cases have 32 and 16
+HUGE = 2.0**104  # garbage that is finite: times a query of about 1 it is a logit of 5e30
+REPEATED = [[0, 3, 4, 7, 10], [2, 5, 9]]  # groups of blocks that hold the same
 at = np.s_  # a place in a tensor
 
 
@@ -125,9 +127,9 @@ def faint(inputs):
 
 
 def abyss(inputs, sign):
-    """All logits the same, ±2**58: one channel, powers of two."""
+    """All logits the same, ±2**122: one channel, powers of two, and no sum or product above 2**124."""
     inputs["query"][:], inputs["keys"][:] = 0.0, 0.0
-    inputs["query"][..., 0], inputs["keys"][..., 0] = 2.0**30, sign * 2.0**30
+    inputs["query"][..., 0], inputs["keys"][..., 0] = 2.0**62, sign * 2.0**62
     return inputs
 
 
@@ -135,6 +137,22 @@ def unseen(inputs, *changes):
     """The inputs with other keys and values where nothing should look: (place, key, value) for each change."""
     for place, key, value in changes:
         inputs["keys"][place], inputs["values"][place] = key, value
+    return inputs
+
+
+def huge(inputs, *places):
+    """The inputs with finite keys where nothing should look, whose logits, of every head, are above all others."""
+    inputs["query"][..., 0] = 1.0
+    one_channel = HUGE * (np.arange(inputs["keys"].shape[3]) == 0)
+    return unseen(inputs, *((place, one_channel, HUGE) for place in places))
+
+
+def rising(inputs, *newest):
+    """One channel, short fractions, so that all logits are exact; and the last keys are these."""
+    keys = np.round(16 * inputs["keys"][..., 0]) / 16
+    keys[..., -len(newest) :] = newest
+    inputs["query"][:], inputs["keys"][:] = 0.0, 0.0
+    inputs["query"][..., 0], inputs["keys"][..., 0] = 1.0, keys
     return inputs
 
 
@@ -159,6 +177,23 @@ def sketches_of(rng, lengths, kv_heads=1, group=1, bits=2, capacity=None, head_d
     return {"query": query, "codes": codes, "scales": scales.astype(np.float32), **rest}
 
 
+def repeated_bounds(inputs):
+    """Inputs whose blocks hold the same within each group of REPEATED."""
+    for first, *others in REPEATED:
+        inputs["bounds"][..., others] = inputs["bounds"][..., [first]]
+    return inputs
+
+
+def repeated_sketches(inputs):
+    """Inputs whose blocks hold the same within each group of REPEATED."""
+    for name in ("codes", "scales"):
+        blocks = np.split(inputs[name], inputs[name].shape[2] // BLOCK, axis=2)  # views
+        for first, *others in REPEATED:
+            for block in others:
+                blocks[block][...] = blocks[first]
+    return inputs
+
+
 def sketch_garbage(inputs, *values):
     """Other codes past every length, and one of the values there for the scales of each sequence."""
     for s, (length, value) in enumerate(zip(inputs["lengths"], values, strict=True)):
@@ -166,12 +201,20 @@ def sketch_garbage(inputs, *values):
     return inputs
 
 
+def huge_sketches(inputs):
+    """Huge scales past every length; there one of two opposite codes has a logit far above all others, for any head."""
+    for s, length in enumerate(inputs["lengths"]):
+        inputs["codes"][s, :, length:], inputs["scales"][s, :, length:] = 0b10010011, HUGE
+        inputs["codes"][s, :, length + 1 :: 2] ^= 0xFF
+    return inputs
+
+
 def sketch_abyss(inputs, sign):
-    """All logits the same, ±3·2**57: one channel, powers of two."""
+    """All logits the same, ±3·2**119: one channel, powers of two, and no sum or product above 2**125."""
     query = np.zeros_like(inputs["query"])
-    query[..., 0] = sign * 2.0**30
+    query[..., 0] = sign * 2.0**60
     inputs["codes"][...] = oracle.sketch_keys(channels_of({0: 1.0})["keys"])[0]
-    inputs["scales"][...] = 2.0**30
+    inputs["scales"][...] = 2.0**60
     return inputs | {"query": query}
 
 
@@ -238,6 +281,16 @@ CASES = {
          "a term of +inf and one of -inf make a score NaN, as their sum does",
          lambda rng: put(put(bounds_of(rng, [32]), "query", (at[..., 2:4], 1.0)), "bounds",
                          (at[..., 1, 2, 1], INF), (at[..., :, 3, 1], -INF), (at[..., 1, 2, 3], INF))),
+        ("nan_bounds_at_a_zero", "2.2 NaN bounds",
+         "0 · NaN is NaN: NaN bounds count where the pooled query is 0 as well",
+         lambda rng: put(put(bounds_of(rng, [32], group=2), "query", (at[..., 4], [[1.0, -1.0]])),
+                         "bounds", (at[..., 4, 1], NAN))),
+        ("score_groups_of_one", "2.2 group order",
+         "a group may be one head: query head h is KV head h's own",
+         lambda rng: bounds_of(rng, [32, 20], kv_heads=3, capacity=32)),
+        ("equal_blocks", "2.2 equal blocks",
+         "blocks of equal bounds score equal, bit for bit, wherever they stand",
+         lambda rng: repeated_bounds(bounds_of(rng, [88, 88], kv_heads=2, group=3))),
     ],
     "select_blocks": [
         ("highest", "2.3 eq. 5",
@@ -358,6 +411,14 @@ CASES = {
         ("sparse_logits_below_any_sentinel", "2.4 true masks",
          "masking is true -inf: logits may lie below any finite sentinel",
          lambda rng: abyss(sparse_of(rng, [35], [[[0, 4, -1]]], group=2, capacity=40, garbage=3.0), -1)),
+        ("sparse_huge_garbage", "law 5 inertness",
+         "finite garbage as well, however large its logits: the maximum is that of visible tokens alone",
+         lambda rng: huge(sparse_of(rng, [35, 20], [[[0, 2, 4]], [[1, 2, -1]]], group=2, capacity=40),
+                          at[0, :, 8:16], at[0, :, 24:32], at[0, :, 35:], at[1, :, :8], at[1, :, 20:])),
+        ("sparse_groups_of_one", "2.4 group order",
+         "a group may be one head: query head h is KV head h's own",
+         lambda rng: sparse_of(rng, [40, 27], [[[0, 2, 4], [1, 2, 4], [0, 3, 4]], [[1, 3, -1], [0, 3, -1], [2, 3, -1]]],
+                               kv_heads=3)),
     ],
     "dense_attention": [
         ("dense_one_query", "2.5 eq. 2",
@@ -404,6 +465,16 @@ CASES = {
         ("dense_logits_below_any_sentinel", "2.5 true masks",
          "masking is true -inf: logits may lie below any finite sentinel",
          lambda rng: abyss(dense_of(rng, [13], 4, group=2, capacity=20, garbage=3.0), -1)),
+        ("dense_huge_garbage", "law 5 inertness",
+         "finite garbage as well, however large its logits: the maximum is that of visible tokens alone",
+         lambda rng: huge(dense_of(rng, [13, 4, 9], 4, group=2, capacity=20),
+                          at[0, :, 13:], at[1, :, 4:], at[2, :, 9:])),
+        ("newer_tokens_huge", "2.5 causality",
+         "the maximum of a query is that of the keys it sees: newer ones may have far larger logits",
+         lambda rng: rising(dense_of(rng, [13], 4, group=2), HUGE / 16, HUGE / 4, HUGE)),
+        ("dense_groups_of_one", "2.5 group order",
+         "a group may be one head: query head h is KV head h's own",
+         lambda rng: dense_of(rng, [13, 9], 3, kv_heads=3)),
     ],
     # Up to the packing, neighbours that share a byte have one level: their order in it does not matter.
     "sketch_keys": [
@@ -471,6 +542,15 @@ CASES = {
         ("sketch_logits_below_any_sentinel", "2.7 true masks",
          "masking is true -inf: logits may lie below any finite sentinel",
          lambda rng: sketch_abyss(sketches_of(rng, [19], group=2, capacity=24), -1)),
+        ("sketch_huge_garbage", "law 13 inertness",
+         "finite scales as well, however large: the maximum is that of the tokens before the length alone",
+         lambda rng: huge_sketches(sketches_of(rng, [9, 19, 13], group=2, capacity=24))),
+        ("sketch_groups_of_one", "2.7 group order",
+         "a group may be one head: query head h is KV head h's own",
+         lambda rng: sketches_of(rng, [24, 17], kv_heads=3)),
+        ("equal_blocks_of_sketches", "2.7 equal blocks",
+         "blocks of equal codes and scales score equal, bit for bit, wherever they stand",
+         lambda rng: repeated_sketches(sketches_of(rng, [88, 88], kv_heads=2, group=3))),
     ],
 }  # fmt: skip
 # What is compared: both results of an attention unless one is named; of a selection the sets, or the lists as they are.
@@ -485,7 +565,15 @@ COMPARED = {
     "on_a_threshold": ["codes"],
     "first_channel_lowest": ["codes"],
 }
+# Blocks whose scores must be equal bit for bit, for every sequence and KV head.
+EQUAL = {"equal_blocks": REPEATED, "equal_blocks_of_sketches": REPEATED}
 CLEARANCE = 1e-4  # relative: from every rotated channel to every threshold of its code, so that codes must be equal
+# Cases whose logits are exact: one channel, and powers of two or short fractions.
+EXACT = (
+    *(f"{name}_large_logits" for name in ("sparse", "dense", "sketch")),
+    *(f"{name}_logits_below_any_sentinel" for name in ("sparse", "dense", "sketch")),
+    "newer_tokens_huge",
+)
 WITHIN_THE_WINDOW = ("shorter_windows",)  # rows past it are the next case's matter
 SAME_INPUTS = {
     "sparse_log_sum_exp": "sparse_one_head",
@@ -498,16 +586,16 @@ SAME_INPUTS = {
 def attention_allowance(inputs, name):
     """Allowed errors of out and lse, by the formulas of tolerances.py for float32; an exact logit has no error, L = 0.
 
-    Where out must be zero and lse infinite, nothing is allowed; what is not compared, anything.
+    Where out must be zero and lse infinite, nothing is allowed; what is not compared, anything. Garbage counts as 0.
     """
     lengths, finite = inputs["lengths"], {}
     for tensor in ("query", "keys", "values"):
-        finite[tensor] = np.where(np.isfinite(inputs[tensor]), inputs[tensor], 0).astype(np.float64)
+        is_garbage = ~np.isfinite(inputs[tensor]) | (np.abs(inputs[tensor]) == HUGE) & (name not in EXACT)
+        finite[tensor] = np.where(is_garbage, 0, inputs[tensor]).astype(np.float64)
     rest = {key: value for key, value in inputs.items() if key not in finite}
     operation = oracle.sparse_attention if "indices" in inputs else oracle.dense_attention
     positive, lse = operation(**{**finite, "values": np.abs(finite["values"])}, **rest, return_lse=True)
-    is_exact = "below_any_sentinel" in name or "large_logits" in name
-    size = np.zeros(lse.shape) if is_exact else logit_size(finite["query"], finite["keys"], lengths)
+    size = np.zeros(lse.shape) if name in EXACT else logit_size(finite["query"], finite["keys"], lengths)
     about = torch.float32, size, finite["query"].shape[-1], max(lengths)
     of_out = output_floor(*about)[..., None] * positive
     of_lse = np.where(np.isfinite(lse), lse_floor(*about, lse, math.e), 0)
@@ -561,13 +649,12 @@ def mass_allowance(inputs, name):
     group, code = query.shape[1] // kv_heads, np.abs(codes_of(inputs["codes"], head_dim))
     is_seen = np.arange(capacity) < np.array(lengths)[:, None, None]
     scales = np.where(is_seen & np.isfinite(inputs["scales"]), np.abs(inputs["scales"]), 0.0)
-    is_exact = "below_any_sentinel" in name or "large_logits" in name
     allowed = np.zeros((batch, kv_heads, -(-capacity // block_size)))
     for g in range(group):
         heads = query[:, g::group]  # the g-th of every group
         size = np.einsum("shd,shtd,sht->sht", run_sizes(heads), code, scales).max(axis=2) * head_dim**-0.5
         mass = oracle.score_sketch(**inputs | {"query": heads})
-        roundings = 0 * size if is_exact else 2 * (head_dim + 4) * size
+        roundings = 0 * size if name in EXACT else 2 * (head_dim + 4) * size
         roundings = roundings + max(lengths) + block_size + group + 4
         allowed += eps(torch.float32) * roundings[..., None] * np.where(np.isfinite(mass), mass, 0.0)
     scores = oracle.score_sketch(**inputs)
@@ -627,15 +714,72 @@ MODELS = {
         "qk_norm": False,
         "tied_embeddings": True,
     },
+    "biases": {
+        "vocab_size": 23,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 1,
+        "head_dim": D,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "rope_theta": 100.0,
+        "norm_eps": 0.001,
+        "qkv_bias": True,
+        "qk_norm": False,
+        "tied_embeddings": True,
+    },
+    "norms": {
+        "vocab_size": 23,
+        "n_layer": 2,
+        "n_head": 3,
+        "n_kv_head": 3,
+        "head_dim": D,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "rope_theta": 100.0,
+        "norm_eps": 0.001,
+        "qkv_bias": False,
+        "qk_norm": True,
+        "tied_embeddings": True,
+    },
 }
-SEEDS = {"two_layers": 352, "four_layers": 80}  # with these no step of any trace is a close call
+# With these no step of any trace is a close call.
+SEEDS = {"two_layers": 352, "four_layers": 80, "biases": 16, "norms": 31}
 PROMPT_LENGTH, NEW_TOKENS = 21, 33
 MARGIN = 1e-3  # relative: every selection's gap, and every token's lead over the next
-# Generations with sketches: the seed of a prompt, and how many tokens. No step is a close call, and sketches that a
-# rectification leaves as they were select other blocks.
-SKETCHED = {"sketch_paper_4": (2, 13), "sketch_fused_5_one_bit": (57, 11)}
+# Generations with a prompt of their own: its seed. No step is a close call, and sketches, or bounds of middle blocks,
+# that a rectification leaves as they were select other blocks.
+PROMPT_SEEDS = {
+    "sketch_paper_4": 2,
+    "sketch_fused_5_one_bit": 57,
+    "fused_12_over_three_blocks": 166,
+    "paper_20_over_three_blocks": 180,
+    "sketch_paper_12_over_three_blocks": 59,
+}
+# Blocks in which each window drifts.
+DRIFTING = {
+    "fused_12_over_three_blocks": [[4, 5, 6], [6, 7]],
+    "paper_20_over_three_blocks": [[4, 5, 6], [6, 7, 8]],
+    "sketch_paper_12_over_three_blocks": [[4, 5, 6], [6, 7]],
+}
+# N, where it is not NEW_TOKENS.
+N_TOKENS = {
+    "sketch_paper_4": 13,
+    "sketch_fused_5_one_bit": 11,
+    "biases": 7,
+    "norms": 7,
+    "no_token": 0,
+    "one_token": 1,
+    "interval_beyond_the_end": 10,
+    "fused_32": 34,
+    "every_block": 8,
+    "fused_12_over_three_blocks": 26,
+    "paper_20_over_three_blocks": 42,
+    "sketch_paper_12_over_three_blocks": 26,
+}
 SMALL = {"block_size": BLOCK, "active_ratio": 0.35, "min_blocks": 2, "local_blocks": 1}
 LOCAL = {"block_size": BLOCK, "active_ratio": 0.35, "min_blocks": 3, "local_blocks": 2}
+EVERY = SMALL | {"active_ratio": 1.0}
 TWO_BITS, ONE_BIT = ({"selection": "sketch", "sketch_bits": bits} for bits in (2, 1))
 # Name: model, prompt tokens, selection, interval, schedule, law, what it says.
 TRACES = {
@@ -666,6 +810,31 @@ TRACES = {
                        "blocks are scored by sketches; a rectification writes those of its window anew"),
     "sketch_fused_5_one_bit": ("two_layers", 2 * BLOCK + 1, SMALL | ONE_BIT, 5, "fused", "law 12 online = rebuilt",
                                "sketches of one bit, and windows over two blocks"),
+    "biases": ("biases", PROMPT_LENGTH, SMALL, 4, "fused", "3 model",
+               "biases without norms of heads, and one KV head for all query heads"),
+    "norms": ("norms", PROMPT_LENGTH, SMALL, 4, "paper", "3 model",
+              "norms of heads without biases, and a KV head for every query head"),
+    "paper_never": ("two_layers", PROMPT_LENGTH, SMALL, None, "paper", "4.4 schedules",
+                    "without an interval there is no rectification under schedule paper either"),
+    "no_token": ("two_layers", PROMPT_LENGTH, SMALL, 4, "fused", "4.5 end of generation",
+                 "N = 0: nothing is chosen, so there is no entry"),
+    "one_token": ("two_layers", PROMPT_LENGTH, SMALL, 4, "paper", "4.5 end of generation",
+                  "N = 1: the prefill chooses the only token, which is never fed"),
+    "interval_beyond_the_end": ("two_layers", PROMPT_LENGTH, SMALL, 11, "fused", "4.4 schedules",
+                                "an interval longer than the generation: nothing is rectified, w is N - 1"),
+    "every_block": ("two_layers", PROMPT_LENGTH, EVERY, 3, "paper", "law 8 corners",
+                    "active ratio 1: every block is selected, and the result is that of dense decoding"),
+    "fused_12_over_three_blocks": (
+        "four_layers", 5 * BLOCK - 2, LOCAL, 12, "fused", "law 6 rectification is exact",
+        "windows that drift in three blocks: the whole window is encoded again, and bounds of its middle block"),
+    "paper_20_over_three_blocks": (
+        "four_layers", 4 * BLOCK + 1, LOCAL, 20, "paper", "law 6 rectification is exact",
+        "windows that drift in three blocks: all 20 tokens are encoded again, and bounds of all blocks"),
+    "fused_32": ("two_layers", PROMPT_LENGTH, SMALL, 32, "fused", "4.3 window",
+                 "the default interval: a window of 31 tokens, and the pending one"),
+    "sketch_paper_12_over_three_blocks": (
+        "two_layers", 5 * BLOCK - 2, SMALL | TWO_BITS, 12, "paper", "law 12 online = rebuilt",
+        "windows that drift in three blocks: sketches of the middle one are written anew as well"),
 }  # fmt: skip
 
 
@@ -720,9 +889,26 @@ def gaps(logits, selected, config):
                 yield (high - low) / max(abs(high), abs(low))
 
 
+def drifted(old, new, start):
+    """Blocks in which a rectification changes a key by more than 1e-2 of its norm, and a bound by more than 1e-2.
+
+    Keys [layer, Hkv, n, D] at positions from `start` on, as sparse steps wrote them and as they are now.
+    """
+    blocks = []
+    for block in sorted({(start + i) // BLOCK for i in range(old.shape[2])}):
+        part = at[:, :, max(block * BLOCK - start, 0) : (block + 1) * BLOCK - start]
+        distance, size = (np.linalg.norm(keys, axis=-1) for keys in (old[part] - new[part], new[part]))
+        is_stale = any(
+            np.abs(extreme(old[part], axis=2) - extreme(new[part], axis=2)).max() > 1e-2 for extreme in (np.min, np.max)
+        )
+        blocks += [block] if (distance / size).max() > 1e-2 and is_stale else []
+    return blocks
+
+
 def trace(weights, model, prompt, config):
     """Everything that the oracle does, one dictionary after the prefill and one after every step."""
     steps, before, sketch_keys = [], 0, oracle.sketch_keys  # before: tokens in the cache
+    cached = np.zeros((model["n_layer"], model["n_kv_head"], 0, model["head_dim"]))  # keys, after the step before
 
     def far_from_thresholds(keys, bits):
         if clearance(keys, bits) <= CLEARANCE:
@@ -730,7 +916,7 @@ def trace(weights, model, prompt, config):
         return sketch_keys(keys, bits)
 
     def watch(done, logits, selected):
-        nonlocal before
+        nonlocal before, cached
         keys, values = np.stack(done.cache.keys), np.stack(done.cache.values)  # [layer, Hkv, T, D]
         is_rectified = steps and done.w == 0
         start = keys.shape[2] - steps[-1]["window"] - 1 if is_rectified else before  # the window, and this step's token
@@ -739,10 +925,11 @@ def trace(weights, model, prompt, config):
             "keys": keys[:, :, start:],
             "values": values[:, :, start:],
             "margin": min(gaps(logits, selected, config)),
+            "drifted": drifted(cached[:, :, start:], keys[:, :, start:before], start),
         }
         step["indices"] = np.stack([indices for _, indices in selected]) if selected else None  # [layer, Hkv, N]
         steps.append(step)
-        before = keys.shape[2]
+        before, cached = keys.shape[2], keys
 
     with patch.object(oracle, "sketch_keys", far_from_thresholds):
         oracle.generate(weights, model, config, prompt, config["max_new_tokens"], watch=watch)
@@ -753,6 +940,12 @@ def drawn(name, seed):
     """Weights and prompt of one model."""
     rng, model = np.random.default_rng(seed), MODELS[name]
     return weights_of(rng, model), rng.integers(0, model["vocab_size"], PROMPT_LENGTH).tolist()
+
+
+def prompt_of(name):
+    """Tokens of a prompt that a trace has for itself."""
+    model, length, *_ = TRACES[name]
+    return np.random.default_rng(PROMPT_SEEDS[name]).integers(0, MODELS[model]["vocab_size"], length).tolist()
 
 
 # Files.
@@ -793,59 +986,48 @@ def operations():
         for key, value in allowed.items():
             tensors[f"{operation}/{name}/allowed/{key}"] = stored(value)
         entry["compare"] = COMPARED.get(name, list(expected))
+        if name in EQUAL:
+            entry["equal"] = EQUAL[name]
         entries.append(entry)
     return tensors, entries
 
 
-def traces():
-    """Weights, tensors and manifest entries of the decodings."""
-    weights, prompts, tensors, entries = {}, {}, {}, []
+def decodings():
+    """Weights of the models, and for every trace its manifest entry and the oracle's steps."""
+    of_models, prompts, decoded = {}, {}, []
     for name in MODELS:
-        of_model, prompts[name] = drawn(name, SEEDS[name])
-        weights |= {f"{name}/{key}": weight for key, weight in of_model.items()}
+        of_models[name], prompts[name] = drawn(name, SEEDS[name])
     for name, (model, length, *_, law, says) in TRACES.items():
-        seed, n_tokens = SKETCHED.get(name, (None, NEW_TOKENS))
-        config, prompt = setting(name) | {"max_new_tokens": n_tokens}, prompts[model][:length]
-        if seed is not None:
-            prompt = np.random.default_rng(seed).integers(0, MODELS[model]["vocab_size"], length).tolist()
-        of_model = {key.removeprefix(f"{model}/"): weight for key, weight in weights.items() if key.startswith(model)}
-        steps = trace(of_model, MODELS[model], prompt, config)
-        margin = min(step["margin"] for step in steps)
-        if margin <= MARGIN:
+        config = setting(name) | {"max_new_tokens": N_TOKENS.get(name, NEW_TOKENS)}
+        prompt = prompt_of(name) if name in PROMPT_SEEDS else prompts[model][:length]
+        steps = trace(of_models[model], MODELS[model], prompt, config)
+        margin = min((step["margin"] for step in steps), default=None)
+        if margin is not None and margin <= MARGIN:
             raise ValueError(f"trace {name}: margin {margin:.2g}; {model} needs another seed")
+        if name in DRIFTING and [step["drifted"] for step in steps if step["drifted"]] != DRIFTING[name]:
+            raise ValueError(f"trace {name}: its windows do not drift in every block")
         entry = {"operation": "decode_trace", "case": name, "law": law, "says": says, "model": model}
-        entries.append(entry | {"prompt": prompt, "config": config, "margin": float(f"{margin:.3g}")})
-        for key in ("token", "window", "start", "end"):
-            tensors[f"{name}/{key}"] = stored([step[key] for step in steps])
-        for key in ("keys", "values"):  # rows that a step wrote, one step after another, rows first
-            rows = np.concatenate([step[key].transpose(2, 0, 1, 3) for step in steps])
-            tensors[f"{name}/{key}"] = stored(rows)  # [rows, layer, Hkv, D]
-        width = max((step["indices"].shape[2] for step in steps if step["indices"] is not None), default=0)
-        indices = np.full((len(steps), MODELS[model]["n_layer"], MODELS[model]["n_kv_head"], width), -1, np.int32)
-        for row, step in zip(indices, steps, strict=True):
-            if step["indices"] is not None:
-                row[..., : step["indices"].shape[2]] = step["indices"]
-        if width:
-            tensors[f"{name}/indices"] = indices
-    return weights, tensors, entries
+        entry |= {"prompt": prompt, "config": config, "tokens": [step["token"] for step in steps]}
+        decoded.append((entry | {"margin": None if margin is None else float(f"{margin:.3g}")}, steps))
+    weights = {f"{name}/{key}": weight for name in MODELS for key, weight in of_models[name].items()}
+    return weights, decoded
 
 
 def files():
     """Name -> bytes of everything under tests/vectors that this command writes."""
     cases, operation_entries = operations()
-    weights, decodings, trace_entries = traces()
+    weights, decoded = decodings()
     manifest = {
         "version": VERSION,
         "specification": "docs/porting.md",
         "models": MODELS,
         "operations": operation_entries,
-        "traces": trace_entries,
+        "traces": [entry for entry, _ in decoded],
     }
     return {
         "manifest.json": (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(),
         "operations.safetensors": save(dict(sorted(cases.items()))),
         "weights.safetensors": save({name: halved(weight) for name, weight in sorted(weights.items())}),
-        "traces.safetensors": save(dict(sorted(decodings.items()))),
     }
 
 

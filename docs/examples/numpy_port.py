@@ -7,11 +7,19 @@ import math
 
 import numpy as np
 
+GRADES = ("float64", "fp16", "bf16", "batch", "widths", "long")  # 8: number types and sizes besides float32
+
 # ---- 2 The operations ------------------------------------------------------------------------------------------------
+
+
+def numbers(x):
+    """8: bfloat16 comes as its bits, the upper half of those of a float32."""
+    return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x
 
 
 def block_bounds(keys, lengths, block_size):
     """2.1: keys [B, Hkv, T_max, D] -> [B, Hkv, 2, D, M]."""
+    keys = numbers(keys)
     batch, kv_heads, capacity, head_dim = keys.shape
     n_blocks = math.ceil(capacity / block_size)
     bounds = np.empty((batch, kv_heads, 2, head_dim, n_blocks), keys.dtype)
@@ -25,6 +33,7 @@ def block_bounds(keys, lengths, block_size):
 
 def score_blocks(query, bounds, lengths, block_size):
     """2.2: query [B, Hq, D], bounds [B, Hkv, 2, D, M] -> [B, Hkv, M]."""
+    query, bounds = numbers(query), numbers(bounds)
     batch, kv_heads, _, head_dim, n_blocks = bounds.shape
     pooled = query.astype(np.float64).reshape(batch, kv_heads, -1, head_dim).mean(axis=2)[..., None]
     with np.errstate(invalid="ignore"):
@@ -72,6 +81,7 @@ def attend(query, keys, values):
 
 def sparse_attention(query, keys, values, indices, lengths, block_size, *, return_lse=False):
     """2.4: query [B, Hq, D] over the valid tokens of the selected blocks -> [B, Hq, D], lse [B, Hq]."""
+    query, keys, values = numbers(query), numbers(keys), numbers(values)
     group = query.shape[1] // keys.shape[1]
     out, lse = np.zeros(query.shape), np.zeros(query.shape[:2])
     for s, length in enumerate(lengths):
@@ -85,6 +95,7 @@ def sparse_attention(query, keys, values, indices, lengths, block_size, *, retur
 
 def dense_attention(query, keys, values, lengths, *, query_lengths=None, return_lse=False):
     """2.5: a window of queries [B, Hq, Q, D] over the whole cache -> [B, Hq, Q, D], lse [B, Hq, Q]."""
+    query, keys, values = numbers(query), numbers(keys), numbers(values)
     batch, heads, n_queries, _ = query.shape
     group = heads // keys.shape[1]
     counts = [n_queries] * batch if query_lengths is None else query_lengths
@@ -121,6 +132,7 @@ def centred(levels, bits):
 
 def sketch_keys(keys, bits=2):
     """2.6: keys [B, Hkv, T_max, D] -> codes [B, Hkv, T_max, D bits / 8] uint8, scales [B, Hkv, T_max]."""
+    keys = numbers(keys)
     is_lost = ~np.isfinite(keys).all(axis=-1)
     rotated = hadamard(np.where(is_lost[..., None], 0.0, keys))
     step = 0.9957 * np.sqrt((rotated**2).mean(axis=-1, keepdims=True))
@@ -136,6 +148,7 @@ def sketch_keys(keys, bits=2):
 
 def score_sketch(query, codes, scales, lengths, block_size):
     """2.7: query [B, Hq, D], codes and scales of every key -> [B, Hkv, M]."""
+    query, scales = numbers(query), numbers(scales)
     (batch, kv_heads, capacity, n_bytes), head_dim = codes.shape, query.shape[-1]
     bits = 8 * n_bytes // head_dim
     levels = codes[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & (2**bits - 1)
@@ -263,6 +276,8 @@ class Model:
 def decode_trace(weights, model_config, prompt, config):
     """4: greedy generation of config["max_new_tokens"] tokens; what there is after the prefill and after every step."""
     n_tokens, f, fed = config["max_new_tokens"], config["interval"], list(prompt)
+    if n_tokens == 0:
+        return []
     model = Model(weights, model_config, config, len(prompt) + n_tokens)
     logits, indices, trace = model.dense_pass(fed, 0), None, []
     while True:
@@ -282,3 +297,59 @@ def decode_trace(weights, model_config, prompt, config):
         if config["schedule"] == "paper" and f is not None and model.window >= f:
             start = model.length - model.window
             model.dense_pass(fed[start:], start)  # its logits are discarded
+
+
+def kept_tokens(logits, temperature, top_k, top_p):
+    """4.5: logits [V] -> the ids that may be chosen, likeliest first, and their cumulative mass."""
+    ids = np.argsort(-logits, kind="stable")[:top_k]  # of equals the lower id first
+    likely = np.exp((logits[ids].astype(np.float64) - logits[ids[0]]) / temperature)
+    mass = np.cumsum(likely / likely.sum())
+    kept = max(1, int((mass - likely / likely.sum() < top_p - 1e-12).sum()))
+    return ids[:kept], mass[:kept]
+
+
+def choose_token(logits, temperature, top_k, top_p, u):
+    """4.5: logits [B, V], uniform numbers u [B] -> ids [B]."""
+    chosen = np.argmax(logits, axis=1)
+    for s in range(len(logits) if temperature > 0 else 0):
+        ids, mass = kept_tokens(logits[s], temperature, top_k, top_p)
+        chosen[s] = ids[min(np.searchsorted(mass, u[s] * mass[-1], side="right"), len(ids) - 1)]
+    return chosen
+
+
+# ---- 4.7 What a serving engine has -----------------------------------------------------------------------------------
+
+
+def attention_trace(passes, config):
+    """4.7: attention alone, of one sequence: pages that are one, as long as the cache."""
+    capacity = max(each["start"] + each["queries"].shape[2] for each in passes)
+    return paged_trace([each | {"table": [0]} for each in passes], config, 1, capacity)
+
+
+def paged_trace(passes, config, n_pages, page_size):
+    """4.7: every pass writes its rows to the pages of its table, then attends to all of them."""
+    (n_layer, kv_heads, _, head_dim), b = passes[0]["keys"].shape, config["block_size"]
+    pools = np.full((2, n_layer, n_pages, kv_heads, page_size, head_dim), math.nan)  # keys, values
+    results = []
+    for each in passes:
+        start, table, queries = each["start"], np.array(each["table"]), each["queries"]
+        end, outs, chosen = start + queries.shape[2], [], []
+        slots = np.arange(start, end)
+        pages, heads = table[slots // page_size][:, None], np.arange(kv_heads)
+        for layer in range(n_layer):
+            for pool, name in zip(pools, ("keys", "values"), strict=True):
+                pool[layer][pages, heads, slots[:, None] % page_size] = each[name][layer].swapaxes(0, 1)
+            keys, values = (x[layer][table].swapaxes(0, 1).reshape(1, kv_heads, -1, head_dim) for x in pools)
+            if each["is_dense"]:
+                outs.append(dense_attention(queries[layer][None], keys, values, [end])[0])
+                continue
+            query = queries[layer][None, :, 0]
+            if config.get("selection") == "sketch":
+                scores = score_sketch(query, *sketch_keys(keys, config["sketch_bits"]), [end], b)
+            else:
+                scores = score_blocks(query, block_bounds(keys, [end], b), [end], b)
+            chosen.append(select_blocks(scores, [end], config))
+            outs.append(sparse_attention(query, keys, values, chosen[-1], [end], b)[0][:, None])
+        indices = np.concatenate(chosen) if chosen else None
+        results.append({"out": np.stack(outs), "indices": indices})  # [layer, Hq, n, D], [layer, Hkv, K]
+    return results

@@ -1,42 +1,41 @@
-"""Checks a port against the conformance vectors, and says what is wrong in the page's own words.
+"""Checks a port case by case, and says what is wrong in the words of docs/porting.md.
 
-A port is a module with the five operations of `operations.py`, NumPy arrays in and out, and
-`decode_trace` for whole generations; docs/porting.md says what each must compute. The cases of one
-operation form a ladder: each asks for one thing more than those before it, so the first that fails
-names the law. `trace.py` compares a generation step by step up to where it first goes wrong.
+A port is a module with the five operations, NumPy arrays in and out, and `decode_trace` for whole
+generations. The cases of one operation form a ladder: each asks for one thing more than those
+before it, so the first that fails names the law. `trace.py` compares a generation step by step up
+to where it first goes wrong.
 
-The two operations of key sketches are optional. A port offers both or neither.
+What is optional, a port offers or not: both operations of key sketches, and other number types and
+sizes, which its `GRADES` names. The rest is "not supported".
 """
 
 import importlib
 import importlib.util
 import inspect
-import json
 import math
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from importlib.resources import files
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from textwrap import wrap
 from types import ModuleType
 
 import numpy as np
-import safetensors.numpy
-from rich.console import Console
-from rich.table import Table
 
-from ..checks import refuse, require
-from ..operations import Operations
+from ..examples import numpy_port as exact
+from .grades import GRADES, OPERATIONS, widened
+from .parts import PARTS, check_passes, choice_of, passes_of, traced
 from .trace import DRIFT, TRACE, check_steps, expected_steps, read_trace
-from .wrong import IMPRECISE, Wrong, foreign_code, in_one_line, part_of, wrong_clause, wrong_order
+from .unseen import with_garbage
+from .vectors import Vectors, load_vectors, part_of  # noqa: F401
+from .wrong import IMPRECISE, Wrong, foreign_code, in_one_line, wrong_clause, wrong_order
 
-OPERATIONS = tuple(field.name for field in fields(Operations))
-OPTIONAL = tuple(field.name for field in fields(Operations) if field.default is not MISSING)
+OPTIONAL = ("sketch_keys", "score_sketch")
 PASS, FAIL, UNCHECKED, UNSUPPORTED = "pass", "FAIL", "not checked", "not supported"
-STYLES = {PASS: "none", FAIL: "bold red", UNCHECKED: "yellow", UNSUPPORTED: "dim"}
 SIGNATURES = "2 signatures"
 # What an operation returns where it is no single array; attention does so with `return_lse`.
 PAIRS = {"lse": ("out", "lse"), "codes": ("codes", "scales")}
@@ -49,40 +48,21 @@ class Row:
     operation: str
     case: str
     status: str
+    grade: str = "float32"
     error: float | None = None  # absolute, of the element that is worst for what it is allowed
     allowed: float | None = None  # of that element; 0 where results must be equal
     law: str = ""  # what the case asks for; if it failed, what broke
     says: str = ""  # if it failed, the law in words and what was found
 
 
-@dataclass(frozen=True)
-class Vectors:
-    """The manifest and the tensors of all cases."""
-
-    manifest: dict
-    operations: Mapping[str, np.ndarray]
-    weights: Mapping[str, np.ndarray]
-    traces: Mapping[str, np.ndarray]
-
-
-def load_vectors() -> Vectors:
-    """Load the vectors that come with the package."""
-    folder = files("resa.vectors")
-    names = ("operations", "weights", "traces")
-    stored = ((folder / f"{name}.safetensors").read_bytes() for name in names)
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    operations, weights, traces = map(safetensors.numpy.load, stored)
-    weights = {name: weight.astype(np.float32) for name, weight in weights.items()}  # half the file
-    return Vectors(manifest, operations, weights, traces)
-
-
 def load_port(name: str) -> ModuleType:
     """Import a port: a module by its name, from the working directory too, or a path ending in
     .py. ValueError if there is none, or if it cannot be imported.
     """
-    allowed = "a module that can be imported, or a file ending in .py"
+    allowed = "allowed: a module that can be imported, or a file ending in .py"
     path = Path(name) if name.endswith(".py") else None
-    require(path is None or path.is_file(), "MODULE", name, allowed)
+    if path is not None and not path.is_file():
+        raise ValueError(f"MODULE: got {name}; {allowed}")
     sys.path.insert(0, str(path.parent.resolve()) if path else "")  # for modules beside it
     try:
         if path is None:
@@ -93,52 +73,92 @@ def load_port(name: str) -> ModuleType:
         spec.loader.exec_module(module)
         return module
     except (Exception, SystemExit) as error:  # whatever a foreign module raises
-        refuse("MODULE", f"{name} ({in_one_line(error)})", allowed)
+        raise ValueError(f"MODULE: got {name} ({in_one_line(error)}); {allowed}") from error
 
 
-def check_port(port: ModuleType, vectors: Vectors, *, ops_only: bool = False) -> list[Row]:
-    """Check every case in order; without `decode_trace`, or with `ops_only`, no generation.
+def check_port(
+    port: ModuleType, vectors: Vectors, *, ops_only: bool = False, grades: Sequence[str] = GRADES
+) -> list[Row]:
+    """Check every case in order, in this process; with `ops_only` no generation.
 
     A port with neither operation of key sketches is not asked for anything that needs them.
     """
     rows: list[Row] = []
-    has_trace = callable(getattr(port, "decode_trace", None)) and not ops_only
-    has_sketches = any(getattr(port, name, None) is not None for name in OPTIONAL)
-    for entry in vectors.manifest["operations"] + vectors.manifest["traces"]:
-        row = Row(entry["operation"], entry["case"], PASS, law=entry["law"])
-        is_operation = row.operation in OPERATIONS
-        if not has_sketches and (row.operation in OPTIONAL or sketch_bits(entry) is not None):
-            rows.append(replace(row, status=UNSUPPORTED))
-            continue
-        if not is_operation and not has_trace:
-            rows.append(replace(row, status=UNCHECKED))
-            continue
-        check = check_operation if is_operation else check_trace
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # NaN and infinity are meant
-            try:
-                error, allowed = check(port, entry, vectors)
-                rows.append(replace(row, error=error, allowed=allowed))
-            except Wrong as wrong:
-                rows.append(_failed(row, wrong, rows))
+    for entry in chosen_entries(vectors, grades=grades):
+        status = left_out(entry, offers(port), ops_only=ops_only)
+        outcome = {} if status else outcome_of(port, entry, vectors)
+        rows.append(row_of(entry, status, outcome, rows))
     return rows
+
+
+def chosen_entries(
+    vectors: Vectors, *, grades: Sequence[str] = GRADES, only: str = "*"
+) -> list[dict]:
+    """Cases of these grades whose own name or whose operation's fits a pattern."""
+    return [
+        entry
+        for entry in vectors.entries()
+        if entry.get("grade", "float32") in grades
+        and any(fnmatch(entry[key], only) for key in ("case", "operation"))
+    ]
+
+
+def offers(port: ModuleType) -> list[str]:
+    """List what a port has: its functions that the kit may call, and its grades."""
+    every = (*OPERATIONS, "decode_trace", *PARTS)
+    names = [name for name in every if callable(getattr(port, name, None))]
+    return [*names, "float32", *getattr(port, "GRADES", ())]
+
+
+def left_out(entry: Mapping, offered: Sequence[str], *, ops_only: bool) -> str:
+    """Say why a case is not run; empty if it is."""
+    operation, grade = entry["operation"], entry.get("grade", "float32")
+    has_sketches = any(name in offered for name in OPTIONAL)
+    needs_sketches = operation in OPTIONAL or sketch_bits(entry) is not None
+    has_part = operation not in PARTS or operation in offered
+    if grade not in offered or not has_part or (needs_sketches and not has_sketches):
+        return UNSUPPORTED
+    is_generation = operation == "decode_trace"
+    return UNCHECKED if is_generation and (ops_only or operation not in offered) else ""
+
+
+def outcome_of(port: ModuleType, entry: dict, vectors: Vectors) -> dict:
+    """Run one case → its worst error and what is allowed there, and what broke, if anything."""
+    checks = {"decode_trace": check_trace, "choose_token": check_choice}
+    checks |= {"attention_trace": check_part_trace, "paged_trace": check_part_trace}
+    check = checks.get(entry["operation"], check_operation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NaN and infinity are meant
+        try:
+            error, allowed = check(port, entry, vectors)
+        except Wrong as wrong:
+            return asdict(wrong)
+    return {"error": error, "allowed": allowed}
+
+
+def row_of(entry: Mapping, status: str, outcome: Mapping, before: Sequence[Row]) -> Row:
+    """Make the row of a case; it may have failed because an operation did whose rows precede it."""
+    law, says = outcome.get("law", entry["law"]), outcome.get("says", "")
+    broken = {each.operation: each for each in first_failures(before)}
+    cause = next((name for name in outcome.get("needs", ()) if name in broken), None)
+    if cause is not None:
+        law, says = broken[cause].law, f"{says}; {cause} fails as well, so mend that first"
+    return Row(
+        entry["operation"],
+        entry["case"],
+        status or (FAIL if "law" in outcome else PASS),
+        entry.get("grade", "float32"),
+        outcome.get("error"),
+        outcome.get("allowed"),
+        law,
+        says,
+    )
 
 
 def sketch_bits(entry: Mapping) -> int | None:
     """Bits per channel of the sketches that a generation decodes with; None: it needs none."""
     config = entry.get("config", {})
     return config["sketch_bits"] if config.get("selection") == "sketch" else None
-
-
-def _failed(row: Row, wrong: Wrong, before: Sequence[Row]) -> Row:
-    """A row that failed, perhaps because an operation did whose rows stand before it."""
-    broken = {each.operation: each for each in first_failures(before)}
-    law, says = wrong.law, wrong.says
-    cause = next((name for name in wrong.needs if name in broken), None)
-    if cause is not None:
-        law, says = broken[cause].law, f"{says}; {cause} fails as well, so mend that first"
-    numbers = {"error": wrong.error, "allowed": wrong.allowed}
-    return replace(row, status=FAIL, law=law, says=says, **numbers)
 
 
 def first_failures(rows: Sequence[Row]) -> list[Row]:
@@ -161,26 +181,83 @@ def is_passed(rows: Sequence[Row], *, ops_only: bool = False) -> bool:
 
 def check_operation(port: ModuleType, entry: dict, vectors: Vectors) -> tuple[float, float]:
     """Check one case of one operation → its worst error and what is allowed there."""
-    operation, names = entry["operation"], entry["compare"]
-    arrays = part_of(vectors.operations, f"{operation}/{entry['case']}")
+    operation, names, arrays = entry["operation"], entry["compare"], vectors.arrays(entry)
     inputs = {name: array for name, array in arrays.items() if "/" not in name}
     inputs |= deepcopy(entry["arguments"])
     if "lse" in names:
         inputs["return_lse"] = True
     _check_signature(port, operation, inputs)
+    results = _call(port, entry, inputs)
+    errors = [_compare(name, results[name], arrays, entry) for name in names]
+    _check_equal_blocks(results, entry)
+
+    # Once more, and with other garbage where nothing may look: every bit stays.
+    if not _same_bits(results, _call(port, entry, inputs)):
+        raise Wrong("5 second run", "a second run of the same case gives other bits")
+    for law, what, changed in with_garbage(operation, inputs):
+        again = _call(port, entry | {"law": law, "says": what}, changed)
+        if not _same_bits(results, again):
+            raise Wrong(law, f"{what} change the result")
+    return max(errors, key=lambda pair: pair[0] / pair[1] if pair[1] else 0.0)
+
+
+def _call(port: ModuleType, entry: Mapping, inputs: Mapping) -> dict[str, object]:
+    """Call an operation with copies of its inputs → its results by name."""
+    operation, names, copies = entry["operation"], entry["compare"], deepcopy(dict(inputs))
     with foreign_code(entry["law"], entry["says"]):
-        results = getattr(port, operation)(**inputs)
+        results = getattr(port, operation)(**copies)
+    _check_unwritten(operation, inputs, copies)
 
     # Of a pair a case may compare one.
-    found, pair = {names[0]: results}, next((PAIRS[name] for name in names if name in PAIRS), None)
-    if pair is not None:
-        if not isinstance(results, (tuple, list)) or len(results) != 2:
-            given = f"the result is a pair ({', '.join(pair)}), got a {type(results).__name__}"
-            says = f"with return_lse {given}" if "lse" in pair else given
-            raise Wrong(SIGNATURES, says)
-        found = dict(zip(pair, results, strict=True))
-    errors = [_compare(name, found[name], arrays, entry) for name in names]
-    return max(errors, key=lambda pair: pair[0] / pair[1] if pair[1] else 0.0)
+    pair = next((PAIRS[name] for name in names if name in PAIRS), None)
+    if pair is None:
+        return {names[0]: results}
+    if not isinstance(results, (tuple, list)) or len(results) != 2:
+        given = f"the result is a pair ({', '.join(pair)}), got a {type(results).__name__}"
+        says = f"with return_lse {given}" if "lse" in pair else given
+        raise Wrong(SIGNATURES, says)
+    return dict(zip(pair, results, strict=True))
+
+
+def _check_unwritten(operation: str, given: Mapping, after: Mapping) -> None:
+    """Refuse a function that has changed what it was given."""
+    written = [name for name in given if not _is_same(given[name], after[name])]
+    if written:
+        says = f"{operation} writes to its {' and '.join(written)}: arguments are read only"
+        raise Wrong(SIGNATURES, says)
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Compare two arguments, arrays by their bits."""
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, np.ndarray):
+        return one.tobytes() == other.tobytes()
+    return one == other
+
+
+def _same_bits(one: Mapping, other: Mapping) -> bool:
+    """Compare results bit for bit, but for the payload of NaN."""
+
+    def is_same(name: str) -> bool:
+        ours, theirs = np.asarray(one[name]), np.asarray(other[name])
+        if ours.shape != theirs.shape or ours.dtype.kind != "f":
+            return np.array_equal(ours, theirs)
+        signs = (np.signbit(ours) == np.signbit(theirs)) | np.isnan(ours)
+        return np.array_equal(ours, theirs, equal_nan=True) and bool(signs.all())
+
+    return all(map(is_same, one))
+
+
+def _check_equal_blocks(results: Mapping, entry: Mapping) -> None:
+    """Blocks that hold the same score the same, bit for bit: else ties between them are none."""
+    for blocks in entry.get("equal", ()):
+        columns = np.asarray(results["scores"])[..., blocks]
+        if (columns != columns[..., :1]).any():
+            says = f"blocks {blocks} hold the same and score differently: a sum's order may not"
+            raise Wrong(entry["law"], f"{says} depend on the block")
 
 
 def _missing(operation: str) -> Wrong:
@@ -207,6 +284,8 @@ def _compare(name: str, result: object, arrays: Mapping, entry: dict) -> tuple[f
     expected, allowed = arrays[f"expected/{kept}"], arrays.get(f"allowed/{kept}", 0.0)
     with foreign_code(SIGNATURES, f"{name}: can't be read as a NumPy array"):
         actual = np.asarray(result)
+    if entry.get("grade") == "bf16" and expected.dtype.kind == "f":
+        actual = widened(actual)
 
     # Type and shape. Codes are bytes. A list of indices may be longer than it must.
     given, is_code = f"{actual.dtype} {list(actual.shape)}", name == "codes"
@@ -214,7 +293,8 @@ def _compare(name: str, result: object, arrays: Mapping, entry: dict) -> tuple[f
         numbers = "signed integers, or floats that NumPy has itself"
         raise Wrong(SIGNATURES, f"{name}: got {given}, expected {numbers}")
     is_kind = (actual.dtype.kind, actual.ndim) == (expected.dtype.kind, expected.ndim)
-    is_narrow = actual.dtype.itemsize < expected.dtype.itemsize
+    least = entry.get("least", {}).get(name, expected.dtype.itemsize)
+    is_narrow = actual.dtype.itemsize < least
     if not is_kind or is_narrow or (is_code and actual.dtype != expected.dtype):
         wanted = f"{expected.dtype}{'' if is_code else ' or wider'}, {list(expected.shape)}"
         raise Wrong(SIGNATURES, f"{name}: got {given}, expected {wanted}")
@@ -236,15 +316,16 @@ def _compare(name: str, result: object, arrays: Mapping, entry: dict) -> tuple[f
 
     # The worst element is the largest error where results must be equal, else the largest share.
     allowed = np.broadcast_to(allowed, expected.shape).astype(np.float64)
-    error = _errors(actual, expected, allowed)
-    worst = max(
-        np.ndindex(error.shape),
-        key=lambda i: (error[i] if allowed[i] == 0 else 0.0, error[i] / (allowed[i] or 1.0)),
-    )
+    error, is_exact = _errors(actual, expected, allowed), allowed == 0
+    share = np.where(is_exact, error, error / np.where(is_exact, 1.0, allowed))
+    share = np.where(is_exact, error, 0.0) if (error > 0)[is_exact].any() else share
+    worst = np.unravel_index(share.argmax(), share.shape)
     numbers, n_wrong = (float(error[worst]), float(allowed[worst])), (error > allowed).sum()
     if n_wrong == 0:
         return numbers
-    where = f"{name}{list(worst)} is {actual[worst]:.6g} instead of {expected[worst]:.6g}"
+    where = (
+        f"{name}{[int(i) for i in worst]} is {actual[worst]:.6g} instead of {expected[worst]:.6g}"
+    )
     if error.max() < IMPRECISE * np.abs(expected[np.isfinite(expected)]).max(initial=0.0):
         where += ", so close that arithmetic may be narrower than float32"
     says = f"{entry['says']} ({n_wrong} of {error.size} differ: {where})"
@@ -270,13 +351,38 @@ def check_trace(port: ModuleType, entry: dict, vectors: Vectors) -> tuple[float,
     lacking = [name for name in OPTIONAL if getattr(port, name, None) is None]
     if bits is not None and lacking:
         raise _missing(lacking[0])
-    weights = part_of(vectors.weights, entry["model"])
-    arguments = deepcopy((vectors.manifest["models"][entry["model"]], entry["prompt"], config))
+    model = vectors.manifest["models"][entry["model"]]
+    arguments = (part_of(vectors.weights, entry["model"]), model, entry["prompt"], config)
+    copies = deepcopy(arguments)
     with foreign_code(TRACE, "decode_trace raised an exception"):
-        entries = port.decode_trace(weights, *arguments)
+        entries = port.decode_trace(*copies)
         found = read_trace(entries, config["max_new_tokens"], has_sketches=bits is not None)
-    expected = expected_steps(part_of(vectors.traces, entry["case"]))
+    names = ("weights", "model_config", "prompt", "config")
+    _check_unwritten(
+        "decode_trace", *(dict(zip(names, x, strict=True)) for x in (arguments, copies))
+    )
+    expected = expected_steps(exact.decode_trace(*arguments), has_sketches=bits is not None)
+    if [step.token for step in expected] != entry["tokens"]:
+        raise RuntimeError(f"{entry['case']}: arithmetic on this machine gives other tokens")
     return check_steps(found, expected, config), DRIFT
+
+
+def check_choice(port: ModuleType, entry: dict, _: Vectors) -> tuple[float, float]:
+    """Check the tokens chosen from a few rows of logits."""
+    inputs, expected = choice_of(entry["case"])
+    _check_signature(port, "choose_token", inputs)
+    found = _call(port, entry | {"compare": ["ids"]}, inputs)
+    return _compare("ids", found["ids"], {"expected/ids": expected.astype(np.int32)}, entry)
+
+
+def check_part_trace(port: ModuleType, entry: dict, _: Vectors) -> tuple[float, float]:
+    """Check attention alone, pass by pass."""
+    given = {"passes": passes_of(entry), "config": entry["config"]}
+    copies = deepcopy(given)
+    with foreign_code(entry["law"], entry["says"]):
+        found = [dict(each) for each in traced(port, entry, **copies)]
+    _check_unwritten(entry["operation"], given, copies)
+    return check_passes(given["passes"], found, traced(exact, entry, **given), entry["config"])
 
 
 def report(
@@ -296,21 +402,31 @@ def report(
     }
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Print every row as a table, then the first failures."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("operation", "case", "", "largest error", "allowed", "law"):
-        table.add_column(name, justify="right" if name in ("largest error", "allowed") else "left")
-    for row in rows:
-        numbers = ["" if number is None else f"{number:.2g}" for number in (row.error, row.allowed)]
-        cells = (row.operation, row.case, row.status, *numbers, row.law)
-        table.add_row(*cells, style=STYLES[row.status])
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(table)
+def line(row: Row) -> str:
+    """One row as text."""
+    numbers = ["" if number is None else f"{number:.2g}" for number in (row.error, row.allowed)]
+    name = f"{row.operation:16} {row.case:34}"
+    return f"{row.status:13} {name} {numbers[0]:>8} {numbers[1]:>8}  {row.law}".rstrip()
 
-    # The brackets of indices are no markup.
-    for row in first_failures(rows):
-        text = f"\n{row.operation}, {row.case}: {row.law}\n  {row.says}"
-        console.print(text, style=STYLES[FAIL], markup=False)
+
+def summary(rows: Sequence[Row]) -> str:
+    """Say what to look at first, and how many cases there are of each result."""
+    parts = [
+        "\n".join(
+            [
+                f"{row.operation}, {row.case}: {row.law}",
+                *wrap(row.says, 118, initial_indent="  ", subsequent_indent="  "),
+            ]
+        )
+        for row in first_failures(rows)
+    ]
     counts = Counter(row.status for row in rows)
-    console.print("\n" + ", ".join(f"{counts[each]} {each}" for each in STYLES if counts[each]))
+    every = (PASS, FAIL, UNCHECKED, UNSUPPORTED)
+    total = ", ".join(f"{counts[each]} {each}" for each in every if counts[each])
+    left = [row for row in rows if row.status == UNSUPPORTED]
+    names = dict.fromkeys(row.operation for row in left if row.operation in PARTS)
+    if any(row.law.startswith(("2.6", "2.7")) for row in left):
+        names["key sketches"] = None
+    names |= dict.fromkeys(row.grade for row in left if row.grade != GRADES[0])
+    parts.append(f"{total} ({', '.join(names)})" if names else total)
+    return "\n\n".join(parts)

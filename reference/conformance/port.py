@@ -1,4 +1,4 @@
-"""The reference as a port, for `resa conformance resa.reference.conformance.port`.
+"""The reference as a port, for `resa conformance resa.conformance.port`.
 
 A port is NumPy in and out; `docs/porting.md` says what it offers. The helpers here turn any torch
 rendering of the contract in `operations.py` into one, so the Triton path uses them too.
@@ -6,37 +6,45 @@ rendering of the contract in `operations.py` into one, so the Triton path uses t
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import GPTConfig, ReSAConfig
-from ..generate import Generation, decode_step, prefill
-from ..model import GPT
-from ..operations import CHECKED_OPS, REFERENCE_OPS
-from ..weights.checkpoint import filled, hollow_model
+from resa.reference.cache import KVCache
+from resa.reference.config import GPTConfig, ReSAConfig
+from resa.reference.generate import Generation, decode_step, prefill
+from resa.reference.model import GPT
+from resa.reference.operations import CHECKED_OPS, REFERENCE_OPS, Operations
+from resa.reference.sampling import Sampling, place
+from resa.reference.weights.checkpoint import filled, hollow_model
 
+GRADES = ("float64", "fp16", "bf16", "batch", "widths", "long")
 CONTEXT = 2**17  # tokens, more than any case asks for
 
 
 def as_numpy(operation: Callable, device: str = "cpu") -> Callable:
     """Wrap a torch operation so that it takes and returns NumPy arrays.
 
-    A configuration comes as a plain mapping and reaches the operation as a `ReSAConfig`.
+    A configuration comes as a plain mapping and reaches the operation as a `ReSAConfig`. bfloat16
+    comes as its bits, and goes as float32.
     """
 
     def to_torch(argument: object) -> object:
+        if isinstance(argument, np.ndarray) and argument.dtype == np.uint16:
+            return torch.from_numpy(argument.view(np.int16)).view(torch.bfloat16).to(device)
         if isinstance(argument, np.ndarray):
             return torch.from_numpy(argument).to(device)
         return ReSAConfig(**argument) if isinstance(argument, Mapping) else argument
 
+    def to_numpy(tensor: Tensor) -> np.ndarray:
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
     def call(*arguments: object, **options: object) -> np.ndarray | tuple[np.ndarray, ...]:
         options = {name: to_torch(option) for name, option in options.items()}
         result = operation(*map(to_torch, arguments), **options)
-        if isinstance(result, tuple):
-            return tuple(each.cpu().numpy() for each in result)
-        return result.cpu().numpy()
+        return tuple(map(to_numpy, result)) if isinstance(result, tuple) else to_numpy(result)
 
     return call
 
@@ -87,6 +95,8 @@ def decode_trace(
 
     settings = dict(config)
     n_tokens = settings.pop("max_new_tokens")
+    if n_tokens == 0:
+        return []
     resa_config = ReSAConfig(**settings)
     ops = replace(REFERENCE_OPS, select_blocks=watched)
     model = build_model(weights, model_config).with_ops(ops)
@@ -103,3 +113,65 @@ def decode_trace(
             return trace
         selected.clear()
         logits = decode_step(model, generation, resa_config)
+
+
+def choose_token(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float, u: np.ndarray
+) -> np.ndarray:
+    """Choose a token per row of logits [B, V] by the uniform numbers u [B] → [B]."""
+    sampling, chosen = Sampling(temperature, top_p, top_k), []
+    for row, number in zip(torch.from_numpy(logits), u.tolist(), strict=True):
+        if temperature == 0:
+            chosen.append(sampling.token(row, None))
+            continue
+        ids, mass = sampling.kept(row)
+        chosen.append(int(ids[place(mass, number)]))
+    return np.array(chosen)
+
+
+def attention_trace(passes: Sequence[Mapping], config: Mapping) -> list[dict[str, Any]]:
+    """Attention alone: every pass writes its rows to the cache, then attends."""
+    return trace_attention(passes, config, KVCache.empty, KVCache.write, REFERENCE_OPS)
+
+
+def trace_attention(
+    passes: Sequence[Mapping],
+    config: Mapping,
+    new_cache: Callable,
+    write: Callable,
+    ops: Operations,
+    device: str = "cpu",
+) -> list[dict[str, Any]]:
+    """Trace attention through any cache, which `write(cache, layer, start, keys, values)` fills."""
+    config, results = ReSAConfig(**config), []
+    (n_layer, n_kv_head, _, head_dim), n_head = (
+        passes[0]["keys"].shape,
+        len(passes[0]["queries"][0]),
+    )
+    shape = GPTConfig(1, n_layer, n_head, n_kv_head, head_dim, hidden_size=1, intermediate_size=1)
+    capacity = max(each["start"] + each["queries"].shape[2] for each in passes)
+    cache = new_cache(shape, capacity, config.block_size, config.kept_bits, device=device)
+    for each in passes:
+        rows = [torch.from_numpy(each[name]).to(device) for name in ("queries", "keys", "values")]
+        lengths = torch.tensor([each["start"] + rows[0].shape[2]], dtype=torch.int32, device=device)
+        outs, chosen = [], []
+        for layer, row in enumerate(zip(*rows, strict=True)):
+            query, key, value = (x[None] for x in row)
+            write(cache, layer, each["start"], key, value)
+            keys, values = cache.keys[layer], cache.values[layer]
+            if each["is_dense"]:
+                outs.append(ops.dense_attention(query, keys, values, lengths)[0])
+                continue
+            query = query[:, :, 0].contiguous()
+            if cache.bounds is None:
+                kept = cache if isinstance(cache, KVCache) else cache.sketches
+                sketches = kept.codes[layer], kept.scales[layer]
+                scores = ops.score_sketch(query, *sketches, lengths, config.block_size)
+            else:
+                scores = ops.score_blocks(query, cache.bounds[layer], lengths, config.block_size)
+            chosen.append(ops.select_blocks(scores, lengths, config))
+            selected = chosen[-1], lengths, config.block_size
+            outs.append(ops.sparse_attention(query, keys, values, *selected)[0][:, None])
+        indices = torch.cat(chosen).cpu().numpy() if chosen else None
+        results.append({"out": torch.stack(outs).cpu().numpy(), "indices": indices})
+    return results

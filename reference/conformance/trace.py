@@ -6,15 +6,15 @@ that it selects, then bounds or sketches, w and the token.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from operator import index
 from typing import NoReturn
 
 import numpy as np
-import torch
 
-from ..sketch import STEP, rotate, unpacked
+from ..examples.numpy_port import centred, hadamard
+from .grades import codes_of
 from .wrong import IMPRECISE, Wrong, foreign_code, wrong_clause
 
 # ‖k − k*‖ / ‖k*‖ of a cached key or value: far above float32's rounding, far below any mistake.
@@ -40,18 +40,14 @@ class Step:
     scales: np.ndarray | None = None  # [layer, Hkv, T]
 
 
-def expected_steps(trace: Mapping[str, np.ndarray]) -> list[Step]:
-    """The steps of one trace of the vectors, its cache put together from the rows they wrote."""
-    rows = np.stack((trace["keys"], trace["values"])).transpose(0, 2, 3, 1, 4)
-    cache = np.zeros((*rows.shape[:3], trace["end"].max(), rows.shape[4]))  # [2, layer, Hkv, T, D]
-    numbers, steps = (trace[name].tolist() for name in ("token", "window", "start", "end")), []
-    for i, (token, window, start, end) in enumerate(zip(*numbers, strict=True)):
-        n = end - start
-        cache[..., start:end, :], rows = rows[..., :n, :], rows[..., n:, :]
-        keys, values = cache[..., :end, :].copy()
-        is_sparse = "indices" in trace and (trace["indices"][i] >= 0).any()
-        indices = trace["indices"][i] if is_sparse else None
-        steps.append(Step(keys, values, None, indices, token, window, start))
+def expected_steps(entries: Sequence[Mapping], *, has_sketches: bool) -> list[Step]:
+    """Make steps of what the NumPy port returns, with the first row that each has written."""
+    steps, length = [], 0
+    for step in read_trace(entries, len(entries), has_sketches=has_sketches):
+        is_rectified = bool(steps) and step.window == 0
+        start = length - (steps[-1].window if is_rectified else 0)
+        steps.append(replace(step, start=start))
+        length = step.keys.shape[2]
     return steps
 
 
@@ -314,27 +310,27 @@ def _stale_rows(found: Step, layer: int) -> list[int]:
     """
     if found.codes is None or found.scales is None:
         return []
-    keys = torch.from_numpy(found.keys[layer])  # [Hkv, T, D]
-    codes = torch.from_numpy(found.codes[layer, :, : keys.shape[1]].astype(np.uint8))
-    scales = torch.from_numpy(found.scales[layer, :, : keys.shape[1]].astype(np.float64))
-    head_dim, bits = keys.shape[-1], 8 * codes.shape[-1] // keys.shape[-1]
-    rotated, code = rotate(keys), unpacked(codes, bits, torch.float64)
+    keys = found.keys[layer]  # [Hkv, T, D]
+    codes, scales = found.codes[layer, :, : keys.shape[1]], found.scales[layer, :, : keys.shape[1]]
+    rotated, head_dim = hadamard(keys), keys.shape[-1]
+    code, bits = codes_of(codes.astype(np.uint8), head_dim), 8 * codes.shape[-1] // head_dim
 
     # First-order rounding of a channel in float32, twice; it is enough for a scale as well.
     run = head_dim & -head_dim
-    size = keys.abs().sum(dim=-1, keepdim=True) * run**-0.5  # no rotated channel is larger
-    rounding = 2**-23 * (2 * head_dim + 8) * size
-    step = STEP * rotated.square().mean(dim=-1, keepdim=True).sqrt()
-    thresholds = (0.0 * step,) if bits == 1 else (-step, 0.0 * step, step)
+    size = np.abs(keys).sum(axis=-1, keepdims=True) * run**-0.5  # no rotated channel is larger
+    rounding = 2.0**-23 * (2 * head_dim + 8) * size
+    step = 0.9957 * np.sqrt((rotated**2).mean(axis=-1, keepdims=True))
+    thresholds = (0.0,) if bits == 1 else (-1.0, 0.0, 1.0)
     low, high = (
-        sum((rotated >= threshold + side * rounding).double() for threshold in thresholds)
+        centred(
+            sum(rotated >= threshold * step + side * rounding for threshold in thresholds), bits
+        )
         for side in (1, -1)
     )
-    level = code + 1.5 if bits == 2 else (code + 1) / 2
-    right = (rotated * code).sum(dim=-1) / code.square().sum(dim=-1)
-    is_right = ((low <= level) & (level <= high)).all(dim=-1)
-    is_right &= (scales - right).abs() <= rounding[..., 0]  # False for NaN
-    return (~is_right.all(dim=0)).nonzero()[:, 0].tolist()
+    right = (rotated * code).sum(axis=-1) / (code**2).sum(axis=-1)
+    is_right = ((low <= code) & (code <= high)).all(axis=-1)
+    is_right &= np.abs(scales - right) <= rounding[..., 0]  # False for NaN
+    return np.flatnonzero(~is_right.all(axis=0)).tolist()
 
 
 def _blame_selection(at: Comparison, layer: int, says: str) -> NoReturn:

@@ -2,7 +2,7 @@
 
 import importlib
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,16 +42,6 @@ def in_one_line(error: BaseException) -> str:
     own = [each for each in frames if not any(name in each.filename for name in NOT_THE_PORT)]
     place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
-
-
-def part_of(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    """Copies of the tensors `name/…`, by the rest of their names."""
-    start = f"{name}/"
-    return {
-        key.removeprefix(start): tensor.copy()
-        for key, tensor in tensors.items()
-        if key.startswith(start)
-    }
 
 
 def wrong_clause(found: np.ndarray, wanted: np.ndarray, n_local: int) -> tuple[str, str] | None:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-ROOTS = {package: Path(find_spec(package).origin).parent for package in ("resa.reference", "resa.fast")}
+ROOTS = {
+    package: Path(find_spec(package).origin).parent for package in ("resa.reference", "resa.fast", "resa.conformance")
+}
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 ARROW = [
     "checks", "rope", "config", "blocks", "sketch", "attention", "operations", "cache", "model", "sampling",
@@ -27,12 +29,12 @@ FAST_ARROW = [
 # Rooms beside the path, and the rooms that each may import besides itself.
 ROOMS = {
     "weights": set(),
-    "conformance": {"weights"},
     "lab": {"weights"},
-    "cli": {"weights", "conformance", "lab"},
+    "cli": {"weights", "lab"},
     "__main__": {"cli"},
 }
-EXTRA = {"cli.py": {"rich"}, "four_bit.py": {"humming"}}  # third-party packages of the fast path's edges
+# Third-party packages of the edges of the fast path.
+EXTRA = {"cli.py": {"rich"}, "four_bit.py": {"humming"}, "port.py": {"numpy"}}
 
 
 def imports(tree, package):
@@ -60,7 +62,13 @@ def test_relative_imports_are_understood():
     ]  # fmt: skip
 
 
-FILES = [(package, path) for package, root in ROOTS.items() for path in sorted(root.rglob("*.py"))]
+KIT = sorted(ROOTS["resa.conformance"].rglob("*.py"))
+FILES = [
+    (package, path)
+    for package in ("resa.reference", "resa.fast")
+    for path in sorted(ROOTS[package].rglob("*.py"))
+    if path not in KIT
+]
 
 
 def place_of(package, path):
@@ -132,3 +140,17 @@ def test_the_reference_stands_alone(path):
                 assert not {"triton", "fast"} & set(".".join(names).split(".")), where
             allows = [keyword.value for keyword in node.keywords if keyword.arg == "allow_pickle"]
             assert all(getattr(value, "value", True) is False for value in allows), where
+
+
+@pytest.mark.parametrize("path", KIT, ids=lambda path: path.name)
+def test_the_kit_needs_numpy_alone(path):
+    """But for the reference as a port."""
+    modules = {module.split(".")[0] for _, module in read("resa.conformance", path)[1]}
+    allowed = {"numpy", "resa", *sys.stdlib_module_names} - PICKLERS
+    if path.name == "port.py":
+        allowed |= {"torch"}
+    assert modules <= allowed
+    inside = {
+        ".".join(module.split(".")[:2]) for _, module in read("resa.conformance", path)[1] if module[:5] == "resa."
+    }
+    assert inside <= {"resa.conformance", "resa.examples", *(["resa.reference"] if path.name == "port.py" else [])}

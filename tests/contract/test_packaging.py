@@ -15,10 +15,17 @@ from pathlib import Path
 
 import pytest
 
+import resa.conformance
 import resa.reference
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = {"reference": "resa.reference", "fast": "resa.fast", "tests/vectors": "resa.vectors"}
+FOLDERS = {
+    "reference": "resa.reference",
+    "reference/conformance": "resa.conformance",
+    "fast": "resa.fast",
+    "docs/examples": "resa.examples",
+    "tests/vectors": "resa.vectors",
+}
 
 
 def sources():
@@ -36,7 +43,9 @@ def shipped():
     """Files that the wheel must hold, by the name they are imported or found under."""
     found = {}
     for folder, package in FOLDERS.items():
+        others = [other for other in FOLDERS if other != folder and Path(other).is_relative_to(folder)]
         inside = [path for path in sources() if path.is_relative_to(folder)]
+        inside = [path for path in inside if not any(path.is_relative_to(other) for other in others)]
         found |= {"/".join([*package.split("."), *path.relative_to(folder).parts]): path for path in inside}
     return found
 
@@ -80,13 +89,13 @@ config = ReSAConfig(block_size=1, min_blocks=1, interval=2)
 (generation,) = generate(GPT(GPTConfig(11, 2, 4, 2, 4, 8, 8)), [[1, 2, 3]], 5, config)
 assert len(generation.tokens) == 5
 assert not {"numpy", "safetensors", "tiktoken", "rich", "matplotlib", "triton", "resa.fast"} & set(sys.modules)
-rooms = {f"resa.reference.{name}" for name in ("weights", "conformance", "lab", "cli")}
+rooms = {"resa.conformance", *(f"resa.reference.{name}" for name in ("weights", "lab", "cli"))}
 assert not rooms & set(sys.modules)
 """
 IMPORTED = """
 import json, pathlib, sys
 import resa.reference, resa.fast
-from resa.reference.conformance.kit import load_vectors
+from resa.conformance.vectors import load_vectors
 assert len(load_vectors().manifest["operations"]) > 40
 assert resa.reference.load_model().config.n_layer == 12
 folders = [str(pathlib.Path(module.__file__).parent) for module in (resa.reference, resa.fast)]
@@ -94,9 +103,9 @@ print(json.dumps({"prefix": sys.prefix, "folders": folders, "path": list(resa.__
 """
 
 
-def link_torch(folder):
-    """Link torch and the packages that it requires into a folder, and nothing else."""
-    wanted = ["torch"]
+def link(folder, package):
+    """Link a package and those that it requires into a folder, and nothing else."""
+    wanted = [package]
     while wanted:
         try:
             found = metadata.distribution(wanted.pop())
@@ -128,7 +137,7 @@ def lent():
 def test_the_wheel_works_in_an_environment_of_its_own(installed, tmp_path):
     """The reference decodes where there is nothing but torch."""
     python, clean = installed
-    link_torch(tmp_path)
+    link(tmp_path, "torch")
     run(python, "-c", DECODED, env={**clean, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
     told = json.loads(run(python, "-c", IMPORTED, env={**clean, "PYTHONPATH": lent()}, cwd=tmp_path))
     inside = python.parents[1].resolve()
@@ -138,6 +147,15 @@ def test_the_wheel_works_in_an_environment_of_its_own(installed, tmp_path):
     (script,) = python.parent.glob("resa*")
     help_text = run(script, "--help", env={**clean, "PYTHONPATH": lent()}, cwd=tmp_path)
     assert all(command in help_text for command in ("generate", "bench"))
+
+
+def test_the_kit_needs_numpy_alone(installed, tmp_path):
+    """Vectors, example ports and the command, where there is nothing but NumPy."""
+    python, clean = installed
+    link(tmp_path, "numpy")
+    command = [python, "-m", "resa.conformance", "resa.examples.numpy_port", "--only", "*e*_blocks"]
+    told = run(*command, env={**clean, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
+    assert re.search(r"\n\d\d pass\n", told)
 
 
 def test_tutorials_of_a_clone_run_with_an_installed_package(installed, tmp_path):
@@ -165,10 +183,15 @@ def test_tutorials_find_the_recorded_results_beside_themselves(tutorial, tmp_pat
             assert names[found[1]] == ROOT / "docs" / "results"
 
 
-@pytest.mark.parametrize("folder", ["reference", "fast"])
+@pytest.mark.parametrize("folder", ["reference", "reference/conformance", "fast"])
 def test_the_bare_folder_name_is_refused(folder):
     """At the root of the checkout `import reference` finds the folder; two copies of one class would follow."""
-    done = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {Path(folder).name}"],
+        cwd=(ROOT / folder).parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1].startswith("ImportError: ")
     assert FOLDERS[folder] in done.stderr.strip().splitlines()[-1]
@@ -176,8 +199,10 @@ def test_the_bare_folder_name_is_refused(folder):
 
 MODULES = [
     name
-    for _, name, _ in pkgutil.walk_packages(resa.reference.__path__, "resa.reference.")
-    if not name.endswith(".__main__")  # that one starts the program
+    for package in (resa.reference, resa.conformance)
+    for _, name, _ in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    # The first starts the program. The second is another package, mapped from inside of this one.
+    if not name.endswith(".__main__") and not name.startswith("resa.reference.conformance")
 ]
 
 
