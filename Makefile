@@ -24,7 +24,7 @@ FOUND = import os, sys; from importlib.util import find_spec; \
 CHECK_CLONE = $(FOUND); os.path.samefile(folder, "reference") or sys.exit(f"{sys.executable} holds the code of \
 {folder}, not of this clone: leave PYTHON out, or run its `pip install --no-deps --editable .` here")
 
-.PHONY: help install install-dev real demo test test-gpu docs tutorials sanitize bench \
+.PHONY: help install install-dev real demo test test-gpu docs tutorials conformance-score sanitize bench \
     evidence evidence-small evidence-check lint clean
 
 help:  ## list the targets
@@ -80,6 +80,9 @@ OWN_KERNELS = $(foreach name,bounds score select write sparse dense compress app
     plan note add_norm split swiglu write_sketches rotate estimate share attend merge \
     count weigh draw,--kernel-name kns=_$(name)_kernel)
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
+
+conformance-score: install-dev  ## seed mistakes into two ports, and count those that the kit sees; 15 minutes
+	$(PYTHON) tests/conformance/mistakes.py $(ARGS)
 
 sanitize: install-dev  ## every kernel under compute-sanitizer: memory errors, then races
 	$(SANITIZE) --tool memcheck $(PYTHON) tests/sanitize.py

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     text = "a module that can be imported from here, or a .py file"
     parser.add_argument("module", metavar="MODULE", help=text)
-    text = "leave generations out; the port needs no decode_trace"
+    text = "run the cases of operations alone; the port needs no decode_trace"
     parser.add_argument("--ops-only", action="store_true", help=text)
     text = "run the cases whose name, or whose operation's, fits this pattern (* and ?)"
     parser.add_argument("--only", metavar="PATTERN", default="*", help=text)

@@ -31,7 +31,7 @@ from .grades import GRADES, OPERATIONS, widened
 from .parts import PARTS, check_passes, choice_of, passes_of, traced
 from .trace import DRIFT, TRACE, check_steps, expected_steps, read_trace
 from .unseen import with_garbage
-from .vectors import Vectors, load_vectors, part_of  # noqa: F401
+from .vectors import Vectors, part_of
 from .wrong import IMPRECISE, Wrong, foreign_code, in_one_line, wrong_clause, wrong_order
 
 OPTIONAL = ("sketch_keys", "score_sketch")
@@ -79,7 +79,7 @@ def load_port(name: str) -> ModuleType:
 def check_port(
     port: ModuleType, vectors: Vectors, *, ops_only: bool = False, grades: Sequence[str] = GRADES
 ) -> list[Row]:
-    """Check every case in order, in this process; with `ops_only` no generation.
+    """Check every case in order, in this process; with `ops_only` operations alone.
 
     A port with neither operation of key sketches is not asked for anything that needs them.
     """
@@ -118,8 +118,8 @@ def left_out(entry: Mapping, offered: Sequence[str], *, ops_only: bool) -> str:
     has_part = operation not in PARTS or operation in offered
     if grade not in offered or not has_part or (needs_sketches and not has_sketches):
         return UNSUPPORTED
-    is_generation = operation == "decode_trace"
-    return UNCHECKED if is_generation and (ops_only or operation not in offered) else ""
+    is_rest = operation not in OPERATIONS
+    return UNCHECKED if is_rest and (ops_only or operation not in offered) else ""
 
 
 def outcome_of(port: ModuleType, entry: dict, vectors: Vectors) -> dict:
