@@ -28,8 +28,8 @@ CHOICES = {
     "top_p": ("4.5 sampling", "the shortest prefix whose mass reaches top-p", 1.0, None, 0.6),
     "equal_logits": ("4.5 sampling", "of ten equal logits 0.8 keeps eight", 1.0, None, 0.8),
     "top_k_then_top_p": ("4.5 sampling", "top-k, then top-p of what is left", 1.0, 6, 0.7),
-    "likeliest": ("4.5 sampling", "a tiny top-p keeps the likeliest", 1.0, None, 1e-9),
-    "cold": ("4.5 sampling", "a tiny temperature does not overflow", 1e-30, None, 1.0),
+    "likeliest": ("4.5 sampling", "a tiny top-p keeps the likeliest", 1.0, None, 1e-13),
+    "cold": ("4.5 sampling", "large quotients do not overflow", 0.01, None, 1.0),
 }
 
 
@@ -58,7 +58,9 @@ def part_entries() -> list[dict]:
 def choice_of(case: str) -> tuple[dict, np.ndarray]:
     """Arguments of `choose_token`, and the ids that it must return."""
     *_, temperature, top_k, top_p = CHOICES[case]
-    logits = (4 * drawn(len(case), 6, 40)).astype(np.float32)
+    logits = drawn(len(case), 6, 40).astype(np.float32)
+    if case == "cold":
+        logits = 100 + logits / 100
     if case == "greedy":
         logits[:, 5::9] = logits.max() + 1
     if case == "equal_logits":

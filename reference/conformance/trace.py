@@ -186,12 +186,14 @@ def _check_step(at: Comparison, drift: np.ndarray) -> None:
     for layer in range(len(drift)):
         stale = _stale_blocks(found, layer, at.config["block_size"])
         if stale:
-            says = f"bounds of layer {layer}, blocks {stale}, are not those of its keys: {_REBUILT}"
+            why = _AS_CACHED if at.before is None else _REBUILT
+            says = f"bounds of layer {layer}, blocks {stale}, are not those of its keys: {why}"
             raise Wrong("law 2 online = rebuilt", says, ("block_bounds",))
         stale = _stale_rows(found, layer)
         if stale:
             says = f"sketches of layer {layer}, {_listed(stale)}, are not those of its keys"
-            raise Wrong("law 12 online = rebuilt", f"{says}: {_ITS_OWN}", ("sketch_keys",))
+            why = _AS_CACHED if at.before is None else _ITS_OWN
+            raise Wrong("law 12 online = rebuilt", f"{says}: {why}", ("sketch_keys",))
     _check_choice(at)
 
 
@@ -232,6 +234,7 @@ _INTO = (
 )
 _ATTENDED = "it appends first, so that its token sees itself, then attends to valid tokens alone"
 _KEPT = "sparse steps wrote them; the window is the newest w tokens, up to the last one cached"
+_AS_CACHED = "they cover keys as they are cached, after norms of heads and RoPE"
 _REBUILT = "after every append and every rectification they must be rebuilt, not extended"
 _ITS_OWN = "every append and every rectification writes the sketches of the tokens that it writes"
 
@@ -244,7 +247,7 @@ def _blame_rows(at: Comparison, layer: int, drift: np.ndarray) -> NoReturn:
     where = f"{' and '.join(names)} of layer {layer}, {_listed(rows)}"
     where = f"{where}, off by {drift[rows].max():.1g} of their norm"
     if drift[rows].max() < IMPRECISE:
-        where += " (so little may be arithmetic narrower than float32)"
+        where += " (so little may be a wrong epsilon, or arithmetic narrower than float32)"
 
     def wrong(law: str, says: str, *needs: str) -> Wrong:
         return Wrong(law, f"{where}: {says}", needs)
@@ -274,14 +277,19 @@ def _blame_rows(at: Comparison, layer: int, drift: np.ndarray) -> NoReturn:
         raise wrong("law 8 corners", says, "dense_attention")
     pairs = ((at.found.keys, at.before.keys), (at.found.values, at.before.values))
     cached = [row for row in rows if row < last]
-    if any(
-        (now[layer, :, row] == old[layer, :, row]).all() for now, old in pairs for row in cached
+    # Layer 0 comes from tokens and positions alone, so what is wrong there was not kept.
+    if layer and any(
+        (now[layer, :, row] == old[layer, :, row]).all(axis=-1).any()  # one head is enough
+        for now, old in pairs
+        for row in cached
     ):
         raise wrong("law 6 rectification is exact", _KEPT)
     if layer == 0:
         says = "a rectification feeds the same tokens at their original positions"
         raise wrong("4.3 positions", says)
     says = "encoded anew, but not as dense prefill encodes them"
+    if rows == [last]:
+        says = "the dense pass must end with the newest token, which is missing from it"
     raise wrong("law 6 rectification is exact", says, "dense_attention")
 
 

@@ -1362,11 +1362,6 @@ FALSE = {
     "a window's rows in another order": "sparse steps wrote",
     "the newest token of a window left out": "encoded anew",
     "one KV head alone rewritten": "encoded anew",
-    "epsilon outside the root": "narrower than float32",
-    "another epsilon": "narrower than float32",
-    "another epsilon in norms of heads": "narrower than float32",
-    "another epsilon before the MLP": "narrower than float32",
-    "the norm's epsilon outside the root": "narrower than float32",
 }
 
 
