@@ -82,7 +82,7 @@ OWN_KERNELS = $(foreach name,bounds score select write sparse dense compress app
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
 conformance-score: install-dev  ## seed mistakes into two ports, and count those that the kit sees; 15 minutes
-	$(PYTHON) tests/conformance/mistakes.py $(ARGS)
+	$(PYTHON) tests/port_mistakes.py $(ARGS)
 
 sanitize: install-dev  ## every kernel under compute-sanitizer: memory errors, then races
 	$(SANITIZE) --tool memcheck $(PYTHON) tests/sanitize.py

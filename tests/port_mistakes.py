@@ -1,6 +1,6 @@
 """Mistakes in ports, one at a time, and changes that leave a port right: how good is the conformance kit?
 
-    python tests/conformance/mistakes.py [WORD …]    # all, or those whose name or file holds a WORD
+    python tests/port_mistakes.py [WORD …]    # all, or those whose name or file holds a WORD
 
 Every mistake edits one port at one place, as a porter might get it wrong, and names the law that the kit's report must
 name first. A good kit refuses all of them, names the right law, and refuses no equivalent. The last line is the score;
@@ -19,7 +19,7 @@ from types import ModuleType
 from resa.conformance.kit import check_port, first_failures
 from resa.conformance.vectors import load_vectors
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PORTS = {path.name: path for path in (ROOT / "docs/examples/numpy_port.py", Path(__file__).parent / "tiled_port.py")}
 LIMIT_S = 120  # for one edit
 TARGETS = {"rejected": 0.98, "told": 0.95}  # shares of all mistakes
