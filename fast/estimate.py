@@ -19,6 +19,7 @@ LONG = 2**22  # tokens of all rows; from here on more programs at once pay, with
 ONE_BIT, ONE_BIT_NEXT = (tl.constexpr(f"and.b32 $0, $1, 0x0{m}0{m}0{m}0{m};") for m in "12")
 TWO_BITS, TWO_BITS_NEXT = (tl.constexpr(f"and.b32 $0, $1, 0x0{m}0{m}0{m}0{m};") for m in "3c")
 MASK = tl.constexpr("and.b32 $0, $1, $2;")
+EXACT = tl.constexpr(1.5 * 2**12)  # added and taken away, leaves multiples of 2⁻⁴⁰ in float64
 
 
 def score_sketch(
@@ -211,7 +212,11 @@ def _run(
         new = tl.maximum(m, tl.max(top, axis=1))
         safe = _finite(new) if IS_MASKED else new
         by_top = own_z * tl.exp2((top - safe[:, None]) * unit[:, None])
-        z = z * tl.exp2((m - safe) * unit) + tl.sum(by_top, axis=1)
+        if not IS_INTEGER:
+            # Four warps hold copies in orders of their own, and any of them may write the sum.
+            # Multiples of 2⁻⁴⁰ add up exactly in float64, so that all copies are equal.
+            by_top = by_top.to(tl.float64) + EXACT - EXACT
+        z = z * tl.exp2((m - safe) * unit) + tl.sum(by_top, axis=1).to(tl.float32)
         m = new
     return m, z
 
