@@ -35,6 +35,9 @@ if PROFILE == "nightly":  # thousands of examples take longer than pytest-timeou
 # The tensors here are too small to share: more threads only add waiting, and vary with the machine.
 torch.set_num_threads(1)
 
+# `make test-vllm` runs these, in an environment of their own.
+collect_ignore = [] if find_spec("vllm") else ["serving"]
+
 # Triton reads this when it is imported, its own library of functions included.
 if "triton" in sys.modules:
     raise ImportError("triton was imported before the tests could say whether to interpret it")
