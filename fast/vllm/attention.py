@@ -128,7 +128,9 @@ class ReSAAttention(CPUAttentionBackendImpl):
         kv_cache[page, :, offset, : 2 * d] = torch.cat([key, value], dim=2)
         extra = kv_cache[..., 2 * d :]
         if config.kept_bits is not None:
-            codes, scales = self.ops.sketch_keys(key.transpose(0, 1)[None], config.kept_bits)
+            codes, scales = self.ops.sketch_keys(
+                key.transpose(0, 1)[None].contiguous(), config.kept_bits
+            )
             extra[page, :, offset] = _joined(codes, scales, extra.shape[3])[0].transpose(0, 1)
             return
 
@@ -139,7 +141,7 @@ class ReSAAttention(CPUAttentionBackendImpl):
         lengths = block.new_zeros(len(block)).scatter_reduce(0, which, slots % b + 1, "amax")
         token = block[:, None] * b + torch.arange(b)  # [blocks, b]
         page, offset = token // page_size, token % page_size
-        keys = kv_cache[page, :, offset, :d].transpose(1, 2)  # [blocks, Hkv, b, D]
+        keys = kv_cache[page, :, offset, :d].transpose(1, 2).contiguous()  # [blocks, Hkv, b, D]
         bounds = self.ops.block_bounds(keys, lengths.int(), b).flatten(2)  # [blocks, Hkv, 2·D]
         room = bounds.new_zeros(*bounds.shape[:2], b * extra.shape[3])
         room[..., : 2 * d] = bounds
@@ -153,13 +155,15 @@ class ReSAAttention(CPUAttentionBackendImpl):
         """Attend: query [tokens, Hq, D] → output, each request through its own pages."""
         for row in attn_metadata or []:  # None: vLLM warms up
             cached = kv_cache[row.pages].transpose(0, 1).flatten(1, 2)[None]  # [1, Hkv, slots, …]
-            keys, values, extra = cached.split_with_sizes(
-                (self.head_dim, self.head_dim, cached.shape[3] - 2 * self.head_dim), dim=3
-            )
-            own = query[row.begin : row.end].transpose(0, 1)[None]  # [1, Hq, Q, D]
+            d = self.head_dim
+            parts = cached[..., :d], cached[..., d : 2 * d], cached[..., 2 * d :]
+            keys, values, extra = (part.contiguous() for part in parts)
+            own = query[row.begin : row.end].transpose(0, 1)[None].contiguous()  # [1, Hq, Q, D]
             lengths = torch.tensor([row.length], dtype=torch.int32)
             if row.is_sparse:
-                out = self._sparse(own[:, :, 0], keys, values, extra, lengths)[:, :, None]
+                out = self._sparse(own[:, :, 0].contiguous(), keys, values, extra, lengths)[
+                    :, :, None
+                ]
             else:
                 out = self.ops.dense_attention(own, keys, values, lengths)
             output[row.begin : row.end] = (
@@ -173,7 +177,7 @@ class ReSAAttention(CPUAttentionBackendImpl):
         config, b, d = self.config, self.config.block_size, self.head_dim
         if config.kept_bits is None:
             bounds = extra.unflatten(2, (-1, b)).flatten(3)[..., : 2 * d]  # [1, Hkv, M, 2·D]
-            bounds = bounds.unflatten(3, (2, d)).permute(0, 1, 3, 4, 2)
+            bounds = bounds.unflatten(3, (2, d)).permute(0, 1, 3, 4, 2).contiguous()
             scores = self.ops.score_blocks(query, bounds, lengths, b)
         else:
             codes, scales = _parted(extra, d * config.kept_bits // 8)
@@ -192,6 +196,7 @@ def _joined(codes: Tensor, scales: Tensor, width: int) -> Tensor:
 
 def _parted(extra: Tensor, n_bytes: int) -> tuple[Tensor, Tensor]:
     """Codes [1, Hkv, T_max, bytes] and scales [1, Hkv, T_max]: the inverse of `_joined`."""
-    extra = extra.contiguous()
     first = extra.element_size()
-    return extra.view(torch.uint8)[..., first : first + n_bytes].contiguous(), extra[..., 0]
+    return extra.view(torch.uint8)[..., first : first + n_bytes].contiguous(), extra[
+        ..., 0
+    ].contiguous()

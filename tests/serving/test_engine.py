@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 
 from engines import add, engine, engine_config, expected, prompts_of, run, save_model, scheduler_of, tokens_of
+from resa.fast import TRITON_OPS
 from resa.fast.vllm.options import options_of
 
 SPARSE = {"active_ratio": 0.2, "min_blocks": 2}
@@ -177,3 +178,12 @@ def test_without_options_the_engine_is_itself(folder):
     with engine(folder, {}, **plain) as vllm:
         found = tokens_of(run(vllm, {0: [("r", prompt, 10)]}))["r"]
     assert found == expected(folder, prompt, 10, {"interval": 1})
+
+
+@pytest.mark.parametrize("selection", ["bounds", "sketch"])
+def test_the_kernels_interpreted(folder, selection):
+    """Attention by the Triton operations gives the same tokens."""
+    resa = SPARSE | {"interval": 4, "selection": selection}
+    requests = {f"r{i}": (prompt, 12) for i, prompt in enumerate(prompts_of((70, 33)))}
+    with mock.patch("resa.fast.vllm.attention.REFERENCE_OPS", TRITON_OPS), engine(folder, resa) as vllm:
+        assert tokens_of(run(vllm, {0: [(n, *r) for n, r in requests.items()]})) == alone(folder, requests, resa)

@@ -57,8 +57,8 @@ def address(folder, tmp_path_factory):
 def complete(address, prompt, n_tokens, *, stop_after=None):
     """Ask for a completion, as a stream → its tokens, or the first of them before hanging up."""
     asked = {
-        "model": "tiny", "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True, "skip_special_tokens": False,
-        "stream": True,
+        "model": "tiny", "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "stream": True,
+        "ignore_eos": True, "skip_special_tokens": False,
     }  # fmt: skip
     request = urllib.request.Request(
         f"{address}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
