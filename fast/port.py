@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resa.conformance.port import as_numpy, build_model, entry, trace_attention
+from resa.conformance.port import as_numpy, build_model, decode_requests, entry, trace_attention
 from resa.reference import Generation, GPTConfig, ReSAConfig, Sampling
 
 from .cache import BatchedCache, write_window
-from .generate import DecodeLoop, check_model, open_cache, passes, prefill
+from .generate import DecodeLoop, check_model, generate, open_cache, passes, prefill
 from .gpu.limits import INTERPRETED
 from .model import accelerated
 from .operations import CHECKED_OPS, TRITON_OPS
@@ -65,6 +65,14 @@ def decode_trace(
         loop.selected.clear()
         loop.step(rectifies)
     return trace
+
+
+def decode_batch(
+    weights: Mapping, model_config: Mapping, requests: Sequence[Mapping], config: Mapping
+) -> list[dict]:
+    """Greedy generation of many requests → what each leaves: its tokens, its cache and w."""
+    model = build_model(weights, model_config, device=DEVICE)
+    return decode_requests(generate, model, requests, config)
 
 
 def choose_token(

@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import save
 
 import oracle
+from resa.conformance.grades import codes_of, run_sizes
 from tolerances import eps, logit_size, lse_floor, output_floor, score_floor
 
 VERSION = 4
@@ -22,6 +23,7 @@ FOLDER = Path(__file__).parent / "vectors"
 INF, NAN = math.inf, math.nan
 D, BLOCK = 16, 8  # small, and what kernels that need powers of two can take; some cases have 32 and 16
 HUGE = 2.0**104  # garbage that is finite: times a query of about 1 it is a logit of 5e30
+MANY = 37  # blocks: whole tiles of 4, 8, 16 or 32, and some more
 REPEATED = [[0, 3, 4, 7, 10], [2, 5, 9]]  # groups of blocks that hold the same
 at = np.s_  # a place in a tensor
 
@@ -91,6 +93,11 @@ def scores_of(rng, blocks, *, kv_heads=1, capacity=None, ratio=0.25, min_blocks=
     }
     lengths = [n * BLOCK for n in blocks] if lengths is None else lengths
     return {"scores": scores.astype(np.float32), "lengths": lengths, "config": config}
+
+
+def both_signs(inputs):
+    """The first sequence's scores, and the same less 1, which are all negative."""
+    return with_scores(inputs, lambda scores: np.stack((scores[0], scores[0] - 1)))
 
 
 def with_scores(inputs, change):
@@ -223,7 +230,7 @@ CASES = {
     "block_bounds": [
         ("one_block", "2.1 eq. 3",
          "lo, at index 0, is the smallest key of a block per channel, hi, at 1, the largest",
-         lambda rng: newest_twice(keys_of(rng, [8]), 0)),
+         lambda rng: put(newest_twice(keys_of(rng, [8]), 0), "keys", (at[..., 2], -1.5), (at[..., 5], 1.5))),
         ("heads_and_blocks", "2.1 layout",
          "the result is [B, Hkv, 2, D, M], blocks last, each from its own keys",
          lambda rng: newest_twice(keys_of(rng, [24, 24], kv_heads=3), -2)),
@@ -251,7 +258,7 @@ CASES = {
     "score_blocks": [
         ("one_head", "2.2 eq. 4",
          "one query head: the sum over channels of max(q·lo, q·hi), without the softmax scale",
-         lambda rng: bounds_of(rng, [32])),
+         lambda rng: bounds_of(rng, [MANY * BLOCK])),
         ("mean_of_the_group", "2.2 pooling",
          "the pooled query is the mean of the group's heads",
          lambda rng: bounds_of(rng, [32], group=3)),
@@ -295,17 +302,17 @@ CASES = {
     "select_blocks": [
         ("highest", "2.3 eq. 5",
          "the highest scores are taken, and the newest block (in whatever order)",
-         lambda rng: scores_of(rng, [13])),
+         lambda rng: both_signs(scores_of(rng, [13, 13]))),
         ("ascending", "2.3 order",
          "indices ascend",
-         lambda rng: scores_of(rng, [13])),
+         lambda rng: both_signs(scores_of(rng, [13, 13]))),
         ("each_for_itself", "2.3 layout",
          "every sequence and KV head selects for itself",
-         lambda rng: scores_of(rng, [13, 13], kv_heads=3)),
+         lambda rng: put(scores_of(rng, [13, 13], kv_heads=3), "scores", (at[..., -1], -9.0))),
         ("newest_blocks", "2.3 local blocks",
          "the newest local_blocks blocks are in whatever they score, and count toward n",
-         lambda rng: put(scores_of(rng, [15], local_blocks=2, lengths=[14 * BLOCK + 3]), "scores",
-                         (at[..., -2:], -9.0))),
+         lambda rng: put(scores_of(rng, [15, 15], local_blocks=2, lengths=[14 * BLOCK + 3, 15 * BLOCK]), "scores",
+                         (at[0, :, -2:], -9.0), (at[1, :, -2:], 9.0))),
         ("share_rounded_up", "2.3 count",
          "n = ceil(p·M) where that is more than min_blocks, M counting a partial block",
          lambda rng: scores_of(rng, [26, 26], ratio=0.28, lengths=[26 * BLOCK, 25 * BLOCK + 1])),
@@ -373,13 +380,13 @@ CASES = {
          lambda rng: faint(sparse_of(rng, [16], [[[0, 1]]]))),
         ("some_blocks", "2.4 eq. 2",
          "tokens of blocks that are not selected do not take part",
-         lambda rng: sparse_of(rng, [40], [[[0, 2, 4]]])),
-        ("sparse_wider_heads", "2.4 eq. 2",
-         "the scale is D**-0.5, be D 16 or 32, and block i begins at token i·b",
-         lambda rng: sparse_of(rng, [80, 80], [[[0, 3, 4]], [[1, 2, 4]]], 16, group=4, head_dim=32)),
+         lambda rng: sparse_of(rng, [112], [[[1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]]])),
         ("sparse_groups", "2.4 group order",
          "query head h reads KV head h // G, and the G heads of a group share a selection",
          lambda rng: sparse_of(rng, [40, 40], [[[0, 2, 4], [1, 2, 4]], [[1, 3, 4], [0, 1, 4]]], kv_heads=2, group=3)),
+        ("sparse_wider_heads", "2.4 eq. 2",
+         "the scale is D**-0.5, be D 16 or 32, and block i begins at token i·b",
+         lambda rng: sparse_of(rng, [80, 80], [[[0, 3, 4]], [[1, 2, 4]]], 16, group=4, head_dim=32)),
         ("sparse_partial_last_block", "2.4 partial block",
          "the tokens before the length take part, and no slot at or past it",
          lambda rng: sparse_of(rng, [35, 33], [[[0, 2, 4]], [[1, 3, 4]]], group=2, capacity=40, garbage=3.0)),
@@ -391,7 +398,7 @@ CASES = {
          lambda rng: sparse_of(rng, [40, 24], [[[4, -1, 0, 2]], [[-1, 2, -1, 1]]], group=2, capacity=40)),
         ("index_past_the_end", "2.4 past the end",
          "an index past the end contributes nothing",
-         lambda rng: sparse_of(rng, [24, 9, 24], [[[0, 2, 3, 9]], [[1, 2, 4, 100]], [[0, 2, 5, -1]]],
+         lambda rng: sparse_of(rng, [24, 9, 40], [[[0, 2, 3, 9]], [[1, 2, 4, 100]], [[0, 2, 5, -1]]],
                                group=2, capacity=40)),
         ("index_far_past_the_end", "2.4 past the end",
          "however far past: an index times the block size may leave 32 bits",
@@ -407,10 +414,10 @@ CASES = {
                             (at[0, :, 8:16], NAN, NAN), (at[1, :, :8], INF, INF))),
         ("sparse_large_logits", "2.4 large logits",
          "large logits do not overflow: the largest is subtracted first",
-         lambda rng: abyss(sparse_of(rng, [35], [[[0, 4, -1]]], group=2, capacity=40), 1)),
+         lambda rng: abyss(sparse_of(rng, [35], [[[-1, -1, 0, 4]]], group=2, capacity=40), 1)),
         ("sparse_logits_below_any_sentinel", "2.4 true masks",
          "masking is true -inf: logits may lie below any finite sentinel",
-         lambda rng: abyss(sparse_of(rng, [35], [[[0, 4, -1]]], group=2, capacity=40, garbage=3.0), -1)),
+         lambda rng: abyss(sparse_of(rng, [35], [[[-1, -1, 0, 4]]], group=2, capacity=40, garbage=3.0), -1)),
         ("sparse_huge_garbage", "law 5 inertness",
          "finite garbage as well, however large its logits: the maximum is that of visible tokens alone",
          lambda rng: huge(sparse_of(rng, [35, 20], [[[0, 2, 4]], [[1, 2, -1]]], group=2, capacity=40),
@@ -423,19 +430,19 @@ CASES = {
     "dense_attention": [
         ("dense_one_query", "2.5 eq. 2",
          "one query, the newest token: softmax of q·k·D**-0.5 over the whole cache",
-         lambda rng: faint(dense_of(rng, [13], 1))),
+         lambda rng: faint(dense_of(rng, [77], 1))),
         ("dense_log_sum_exp", "2.5 log-sum-exp",
          "the log-sum-exp is the natural one, of the scaled logits",
-         lambda rng: faint(dense_of(rng, [13], 1))),
+         lambda rng: faint(dense_of(rng, [77], 1))),
         ("window", "2.5 causality",
          "query i of Q sees the keys up to and including its own, the window is the newest Q",
-         lambda rng: dense_of(rng, [13], 4)),
-        ("dense_wider_heads", "2.5 eq. 2",
-         "the scale is D**-0.5, be D 16 or 32",
-         lambda rng: dense_of(rng, [29], 2, group=4, head_dim=32)),
+         lambda rng: dense_of(rng, [41], 35)),
         ("dense_groups", "2.5 group order",
          "query head h reads KV head h // G",
          lambda rng: dense_of(rng, [13, 13], 3, kv_heads=2, group=3)),
+        ("dense_wider_heads", "2.5 eq. 2",
+         "the scale is D**-0.5, be D 16 or 32",
+         lambda rng: dense_of(rng, [29], 2, group=4, head_dim=32)),
         ("dense_ragged", "2.5 positions",
          "the window ends at each sequence's own length",
          lambda rng: dense_of(rng, [13, 4, 21], 4, group=2, garbage=3.0)),
@@ -456,8 +463,8 @@ CASES = {
          lambda rng: put(dense_of(rng, [13, 9, 2], 4, [3, 1, 4], group=2, garbage=3.0), "query",
                          (at[0, :, 3:], NAN), (at[1, :, 1:], INF), (at[2, :, :2], NAN))),
         ("dense_garbage", "law 5 inertness",
-         "NaN and infinity past the length change nothing",
-         lambda rng: unseen(dense_of(rng, [13, 4, 9], 4, group=2, capacity=20, garbage=NAN),
+         "NaN and infinity past the length change nothing, for one query as for more",
+         lambda rng: unseen(dense_of(rng, [13, 4, 9], 1, group=2, capacity=20, garbage=NAN),
                             (at[1, :, 4:12], INF, -INF), (at[2, :, 9:], -INF, INF))),
         ("dense_large_logits", "2.5 large logits",
          "large logits do not overflow: the largest is subtracted first",
@@ -480,11 +487,11 @@ CASES = {
     "sketch_keys": [
         ("two_channels", "2.6 rotation",
          "signs of the channels, then a Hadamard transform: two channels are then in all, as their sum or difference",
-         lambda rng: channels_of({0: 1.0, 4: 3.0}, {8: 3.0, 12: 1.0}, {0: -3.0, 12: 1.0}, {4: 0.5, 8: 1.5})),
+         lambda rng: channels_of({4: 1.0, 8: 3.0}, {8: 3.0, 12: 1.0}, {4: -3.0, 12: 1.0}, {4: 0.5, 8: 1.5})),
         ("four_levels", "2.6 code",
          "levels 0 to 3: r is compared with -s, 0 and s, which is 0.9957 times the root of the mean of r²",
          lambda rng: channels_of({0: 1.0, 4: 0.75, 8: 0.25}, {0: 0.25, 4: -0.5, 12: 1.0}, {0: -1.0, 8: 0.875},
-                                 {4: 3.0, 8: 0.625, 12: 1.0}, {8: -2.0})),
+                                 {4: 3.0, 8: 0.625, 12: 1.0}, {8: -2.0}, {0: 1.0, 4: 2.0**-7}, {0: 1.0, 8: 2.0**-8})),
         ("on_a_threshold", "2.6 code",
          "r = 0 belongs to the level above it: r >= 0",
          lambda rng: channels_of({0: 1.0, 4: 1.0}, {0: 2.0, 4: 2.0, 8: -2.0, 12: 2.0}, {8: -0.5, 12: 0.5})),
@@ -511,19 +518,19 @@ CASES = {
     "score_sketch": [
         ("estimated_mass", "2.7 estimate",
          "softmax of a·<r_q, c>·D**-0.5 over the tokens, r_q the rotated query, summed over each block",
-         lambda rng: sketches_of(rng, [32])),
+         lambda rng: sketches_of(rng, [32 * BLOCK])),
         ("heads_add_up", "2.7 mass",
          "every head of the group has its own softmax, and their masses add up: G in all",
          lambda rng: sketches_of(rng, [32], group=3)),
         ("sketch_groups", "2.7 group order",
          "query head h belongs to KV head h // G",
-         lambda rng: sketches_of(rng, [24, 24], kv_heads=2, group=3)),
+         lambda rng: sketches_of(rng, [32, 32], kv_heads=2, group=3)),
         ("sketch_wider_heads", "2.7 estimate",
          "the scale is D**-0.5, be D 16 or 32, and blocks may have 16 tokens",
-         lambda rng: sketches_of(rng, [41], group=2, head_dim=32, block_size=16)),
+         lambda rng: sketches_of(rng, [64], group=2, head_dim=32, block_size=16)),
         ("sketch_partial_last_block", "2.7 partial block",
          "the tokens before the length take part in the softmax, and no slot at or past it",
-         lambda rng: sketches_of(rng, [19, 17], kv_heads=2, group=2, capacity=24)),
+         lambda rng: sketches_of(rng, [33, 37], kv_heads=2, group=2, capacity=40)),
         ("sketch_past_the_end", "2.7 past the end",
          "blocks past the end score -inf, a length of 0 has no others",
          lambda rng: sketches_of(rng, [0, 1, 8, 9], group=2, capacity=20)),
@@ -531,8 +538,9 @@ CASES = {
          "what codes and scales hold past the length does not matter, NaN and infinity included",
          lambda rng: sketch_garbage(sketches_of(rng, [9, 19, 13], group=2, capacity=24), NAN, INF, -3e38)),
         ("lost_tokens", "2.7 NaN scales",
-         "a token whose scale is NaN leaves the softmax, its block scores NaN, and no other does",
-         lambda rng: put(sketches_of(rng, [24, 10], group=2), "scales", (at[0, 0, [3, 21]], NAN), (at[1, 0, :], NAN))),
+         "a token whose scale is NaN leaves the softmax, its block scores NaN, and no other does; a scale of 0 stays",
+         lambda rng: put(sketches_of(rng, [24, 10], group=2), "scales",
+                         (at[0, 0, [3, 21]], NAN), (at[0, 0, 10], 0.0), (at[1, 0, :], NAN))),
         ("score_of_one_bit", "2.7 one bit",
          "D/8 bytes a key are one bit per channel: c = 2u - 1",
          lambda rng: sketches_of(rng, [24], group=2, bits=1)),
@@ -603,23 +611,6 @@ def attention_allowance(inputs, name):
         is_past = np.arange(lse.shape[2]) >= np.array(inputs["query_lengths"])[:, None, None]
         return np.where(is_past[..., None], INF, of_out), np.where(is_past, INF, of_lse)
     return of_out, of_lse
-
-
-def run_sizes(x):
-    """ρ, at least abs(r) and what rounding in a rotation is relative to: x [..., D] -> [..., D].
-
-    The sum of abs(x) over the channel's run, divided by sqrt(m).
-    """
-    m = x.shape[-1] & -x.shape[-1]
-    runs = np.abs(x.astype(np.float64)).reshape(*x.shape[:-1], -1, m).sum(axis=-1, keepdims=True)
-    return np.broadcast_to(runs * m**-0.5, (*runs.shape[:-1], m)).reshape(x.shape)
-
-
-def codes_of(codes, head_dim):
-    """c [..., D] of packed codes."""
-    bits = 8 * codes.shape[-1] // head_dim
-    levels = codes.repeat(8 // bits, axis=-1) >> np.arange(head_dim) * bits % 8
-    return oracle.code_of(levels % 2**bits + 0.0, bits)
 
 
 def clearance(keys, bits=2):

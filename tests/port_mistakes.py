@@ -31,6 +31,7 @@ NAMES = (
 )  # fmt: skip
 
 DENSE_PASS = "            model.dense_pass(fed[start:], start)  # its logits are discarded"
+PREFILL = "model.dense_pass(fed[start:], start), None, config"
 FUSED_PASS = "logits, indices = model.dense_pass(fed[start:], start), None"
 WRITES = '            self.write(layer, heads["k"], heads["v"], start)\n'
 ATTENDS = '            mixed = attention(layer, heads["q"])  # [Hq, n, D]\n'
@@ -40,8 +41,11 @@ KNOWN_SCALES = """            scale = scales[s, h, :length].astype(np.float64)
 WRITES_SKETCHES = "self.codes[layer, :, start:end], self.scales[layer, :, start:end] = codes[0], scales[0]"
 REBUILT = "self.bounds[layer, :, 0, :, i], self.bounds[layer, :, 1, :, i] = block.min(axis=1), block.max(axis=1)"
 BLOCKS_TOUCHED = "for i in range(start // b, math.ceil(end / b)):"
+STEPS = "token, _ = next(steps)"
+JOINS = "running[i] = model, fed, [], generation(model, fed, config)"
+ALONE = "law 9 batch independence"
 # Name: the law that a report must name first, or one of several; what stands there; what stands there instead.
-NUMPY = {
+FIRST = {  # the suite takes these
     "bounds in 16 bits": ("2 signatures", "return bounds\n", "return bounds.astype(np.float16)\n"),
     "NaN keys dropped": ("2.1 NaN keys",
         "block.min(axis=1), block.max(axis=1)\n    return",
@@ -183,9 +187,8 @@ NUMPY = {
     "RoPE of pairs twice as slow": ("3 model", "theta ** (-2 * np.arange(half)", "theta ** (-np.arange(half)"),
     "attends before it writes": ("3 model", WRITES + ATTENDS, ATTENDS + WRITES),
     "the prompt's last token sparse": ("4.1 prefill",
-        "logits, indices, trace = model.dense_pass(fed, 0), None, []",
-        "logits, indices, trace = (model.dense_pass(fed[:-1], 0), model.sparse_step(fed[-1])[0])[1], None, []\n"
-        "    model.window = 0"),
+        PREFILL,
+        "(model.dense_pass(fed[:-1], 0), model.sparse_step(fed[-1])[0], setattr(model, 'window', 0))[1], None, config"),
     "RoPE one position late": ("4.2 pending token",
         "positions = np.arange(start, start + n)", "positions = np.arange(start, start + n) + (n == 1)"),
     "bounds where sketches are asked for": ("4.2 sparse step",
@@ -206,11 +209,11 @@ NUMPY = {
     "fused logits dropped": ("4.4 schedules", FUSED_PASS, "_, indices = model.dense_pass(fed[start:], start), None"),
     "rectified one step late": ("4.4 schedules", "model.window + 1 >= f", "model.window >= f"),
     "never is every 32": ("4.4 schedules",
-        'config["interval"], list(prompt)', 'config["interval"] or 32, list(prompt)'),
+        'None, config["interval"]', 'None, config["interval"] or 32'),
     "rectified once more at the end": ("4.4 schedules",
         "        logits, indices = model.sparse_step(pending)\n",
         "        logits, indices = model.sparse_step(pending)\n"
-        "        if len(trace) == n_tokens - 1 and f:\n"
+        "        if len(fed) == model.keys.shape[2] - 1 and f:\n"
         "            model.dense_pass(fed[-model.window :], model.length - model.window)\n"
         "            model.window = 0\n"
         "            continue\n"),
@@ -266,7 +269,8 @@ NUMPY = {
         "            model.length = start\n"
         "            [model.sparse_step(token) for token in fed[start:]]\n"
         "            model.window = 0"),
-
+}  # fmt: skip
+MORE = {
     # Bounds.
     "bounds of sizes": ("2.1 eq. 3",
         "block = keys[s, :, i * block_size : min((i + 1) * block_size, length)]",
@@ -581,9 +585,7 @@ NUMPY = {
 
     # Prefill, sparse steps.
     "chunks from slot zero": ("4.1 prefill",
-        "logits, indices, trace = model.dense_pass(fed, 0), None, []",
-        "logits, indices, trace = [model.dense_pass(fed[i : i + 16], 0) for i in range(0, len(fed), "
-        "16)][-1], None, []"),
+        PREFILL, "[model.dense_pass(fed[i : i + 16], 0) for i in range(0, len(fed), 16)][-1], None, config"),
     "chunks that see themselves alone": (("4.1 prefill", "3 model"),
         "return dense_attention(query[None], *cache, [end])[0]",
         "parts = [(i, min(i + 16, end)) for i in range(start, end, 16)]\n"
@@ -592,11 +594,9 @@ NUMPY = {
         "            return np.concatenate([dense_attention(query[None, :, i:j], *(x[:, :, i:] for x in "
         "cache), [j - i])[0] for i, j in parts], axis=1)"),
     "the last chunk dropped": ("4.1 prefill",
-        "logits, indices, trace = model.dense_pass(fed, 0), None, []",
-        "logits, indices, trace = model.dense_pass(fed[: len(fed) // 7 * 7] or fed, 0), None, []"),
+        PREFILL, "model.dense_pass(fed[: len(fed) // 7 * 7] or fed, 0), None, config"),
     "no prompt's last token": (("4.1 prefill", "4.2 pending token"),
-        "logits, indices, trace = model.dense_pass(fed, 0), None, []",
-        "logits, indices, trace = model.dense_pass(fed[:-1] or fed, 0), None, []"),
+        PREFILL, "model.dense_pass(fed[:-1] or fed, 0), None, config"),
     "T blocks counted for T + 1": (("4.2 sparse step", "2.3 count", "2.3 local blocks"),
         "chosen.append(select_blocks(scores, lengths, self.config))",
         "chosen.append(select_blocks(scores, [self.length], self.config))"),
@@ -732,10 +732,10 @@ NUMPY = {
     "paper rectifies where it should never": ("4.4 schedules",
         "f is not None and model.window >= f:", "model.window >= (f or 8):"),
     "an interval beyond the end": ("4.4 schedules",
-        'config["interval"], list(prompt)',
-        'config["interval"] and min(config["interval"], config["max_new_tokens"] - 2), list(prompt)'),
+        'None, config["interval"]',
+        'None, config["interval"] and min(config["interval"], config["max_new_tokens"] - 2)'),
     "an interval of at most 16": ("4.4 schedules",
-        'config["interval"], list(prompt)', 'config["interval"] and min(config["interval"], 16), list(prompt)'),
+        'None, config["interval"]', 'None, config["interval"] and min(config["interval"], 16)'),
     "paper rectified one step early": ("4.4 schedules",
         "f is not None and model.window >= f:", "f is not None and model.window + 1 >= f:"),
     "always paper": ("4.4 schedules",
@@ -749,7 +749,7 @@ NUMPY = {
     "one step at least": ("4.5 end of generation", "if len(trace) == n_tokens:", "if len(trace) == max(2, n_tokens):"),
     "ended by token 0": ("4.5 end of generation",
         "if len(trace) == n_tokens:", "if len(trace) == n_tokens or pending == 0:"),
-    "the prompt grows": ("2 signatures", 'config["interval"], list(prompt)', 'config["interval"], prompt'),
+    "the prompt grows": ("2 signatures", "list(prompt)", "prompt"),
     "layers and heads exchanged": (THE_TRACE,
         ".copy() for x in (model.keys, model.values))", ".swapaxes(0, 1).copy() for x in (model.keys, model.values))"),
     "keys and values exchanged": ((THE_TRACE, "3 model"),
@@ -762,7 +762,9 @@ NUMPY = {
     "indices of the last sparse step": ((THE_TRACE, "4.4 schedules"),
         FUSED_PASS, "logits = model.dense_pass(fed[start:], start)"),
     "an entry for every pass": ((THE_TRACE, "4.2 sparse step", "4.5 end of generation"),
-        DENSE_PASS, DENSE_PASS + "\n            trace.append(trace[-1])"),
+        "        if len(trace) == n_tokens:",
+        "        if config['schedule'] == 'paper' and not model.window and indices is not None:\n"
+        "            trace.append(trace[-1])\n        if len(trace) >= n_tokens:"),
     "bounds with channels last in the trace": (THE_TRACE,
         '"bounds": model.bounds.copy()', '"bounds": model.bounds.swapaxes(3, 4).copy()'),
     "indices of one KV head": (THE_TRACE,
@@ -794,6 +796,12 @@ NUMPY = {
     "a sum of weights in 16 bits": ("8 16-bit numbers",
         "total = weights.sum(axis=1, keepdims=True)\n    return weights",
         "total = weights.astype(values.dtype).sum(axis=1, keepdims=True)\n    return weights"),
+    "values summed in 16 bits": ("8 16-bit numbers",
+        "    return weights @ values.astype(np.float64) / total",
+        "    sums = np.zeros((len(weights), values.shape[1]), values.dtype)\n"
+        "    for t, value in enumerate(values):\n"
+        "        sums = (sums + weights[:, t : t + 1] * value).astype(values.dtype)\n"
+        "    return sums / total"),
 
     # The choice of a token.
     "the last of equal logits": ("4.5 greedy choice",
@@ -815,6 +823,11 @@ NUMPY = {
     "the likeliest left out": ("4.5 sampling", "kept = max(1, int((mass", "kept = max(0, int((mass"),
     "u of all the mass": ("4.5 sampling", "u[s] * mass[-1], side", "u[s], side"),
     "u from the other end": ("4.5 sampling", "u[s] * mass[-1], side", "(1 - u[s]) * mass[-1], side"),
+    "the token that only reaches u": ("4.5 sampling", 'side="right"), len', 'side="left"), len'),
+    "sampling in float32": ("4.5 sampling",
+        "(logits[ids].astype(np.float64) - logits[ids[0]]) / temperature",
+        "(logits[ids] - logits[ids[0]]) / np.float32(temperature)"),
+    "one token too few of top-p": ("4.5 sampling", "< top_p - 1e-12).sum()))", "< top_p - 1e-12).sum()) - 1)"),
     "one u for all": ("4.5 sampling", "u[s] * mass[-1], side", "u[0] * mass[-1], side"),
     "the lower id last": ("4.5 sampling",
         'np.argsort(-logits, kind="stable")', 'np.argsort(logits, kind="stable")[::-1]'),
@@ -841,6 +854,60 @@ NUMPY = {
     "an entry of the table too many": ("4.7 pages", 'np.array(each["table"])', 'np.roll(each["table"], 1)'),
     "every step dense": (("4.7 attention alone", "4.4 schedules", "4.2 sparse step"),
         'if each["is_dense"]:', "if True:"),
+}  # fmt: skip
+OF_BATCHES = {
+    # Batches: requests that join, stop and go on.
+    "one w for the batch": (ALONE, STEPS,
+        "model.window = max(each[0].window for each in running.values()) if tokens else 0\n            " + STEPS),
+    "a prefill clears the w of all": (ALONE, JOINS,
+        JOINS + "\n                for other, *_ in running.values():\n                    other.window = 0"),
+    "the w that a slot had before": (ALONE, STEPS,
+        STEPS + "\n            if not tokens and ended and request['resumes'] is None:\n"
+        "                model.window = [*ended.values()][-1][0].window"),
+    "all rectified when one is": (ALONE, STEPS,
+        STEPS + "\n            for other, told, *_ in running.values() if tokens and not model.window else ():\n"
+        "                start = other.length - other.window\n"
+        "                _ = other.window and other.dense_pass(told[start : other.length], start)"),
+    "the batch's longest length": (ALONE, STEPS,
+        STEPS + "\n            model.length = max(each[0].length for each in running.values())"),
+    "steps after the end": (ALONE, "            del running[i]\n", ""),
+    "N of the longest": (ALONE,
+        "tokens += [token][: request[\"max_new_tokens\"]]  # of no tokens there is the prefill alone\n"
+        "            if len(tokens) < request[\"max_new_tokens\"]",
+        "tokens += [token]\n            if len(tokens) < max(each[\"max_new_tokens\"] for each in requests)"),
+    "stop tokens of all requests": (ALONE,
+        'token not in request["stop_tokens"]', 'not any(token in each["stop_tokens"] for each in requests)'),
+    "the cache that the next turn goes on with": (ALONE,
+        '"keys": model.keys[:, :, : model.length].copy()', '"keys": model.keys[:, :, : model.length]'),
+    "the turn that ended last resumed": ((ALONE, "4.8 resuming"),
+        'ended.get(request["resumes"])', 'ended.get(max(ended) if request["resumes"] is not None else None)'),
+    "stop tokens ignored": ("4.8 stop tokens", ' and token not in request["stop_tokens"]', ""),
+    "the first stop token alone": ("4.8 stop tokens",
+        'token not in request["stop_tokens"]', 'token not in request["stop_tokens"][:1]'),
+    "a stop token fed": ("4.8 stop tokens",
+        "            del running[i]\n",
+        "            del running[i]\n            _ = token in request['stop_tokens'] and next(steps)\n"),
+    "a stop token not returned": ("4.8 stop tokens",
+        '[token][: request["max_new_tokens"]]',
+        '[token][: request["max_new_tokens"] * (token not in request["stop_tokens"])]'),
+    "a stop token in the prompt": ("4.8 stop tokens",
+        'token not in request["stop_tokens"]', 'not {token, *request["prompt"]} & {*request["stop_tokens"]}'),
+    "one token at least": ("4.5 end of generation",
+        '[token][: request["max_new_tokens"]]', '[token][: max(1, request["max_new_tokens"])]'),
+    "a drifted window left when resumed": ("4.8 resuming",
+        "start = model.length - model.window  # 0", "start = model.length  # 0"),
+    "the pending token lost": ("4.8 resuming", "fed + tokens[-1:]", "fed"),
+    "the pending token of the turn before the last": ("4.8 resuming",
+        "fed + tokens[-1:]",
+        "fed + (tokens or (request['resumes'] is not None and results[request['resumes']]['tokens']) or [])[-1:]"),
+    "the pending token twice": ("4.8 resuming", "fed + tokens[-1:]", "fed + 2 * tokens[-1:]"),
+    "resumed without bounds": ("4.8 resuming", JOINS,
+        JOINS + "\n                model.bounds[..., : model.length // config['block_size']] = math.nan"),
+    "resumed without sketches": ("4.8 resuming", JOINS, JOINS + "\n                model.codes[:] = 0"),
+    "a turn's tokens with those before": ("4.8 resuming",
+        "generation(model, fed, config)\n            if", "generation(model, fed, config)\n"
+        "                running[i][2].extend(fed[: -len(request['prompt']) or None] if model.length else [])\n"
+        "            if"),
 }  # fmt: skip
 
 # Edits of tiled_port.py: where kernels go wrong.
@@ -1005,7 +1072,7 @@ TILED = {
     "windows at the end of the slots": ("2.5 positions",
         "np.where(i < windows[s], lengths[s] - windows[s] + i, -1)",
         "np.where(i < windows[s], keys.shape[2] - windows[s] + i, -1)"),
-    "rows past the window seen": ("2.5 rows that mean nothing",
+    "rows past the window seen": (("2.5 rows that mean nothing", "law 5 inertness"),
         "np.where(i < windows[s], lengths[s] - windows[s] + i, -1)",
         "np.minimum(lengths[s] - windows[s] + i, keys.shape[2] - 1)"),
     "the first window's length": ("2.5 positions",
@@ -1194,6 +1261,7 @@ TILED = {
     "entries without copies": (THE_TRACE,
         'self.length].copy() for name in ("keys", "values")', 'self.length] for name in ("keys", "values")'),
 }  # fmt: skip
+NUMPY = FIRST | MORE | OF_BATCHES
 MISTAKES = {"numpy_port.py": NUMPY, "tiled_port.py": TILED}
 
 # Name: the port, what stands there, what may stand there instead.
@@ -1274,12 +1342,10 @@ EQUIVALENTS = {
     "activations in float32": ("numpy_port.py", "x = x + mixed", "x = x.astype(np.float32) + mixed"),
     "a larger capacity": ("numpy_port.py", "config, len(prompt) + n_tokens)", "config, len(prompt) + n_tokens + 41)"),
     "a prompt in chunks": ("numpy_port.py",
-        "logits, indices, trace = model.dense_pass(fed, 0), None, []",
-        "logits, indices, trace = [model.dense_pass(fed[i : i + 5], i) for i in range(0, len(fed), 5)][-1], "
-        "None, []"),
+        PREFILL,
+        "[model.dense_pass(fed[i : i + 5], i) for i in range(start, len(fed), 5)][-1], None, config"),
     "a prompt token by token": ("numpy_port.py",
-        "logits, indices, trace = model.dense_pass(fed, 0), None, []",
-        "logits, indices, trace = [model.dense_pass([token], i) for i, token in enumerate(fed)][-1], None, []"),
+        PREFILL, "[model.dense_pass(fed[i : i + 1], i) for i in range(start, len(fed))][-1], None, config"),
     "the window and the pending token in two passes": ("numpy_port.py",
         FUSED_PASS,
         "if model.window:\n"
@@ -1313,13 +1379,18 @@ EQUIVALENTS = {
     "indices in another order in the trace": ("numpy_port.py",
         '"indices": indices,', '"indices": None if indices is None else indices[..., ::-1],'),
     "no bounds in the trace": ("numpy_port.py", '"bounds": model.bounds.copy()', '"bounds": None'),
-    "a trace that is generated": ("numpy_port.py", "            return trace\n", "            return iter(trace)\n"),
+    "a trace that is generated": ("numpy_port.py", "    return trace\n", "    return iter(trace)\n"),
     "weights in 16 bits for values in 16 bits": ("numpy_port.py",
         "weights @ values.astype(np.float64) / total",
         "weights.astype(values.dtype if values.dtype == np.float16 else np.float64) @ "
         "values.astype(np.float64) / total"),
     "bounds of slots not yet written": ("numpy_port.py",
         "block_bounds(keys, [end], b), [end], b)", "block_bounds(np.nan_to_num(keys), [keys.shape[2]], b), [end], b)"),
+    "all that is new joins at once": ("numpy_port.py",
+        'request["arrival"] == step', '(request["arrival"] if request["resumes"] is not None else 0) == step'),
+    "the last request first": ("numpy_port.py", "in enumerate(requests):", "in [*enumerate(requests)][::-1]:"),
+    "a turn prefilled from the start": ("numpy_port.py",
+        "start = model.length - model.window  # 0", "start = 0  # 0"),
     "one split": ("tiled_port.py", "N_SPLITS = 3 ", "N_SPLITS = 1 "),
     "seven splits": ("tiled_port.py", "N_SPLITS = 3 ", "N_SPLITS = 7 "),
     "tiles of 8": ("tiled_port.py", "TILE = 16 ", "TILE = 8 "),

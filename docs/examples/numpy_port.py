@@ -273,21 +273,13 @@ class Model:
         return logits, np.concatenate(chosen)
 
 
-def decode_trace(weights, model_config, prompt, config):
-    """4: greedy generation of config["max_new_tokens"] tokens; what there is after the prefill and after every step."""
-    n_tokens, f, fed = config["max_new_tokens"], config["interval"], list(prompt)
-    if n_tokens == 0:
-        return []
-    model = Model(weights, model_config, config, len(prompt) + n_tokens)
-    logits, indices, trace = model.dense_pass(fed, 0), None, []
+def generation(model, fed, config):
+    """4.4: feed the tokens that are not cached yet, then step by step -> each token chosen, what its step selected."""
+    start = model.length - model.window  # 0, or where the open window of what is resumed begins
+    logits, indices, f = model.dense_pass(fed[start:], start), None, config["interval"]
     while True:
         pending = int(np.argmax(logits))
-        keys, values = (x[:, :, : model.length].copy() for x in (model.keys, model.values))
-        trace.append({"keys": keys, "values": values, "bounds": model.bounds.copy()})
-        trace[-1] |= {"codes": model.codes.copy(), "scales": model.scales.copy()}
-        trace[-1] |= {"indices": indices, "token": pending, "window": model.window}
-        if len(trace) == n_tokens:  # the last token is never fed
-            return trace
+        yield pending, indices
         fed.append(pending)
         if config["schedule"] == "fused" and f is not None and model.window + 1 >= f:
             start = model.length - model.window
@@ -297,6 +289,22 @@ def decode_trace(weights, model_config, prompt, config):
         if config["schedule"] == "paper" and f is not None and model.window >= f:
             start = model.length - model.window
             model.dense_pass(fed[start:], start)  # its logits are discarded
+
+
+def decode_trace(weights, model_config, prompt, config):
+    """4.6: greedy generation of config["max_new_tokens"] tokens; what there is after the prefill and every step."""
+    n_tokens, trace = config["max_new_tokens"], []
+    if n_tokens == 0:
+        return []
+    model = Model(weights, model_config, config, len(prompt) + n_tokens)
+    for pending, indices in generation(model, list(prompt), config):
+        keys, values = (x[:, :, : model.length].copy() for x in (model.keys, model.values))
+        trace.append({"keys": keys, "values": values, "bounds": model.bounds.copy()})
+        trace[-1] |= {"codes": model.codes.copy(), "scales": model.scales.copy()}
+        trace[-1] |= {"indices": indices, "token": pending, "window": model.window}
+        if len(trace) == n_tokens:  # the last token is never fed
+            break
+    return trace
 
 
 def kept_tokens(logits, temperature, top_k, top_p):
@@ -352,4 +360,29 @@ def paged_trace(passes, config, n_pages, page_size):
             outs.append(sparse_attention(query, keys, values, chosen[-1], [end], b)[0][:, None])
         indices = np.concatenate(chosen) if chosen else None
         results.append({"out": np.stack(outs), "indices": indices})  # [layer, Hq, n, D], [layer, Hkv, K]
+    return results
+
+
+def decode_batch(weights, model_config, requests, config):
+    """4.8: requests that join, end and go on each in its own time -> what each has left: tokens, cache and w."""
+    capacity = sum(len(each["prompt"]) + each["max_new_tokens"] for each in requests)  # enough for all turns of one
+    running, ended, results, step = {}, {}, [None] * len(requests), 0
+    while len(ended) < len(requests):
+        for i, request in enumerate(requests):
+            if request["arrival"] == step:
+                model, fed = ended.get(request["resumes"]) or (Model(weights, model_config, config, capacity), [])
+                fed += request["prompt"]
+                running[i] = model, fed, [], generation(model, fed, config)
+            if i not in running:
+                continue
+            model, fed, tokens, steps = running[i]
+            token, _ = next(steps)
+            tokens += [token][: request["max_new_tokens"]]  # of no tokens there is the prefill alone
+            if len(tokens) < request["max_new_tokens"] and token not in request["stop_tokens"]:
+                continue
+            del running[i]
+            ended[i] = model, fed + tokens[-1:]  # the last is pending: it is fed when the sequence goes on
+            results[i] = {"tokens": tokens, "window": model.window, "keys": model.keys[:, :, : model.length].copy()}
+            results[i]["values"] = model.values[:, :, : model.length].copy()
+        step += 1
     return results

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import os
 import sys
+import time
 
 from .children import check_module, serve
 from .grades import GRADES
-from .kit import UNSUPPORTED, chosen_entries, is_passed, line, report, summary
+from .kit import UNSUPPORTED, chosen_entries, header, is_passed, line, report, summary
 from .vectors import load_vectors
 
 
@@ -27,13 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def conformance(options: argparse.Namespace) -> int:
-    """Check a port against the conformance vectors. MODULE offers the five operations, NumPy arrays
-    in and out, and decode_trace for whole generations, as docs/porting.md says. Every case runs in
-    a process of its own that may crash or hang, and is printed as it ends. Each failure names the
-    law that it breaks. The exit status is 0 if all cases pass, 1 if not, 2 if there is no such
-    module. What the port prints goes to standard error.
+    """Check a port against the conformance vectors. MODULE offers five operations, NumPy arrays in
+    and out, and decode_trace for whole generations, as docs/porting.md says. Optional are both
+    operations of key sketches, choose_token, attention_trace, paged_trace and decode_batch. Every
+    case runs in a process of its own that may crash or hang, and is printed as it ends. Each
+    failure names the law that it breaks. The exit status is 0 if all cases pass, 1 if
+    not, 2 if there is no such module. What the port prints goes to standard error.
     """
-    vectors, rows = load_vectors(), []
+    vectors, rows, start = load_vectors(), [], time.monotonic()
     entries = chosen_entries(vectors, grades=options.grade, only=options.only)
     if not entries:
         raise ValueError(f"--only: got {options.only}; allowed: the name of a case or an operation")
@@ -42,13 +45,16 @@ def conformance(options: argparse.Namespace) -> int:
     for row in check_module(
         options.module, vectors, entries, ops_only=options.ops_only, timeout=options.timeout
     ):
+        if not (options.json or rows):
+            print(header(), flush=True)
         rows.append(row)
         if not options.json and row.status != UNSUPPORTED:  # they are counted in the end
             print(line(row), flush=True)
     if options.json:
         print(json.dumps(report(options.module, vectors, rows, ops_only=options.ops_only)))
     else:
-        print(f"\n{summary(rows)}")
+        print(f"\n{summary(rows)}", flush=True)
+        print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
     return 0 if is_passed(rows, ops_only=options.ops_only) else 1
 
 
@@ -64,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     add_arguments(parser)
     try:
         return conformance(parser.parse_args(arguments))
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

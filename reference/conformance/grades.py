@@ -14,13 +14,13 @@ from ..examples import numpy_port as exact
 GRADES = ("float32", "float64", "fp16", "bf16", "batch", "widths", "long")
 # Grade: the clause of docs/porting.md, and sizes (lengths, Hkv, G, D, b, bits of sketches).
 SIZES = {
-    "float64": ("8 float64", [((37, 20), 2, 3, 16, 8, 2)]),
+    "float64": ("8 float64", [((137, 20), 2, 3, 16, 8, 2)]),
     "fp16": ("8 16-bit numbers", [((200,), 2, 4, 64, 16, 2), ((300, 129), 1, 2, 128, 64, 1)]),
     "bf16": ("8 16-bit numbers", [((200,), 2, 4, 64, 16, 2), ((300, 129), 1, 2, 128, 64, 1)]),
     "batch": (
         "8 batches",
         [
-            ((0, 1, 33, 64, 95), 8, 1, 32, 16, 2),
+            ((0, 1, 513, 64, 95), 8, 1, 32, 16, 2),
             ((17, 80, 49), 2, 8, 64, 16, 1),
             ((130, 64), 4, 5, 128, 64, 2),
         ],
@@ -34,7 +34,7 @@ SAYS = {
     "bf16": "16-bit inputs, sums in float32; bfloat16 comes as its bits, which are uint16",
     "batch": "ragged sequences, an empty one among them, up to 8 KV heads and groups of 8",
     "widths": "heads of 80 and 96 channels, which are no powers of two",
-    "long": "131,072 tokens, whose softmax has a few needles",
+    "long": "131,072 tokens, whose softmax has a few needles; more than 512 scores are equal",
 }
 OPERATIONS = (
     "block_bounds", "score_blocks", "select_blocks", "sparse_attention", "dense_attention",
@@ -46,8 +46,8 @@ COMPARED = {
     "sketch_keys": ["codes", "scales"], "score_sketch": ["scores"],
 }  # fmt: skip
 EPS = {"float64": 2.0**-51}  # float32's elsewhere: in it sums are taken
-ROUNDING = {"fp16": 2.0**-9, "bf16": 2.0**-6}  # twice the distance from 1 to the next number
-NEEDLES, LOUD = 28, 24.0  # how many tokens of a long context weigh anything, and their logits
+ROUNDING = {"fp16": 2.0**-10, "bf16": 2.0**-7}  # two roundings: of weights, and of the output
+NEEDLES, LOUD = 28, 24.0  # tokens with all but 1e-6 of a long context, and their logits
 DEEPEST = 64  # roundings of a sum over a long context: what is small is lost, and costs nothing
 CLEAR = 1e-3  # relative distance of a rotated channel from a threshold: codes must be equal
 
@@ -133,12 +133,19 @@ def _inputs(entry: Mapping) -> dict[str, np.ndarray]:
     batch, capacity = len(lengths), max(lengths) + (0 if grade == "long" else 5)
     n_blocks = ceil(capacity / block_size)
 
-    # Keys, values and queries. In long contexts a few keys point where the queries do.
+    sizes = {"lengths": np.array(lengths, np.int32)}
+    scores = drawn(seed + 6, batch, kv_heads, n_blocks)
+    if operation == "select_blocks" and grade == "float64":
+        return {"scores": 1 + 2.0**-40 * scores} | sizes  # in float32 they would all be equal
+    if operation == "select_blocks":
+        is_tie = (grade == "long") & (scores > 1) & (scores < 2)  # far more than 512
+        return {"scores": np.where(is_tie, 1.0, scores).astype(np.float32)} | sizes
+
+    # Keys and queries. In long contexts a few keys point where the queries do.
     query = drawn(seed + 1, batch, kv_heads * group, head_dim)
     keys = drawn(seed + 2, batch, kv_heads, capacity, head_dim)
     if "sketch" in operation:
         _clear_of_thresholds(keys.reshape(-1, head_dim), grade, bits, seed)
-    values = drawn(seed + 3, batch, kv_heads, capacity, head_dim)
     if grade == "long":
         query = query[:, :1] + query / 64
         at = [0, 1, 2**16 - 1, 2**16, 2**17 - 1]
@@ -146,27 +153,34 @@ def _inputs(entry: Mapping) -> dict[str, np.ndarray]:
         direction = query[0, 0] / (query[0, 0] @ query[0, 0])
         loud = LOUD + drawn(seed + 5, len(at))[:, None] / 4
         keys[0, 0, at] = loud * head_dim**0.5 * direction
-    window = np.stack([query, query[..., ::-1] / 2, query * 0.75], axis=2)  # [B, Hq, 3, D]
-    query, keys, values, window = (stored_as(grade, x) for x in (query, keys, values, window))
-    sizes = {"lengths": np.array(lengths, np.int32)}
+    keys = stored_as(grade, keys)
     if operation == "sketch_keys":
         return {"keys": keys}
     if operation == "block_bounds":
         return {"keys": keys} | sizes
     if operation == "score_blocks":
         bounds = exact.block_bounds(widened(keys), lengths, block_size)
-        return {"query": query, "bounds": stored_as(grade, bounds)} | sizes
+        return {"query": stored_as(grade, query), "bounds": stored_as(grade, bounds)} | sizes
     if operation == "score_sketch":
         codes, scales = exact.sketch_keys(widened(keys), bits)
-        return {"query": query, "codes": codes, "scales": stored_as(grade, scales)} | sizes
-    scores = drawn(seed + 6, batch, kv_heads, n_blocks)
-    if operation == "select_blocks":
-        return {"scores": scores.astype(np.float64 if grade == "float64" else np.float32)} | sizes
-    cache = {"keys": keys, "values": values} | sizes
+        scales = stored_as(grade, scales)
+        return {"query": stored_as(grade, query), "codes": codes, "scales": scales} | sizes
+
+    # Values, and a window of three queries. Half of the 16-bit cases weigh all tokens nearly alike:
+    # sums in 16 bits stop growing then.
+    values = drawn(seed + 3, batch, kv_heads, capacity, head_dim)
+    if grade in ROUNDING and seed:
+        query, values = query / 64, np.abs(values)
+    others = (
+        (query * 1.125, query * 1.25) if grade == "long" else (query[..., ::-1] / 2, query * 0.75)
+    )
+    cache = {"keys": keys, "values": stored_as(grade, values)} | sizes
     if operation == "sparse_attention":
         config = {"block_size": block_size, "active_ratio": 0.3, "min_blocks": 2, "local_blocks": 1}
-        return {"query": query, **cache, "indices": exact.select_blocks(scores, lengths, config)}
-    return {"query": window, **cache}
+        indices = exact.select_blocks(scores, lengths, config)
+        return {"query": stored_as(grade, query), **cache, "indices": indices}
+    window = np.stack([query, *others], axis=2)  # [B, Hq, 3, D]
+    return {"query": stored_as(grade, window), **cache}
 
 
 def _clear_of_thresholds(keys: np.ndarray, grade: str, bits: int, seed: int) -> None:
@@ -224,7 +238,7 @@ def _allowed(entry: Mapping, wide: Mapping, expected: Mapping) -> dict[str, np.n
 def run_sizes(x: np.ndarray) -> np.ndarray:
     """ρ of a rotation, of which rounding is a share: the sum of abs(x) over a run / sqrt(m)."""
     m = x.shape[-1] & -x.shape[-1]
-    runs = np.abs(x).reshape(*x.shape[:-1], -1, m).sum(axis=-1, keepdims=True)
+    runs = np.abs(x.astype(np.float64)).reshape(*x.shape[:-1], -1, m).sum(axis=-1, keepdims=True)
     return np.broadcast_to(runs * m**-0.5, (*runs.shape[:-1], m)).reshape(x.shape)
 
 

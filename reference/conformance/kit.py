@@ -5,8 +5,8 @@ generations. The cases of one operation form a ladder: each asks for one thing m
 before it, so the first that fails names the law. `trace.py` compares a generation step by step up
 to where it first goes wrong.
 
-What is optional, a port offers or not: both operations of key sketches, and other number types and
-sizes, which its `GRADES` names. The rest is "not supported".
+What is optional, a port offers or not: both operations of key sketches, the parts of a serving
+engine, and other number types and sizes, which its `GRADES` names. The rest is "not supported".
 """
 
 import importlib
@@ -28,11 +28,24 @@ import numpy as np
 
 from ..examples import numpy_port as exact
 from .grades import GRADES, OPERATIONS, widened
-from .parts import PARTS, check_passes, choice_of, passes_of, traced
+from .parts import (
+    ATTENDED_BY,
+    BATCH_MODEL,
+    PARTS,
+    SCORED_BY,
+    check_batch,
+    check_passes,
+    choice_of,
+    decoded_alone,
+    passes_of,
+    read_result,
+    requests_of,
+    traced,
+)
 from .trace import DRIFT, TRACE, check_steps, expected_steps, read_trace
 from .unseen import with_garbage
 from .vectors import Vectors, part_of
-from .wrong import IMPRECISE, Wrong, foreign_code, in_one_line, wrong_clause, wrong_order
+from .wrong import EQUATIONS, IMPRECISE, Wrong, foreign_code, in_one_line, wrong_clause, wrong_order
 
 OPTIONAL = ("sketch_keys", "score_sketch")
 PASS, FAIL, UNCHECKED, UNSUPPORTED = "pass", "FAIL", "not checked", "not supported"
@@ -57,7 +70,7 @@ class Row:
 
 def load_port(name: str) -> ModuleType:
     """Import a port: a module by its name, from the working directory too, or a path ending in
-    .py. ValueError if there is none, or if it cannot be imported.
+    .py. ValueError if there is none, if it cannot be imported, or names a grade that is none.
     """
     allowed = "allowed: a module that can be imported, or a file ending in .py"
     path = Path(name) if name.endswith(".py") else None
@@ -66,14 +79,24 @@ def load_port(name: str) -> ModuleType:
     sys.path.insert(0, str(path.parent.resolve()) if path else "")  # for modules beside it
     try:
         if path is None:
-            return importlib.import_module(name)
-        spec = importlib.util.spec_from_file_location(f"_port_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up there
-        spec.loader.exec_module(module)
-        return module
+            module = importlib.import_module(name)
+        else:
+            spec = importlib.util.spec_from_file_location(f"_port_{path.stem}", path)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # dataclasses look their module up there
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever a foreign module raises
         raise ValueError(f"MODULE: got {name} ({in_one_line(error)}); {allowed}") from error
+
+    # Python imports a folder without code as an empty module.
+    if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
+        raise ValueError(f"MODULE: got {name} (a folder without __init__.py); {allowed}")
+    named = getattr(module, "GRADES", ())
+    if not isinstance(named, (list, tuple, set, frozenset)) or any(
+        grade not in GRADES for grade in named
+    ):
+        raise ValueError(f"GRADES: got {named!r}; allowed: a list of {', '.join(GRADES[1:])}")
+    return module
 
 
 def check_port(
@@ -126,6 +149,7 @@ def outcome_of(port: ModuleType, entry: dict, vectors: Vectors) -> dict:
     """Run one case → its worst error and what is allowed there, and what broke, if anything."""
     checks = {"decode_trace": check_trace, "choose_token": check_choice}
     checks |= {"attention_trace": check_part_trace, "paged_trace": check_part_trace}
+    checks |= {"decode_batch": check_requests}
     check = checks.get(entry["operation"], check_operation)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NaN and infinity are meant
@@ -191,12 +215,19 @@ def check_operation(port: ModuleType, entry: dict, vectors: Vectors) -> tuple[fl
     errors = [_compare(name, results[name], arrays, entry) for name in names]
     _check_equal_blocks(results, entry)
 
-    # Once more, and with other garbage where nothing may look: every bit stays.
-    if not _same_bits(results, _call(port, entry, inputs)):
-        raise Wrong("5 second run", "a second run of the same case gives other bits")
+    # Once more, and with other garbage where nothing may look: every bit stays that is compared.
+    compared = {name: ~np.isinf(arrays.get(f"allowed/{name}", 0.0)) for name in results}
+
+    def check_second_run() -> None:
+        if not _same_bits(results, _call(port, entry, inputs), compared):
+            raise Wrong("5 second run", "a second run of the same case gives other bits")
+
+    check_second_run()
     for law, what, changed in with_garbage(operation, inputs):
         again = _call(port, entry | {"law": law, "says": what}, changed)
-        if not _same_bits(results, again):
+        if not _same_bits(results, again, compared):
+            for _ in range(9):  # it may be chance
+                check_second_run()
             raise Wrong(law, f"{what} change the result")
     return max(errors, key=lambda pair: pair[0] / pair[1] if pair[1] else 0.0)
 
@@ -238,15 +269,15 @@ def _is_same(one: object, other: object) -> bool:
     return one == other
 
 
-def _same_bits(one: Mapping, other: Mapping) -> bool:
-    """Compare results bit for bit, but for the payload of NaN."""
+def _same_bits(one: Mapping, other: Mapping, compared: Mapping) -> bool:
+    """Compare results bit for bit, but for the payload of NaN and for what no case compares."""
 
     def is_same(name: str) -> bool:
         ours, theirs = np.asarray(one[name]), np.asarray(other[name])
         if ours.shape != theirs.shape or ours.dtype.kind != "f":
             return np.array_equal(ours, theirs)
-        signs = (np.signbit(ours) == np.signbit(theirs)) | np.isnan(ours)
-        return np.array_equal(ours, theirs, equal_nan=True) and bool(signs.all())
+        is_equal = (ours == theirs) & (np.signbit(ours) == np.signbit(theirs))
+        return bool((is_equal | (np.isnan(ours) & np.isnan(theirs)) | ~compared[name]).all())
 
     return all(map(is_same, one))
 
@@ -326,10 +357,12 @@ def _compare(name: str, result: object, arrays: Mapping, entry: dict) -> tuple[f
     where = (
         f"{name}{[int(i) for i in worst]} is {actual[worst]:.6g} instead of {expected[worst]:.6g}"
     )
-    if error.max() < IMPRECISE * np.abs(expected[np.isfinite(expected)]).max(initial=0.0):
+    law, says, size = entry["law"], entry["says"], np.abs(expected[np.isfinite(expected)])
+    if allowed[worst] > 0 and error.max() < IMPRECISE * size.max(initial=0.0):
         where += ", so close that arithmetic may be narrower than float32"
-    says = f"{entry['says']} ({n_wrong} of {error.size} differ: {where})"
-    raise Wrong(entry["law"], says, (), *numbers)
+        if "grade" not in entry and law != EQUATIONS.get(entry["operation"], law):
+            law, says = EQUATIONS[entry["operation"]], "results are a little off"
+    raise Wrong(law, f"{says} ({n_wrong} of {error.size} differ: {where})", (), *numbers)
 
 
 def _errors(actual: np.ndarray, expected: np.ndarray, allowed: np.ndarray) -> np.ndarray:
@@ -378,11 +411,33 @@ def check_choice(port: ModuleType, entry: dict, _: Vectors) -> tuple[float, floa
 def check_part_trace(port: ModuleType, entry: dict, _: Vectors) -> tuple[float, float]:
     """Check attention alone, pass by pass."""
     given = {"passes": passes_of(entry), "config": entry["config"]}
-    copies = deepcopy(given)
-    with foreign_code(entry["law"], entry["says"]):
+    copies, expected = deepcopy(given), traced(exact, entry, **given)
+    with foreign_code(entry["law"], entry["says"]):  # reading what it returns may fail as well
         found = [dict(each) for each in traced(port, entry, **copies)]
-    _check_unwritten(entry["operation"], given, copies)
-    return check_passes(given["passes"], found, traced(exact, entry, **given), entry["config"])
+        _check_unwritten(entry["operation"], given, copies)
+        return check_passes(given["passes"], found, expected, entry["config"])
+
+
+def check_requests(port: ModuleType, entry: dict, vectors: Vectors) -> tuple[float, float]:
+    """Check a batch, request by request → the largest drift and what is allowed."""
+    config, shape = entry["config"], vectors.manifest["models"][BATCH_MODEL]
+    model = part_of(vectors.weights, BATCH_MODEL), shape
+    names = ("weights", "model_config", "requests", "config")
+
+    def decode(requests: list[dict]) -> list[dict]:
+        given = dict(zip(names, (*model, requests, config), strict=True))
+        copies = deepcopy(given)
+        with foreign_code(entry["law"], entry["says"]):
+            found = [read_result(each) for each in port.decode_batch(*copies.values())]
+        _check_unwritten("decode_batch", given, copies)
+        return found
+
+    requests = requests_of(entry["case"], shape["vocab_size"])
+    try:
+        return check_batch(requests, decode, decoded_alone(model, requests, config)), DRIFT
+    except Wrong as wrong:
+        wrong.needs = (*SCORED_BY[sketch_bits(entry) is not None], *ATTENDED_BY, "decode_trace")
+        raise
 
 
 def report(
@@ -400,6 +455,11 @@ def report(
         "first_failures": [plain(row) for row in first_failures(rows)],
         "rows": [plain(row) for row in rows],
     }
+
+
+def header() -> str:
+    """Name the columns of `line`."""
+    return f"{'result':13} {'operation':16} {'case':34} {'error':>8} {'allowed':>8}  law"
 
 
 def line(row: Row) -> str:
@@ -425,7 +485,7 @@ def summary(rows: Sequence[Row]) -> str:
     total = ", ".join(f"{counts[each]} {each}" for each in every if counts[each])
     left = [row for row in rows if row.status == UNSUPPORTED]
     names = dict.fromkeys(row.operation for row in left if row.operation in PARTS)
-    if any(row.law.startswith(("2.6", "2.7")) for row in left):
+    if any(row.operation in OPTIONAL and row.grade == GRADES[0] for row in left):
         names["key sketches"] = None
     names |= dict.fromkeys(row.grade for row in left if row.grade != GRADES[0])
     parts.append(f"{total} ({', '.join(names)})" if names else total)

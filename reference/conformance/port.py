@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resa.reference.cache import KVCache
 from resa.reference.config import GPTConfig, ReSAConfig
-from resa.reference.generate import Generation, decode_step, prefill
+from resa.reference.generate import Generation, decode_step, generate, prefill
 from resa.reference.model import GPT
 from resa.reference.operations import CHECKED_OPS, REFERENCE_OPS, Operations
 from resa.reference.sampling import Sampling, place
@@ -72,13 +72,19 @@ def entry(generation: Generation, selected: Sequence[Tensor]) -> dict[str, objec
     `selected` holds the indices [1, Hkv, N] of every layer; it is empty after a dense pass.
     """
     cache = generation.cache
-    cached = (x[:, 0, :, : cache.length] for x in (cache.keys, cache.values))
-    step = dict(zip(("keys", "values"), cached, strict=True))
     of_blocks = ("codes", "scales") if cache.bounds is None else ("bounds",)
-    step |= {name: getattr(cache, name)[:, 0] for name in of_blocks}
-    step = {name: tensor.cpu().numpy().copy() for name, tensor in step.items()}
+    step = {name: getattr(cache, name)[:, 0].cpu().numpy().copy() for name in of_blocks}
     step["indices"] = torch.cat(list(selected)).cpu().numpy() if selected else None
-    return step | {"token": generation.tokens[-1], "window": generation.n_drifted}
+    return cached(generation) | step | {"token": generation.tokens[-1]}
+
+
+def cached(generation: Generation) -> dict[str, object]:
+    """Copies of the keys and values [layer, Hkv, T, D] of a generation, and its window w."""
+    cache = generation.cache
+    keys, values = (
+        x[:, 0, :, : cache.length].cpu().numpy().copy() for x in (cache.keys, cache.values)
+    )
+    return {"keys": keys, "values": values, "window": generation.n_drifted}
 
 
 @torch.no_grad()
@@ -143,35 +149,98 @@ def trace_attention(
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Trace attention through any cache, which `write(cache, layer, start, keys, values)` fills."""
-    config, results = ReSAConfig(**config), []
-    (n_layer, n_kv_head, _, head_dim), n_head = (
-        passes[0]["keys"].shape,
-        len(passes[0]["queries"][0]),
-    )
-    shape = GPTConfig(1, n_layer, n_head, n_kv_head, head_dim, hidden_size=1, intermediate_size=1)
+    config = ReSAConfig(**config)
     capacity = max(each["start"] + each["queries"].shape[2] for each in passes)
-    cache = new_cache(shape, capacity, config.block_size, config.kept_bits, device=device)
+    kept = config.block_size, config.kept_bits
+    cache = new_cache(shape_of(passes), capacity, *kept, device=device)
+    return [attend(each, cache, config, write, ops, device) for each in passes]
+
+
+def paged_trace(
+    passes: Sequence[Mapping], config: Mapping, n_pages: int, page_size: int
+) -> list[dict[str, Any]]:
+    """Attention alone, in pages of one long cache: a pass takes out its own and puts them back."""
+    config, results = ReSAConfig(**config), []
+    b, bits = config.block_size, config.kept_bits
+    pool = KVCache.empty(shape_of(passes), n_pages * page_size, b, bits)
     for each in passes:
-        rows = [torch.from_numpy(each[name]).to(device) for name in ("queries", "keys", "values")]
-        lengths = torch.tensor([each["start"] + rows[0].shape[2]], dtype=torch.int32, device=device)
-        outs, chosen = [], []
-        for layer, row in enumerate(zip(*rows, strict=True)):
-            query, key, value = (x[None] for x in row)
-            write(cache, layer, each["start"], key, value)
-            keys, values = cache.keys[layer], cache.values[layer]
-            if each["is_dense"]:
-                outs.append(ops.dense_attention(query, keys, values, lengths)[0])
-                continue
-            query = query[:, :, 0].contiguous()
-            if cache.bounds is None:
-                kept = cache if isinstance(cache, KVCache) else cache.sketches
-                sketches = kept.codes[layer], kept.scales[layer]
-                scores = ops.score_sketch(query, *sketches, lengths, config.block_size)
-            else:
-                scores = ops.score_blocks(query, cache.bounds[layer], lengths, config.block_size)
-            chosen.append(ops.select_blocks(scores, lengths, config))
-            selected = chosen[-1], lengths, config.block_size
-            outs.append(ops.sparse_attention(query, keys, values, *selected)[0][:, None])
-        indices = torch.cat(chosen).cpu().numpy() if chosen else None
-        results.append({"out": torch.stack(outs).cpu().numpy(), "indices": indices})
+        table = torch.tensor(each["table"])
+        slots = (table[:, None] * page_size + torch.arange(page_size)).flatten()
+        rows = (..., slots, slice(None))
+        places = {"keys": rows, "values": rows, "codes": rows, "scales": (..., slots)}
+        if bits is None:
+            places = {"keys": rows, "values": rows, "bounds": (..., slots[::b] // b)}
+
+        # Sequences that share pages put back what was there.
+        own = replace(pool, **{name: getattr(pool, name)[at] for name, at in places.items()})
+        results.append(attend(each, own, config, KVCache.write, REFERENCE_OPS))
+        for name, at in places.items():
+            getattr(pool, name)[at] = getattr(own, name)
     return results
+
+
+def shape_of(passes: Sequence[Mapping]) -> GPTConfig:
+    """The shape of a model that would make these queries, keys and values."""
+    n_layer, n_kv_head, _, head_dim = passes[0]["keys"].shape
+    n_head = passes[0]["queries"].shape[1]
+    return GPTConfig(1, n_layer, n_head, n_kv_head, head_dim, hidden_size=1, intermediate_size=1)
+
+
+def attend(
+    each: Mapping,
+    cache: Any,
+    config: ReSAConfig,
+    write: Callable,
+    ops: Operations,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Run one pass: in every layer write its rows, then attend."""
+    rows = [torch.from_numpy(each[name]).to(device) for name in ("queries", "keys", "values")]
+    lengths = torch.tensor([each["start"] + rows[0].shape[2]], dtype=torch.int32, device=device)
+    outs, chosen = [], []
+    for layer, row in enumerate(zip(*rows, strict=True)):
+        query, key, value = (x[None] for x in row)
+        write(cache, layer, each["start"], key, value)
+        keys, values = cache.keys[layer], cache.values[layer]
+        if each["is_dense"]:
+            outs.append(ops.dense_attention(query, keys, values, lengths)[0])
+            continue
+        query = query[:, :, 0].contiguous()
+        if cache.bounds is None:
+            kept = cache if isinstance(cache, KVCache) else cache.sketches
+            sketches = kept.codes[layer], kept.scales[layer]
+            scores = ops.score_sketch(query, *sketches, lengths, config.block_size)
+        else:
+            scores = ops.score_blocks(query, cache.bounds[layer], lengths, config.block_size)
+        chosen.append(ops.select_blocks(scores, lengths, config))
+        selected = chosen[-1], lengths, config.block_size
+        outs.append(ops.sparse_attention(query, keys, values, *selected)[0][:, None])
+    indices = torch.cat(chosen).cpu().numpy() if chosen else None
+    return {"out": torch.stack(outs).cpu().numpy(), "indices": indices}
+
+
+def decode_batch(
+    weights: Mapping, model_config: Mapping, requests: Sequence[Mapping], config: Mapping
+) -> list[dict]:
+    """Greedy generation of many requests → what each leaves: its tokens, its cache and w."""
+    return decode_requests(generate, build_model(weights, model_config), requests, config)
+
+
+def decode_requests(
+    generate: Callable, model: GPT, requests: Sequence[Mapping], config: Mapping
+) -> list[dict]:
+    """Decode through any `generate`. New requests of equal N and stop tokens are one batch.
+
+    Nothing depends on when a request joins (law 9), so all of these join at once.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for i, each in enumerate(requests):
+        turn = None if each["resumes"] is None else i  # resumed alone, after what it resumes
+        groups.setdefault((turn, each["max_new_tokens"], *each["stop_tokens"]), []).append(i)
+
+    config, done = ReSAConfig(**config), {}
+    for (_, n_tokens, *stop_tokens), group in groups.items():
+        prompts, resume = [requests[i]["prompt"] for i in group], requests[group[0]]["resumes"]
+        options = {"stop_tokens": stop_tokens, "resume": done.get(resume)}
+        done |= zip(group, generate(model, prompts, n_tokens, config, **options), strict=True)
+    return [cached(done[i]) | {"tokens": done[i].tokens} for i in range(len(requests))]

@@ -150,6 +150,9 @@ def _check_shapes(at: Comparison) -> None:
             says = f"{says}: the prompt is in the cache, the pending token is not"
             raise Wrong("4.1 prefill", says)
         if given != right:
+            if at.is_rectified and at.config["schedule"] == "fused":
+                says = f"{says}: a dense pass, fused, feeds the window and the pending token"
+                raise Wrong("4.4 schedules", says)
             says = f"{says}: every step caches one token more, rectification or not"
             raise Wrong("4.2 sparse step", says)
 
@@ -246,20 +249,21 @@ def _blame_rows(at: Comparison, layer: int, drift: np.ndarray) -> NoReturn:
     names = [name for name in ("keys", "values") if (_drift(at, name)[layer] > DRIFT).any()]
     where = f"{' and '.join(names)} of layer {layer}, {_listed(rows)}"
     where = f"{where}, off by {drift[rows].max():.1g} of their norm"
-    if drift[rows].max() < IMPRECISE:
+    is_close, is_dense = drift[rows].max() < IMPRECISE, f == 1 and at.config["schedule"] == "fused"
+    if is_close:
         where += " (so little may be a wrong epsilon, or arithmetic narrower than float32)"
 
     def wrong(law: str, says: str, *needs: str) -> Wrong:
         return Wrong(law, f"{where}: {says}", needs)
 
-    # The prefill: the model itself.
+    # The prefill: the model itself. Later steps show it too, if what is wrong is so little that no
+    # other token, position or key would do.
     if at.before is None and layer and rows == [last] and last:
         says = "the prompt's last token is part of the dense pass, like those before it"
         raise wrong("4.1 prefill", says)
-    if at.before is None and layer:
-        raise wrong("3 model", _BETWEEN, "dense_attention")
-    if at.before is None:
-        raise wrong("3 model", _INTO)
+    if at.before is None or (is_close and (is_dense or layer == 0)):
+        needs = ("dense_attention",) if layer else ()
+        raise wrong("3 model", _BETWEEN if layer else _INTO, *needs)
 
     # A sparse step.
     if layer == 0 and rows == [last]:
@@ -272,7 +276,7 @@ def _blame_rows(at: Comparison, layer: int, drift: np.ndarray) -> NoReturn:
     if at.found.window > 0:
         says = f"w is {at.found.window}, but a rectification is due, every {f} tokens"
         raise wrong("4.4 schedules", says)
-    if f == 1 and at.config["schedule"] == "fused":
+    if is_dense:
         says = "with interval 1, fused, every step is a dense pass"
         raise wrong("law 8 corners", says, "dense_attention")
     pairs = ((at.found.keys, at.before.keys), (at.found.values, at.before.values))
@@ -379,6 +383,9 @@ def _check_choice(at: Comparison) -> None:
         says = f"{says}: schedule fused takes the dense pass's logits of the pending token,"
         says = f"{says} every layer having attended to the window as it has just written it"
         raise Wrong("4.4 schedules", says, ("dense_attention",))
-    needs = ("dense_attention",) if wanted.indices is None else ("sparse_attention",)
+    if wanted.indices is not None:
+        says = f"{says}: the last layer's attention to the blocks selected, from keys to logits"
+        raise Wrong("4.2 sparse step", says, ("sparse_attention",))
     rest = "the last layer's attention and MLP, the final norm, the output projection"
-    raise Wrong("4.5 greedy choice", f"{says}: {rest}, then the largest logit", needs)
+    says = f"{says}: {rest}, then the largest logit"
+    raise Wrong("4.5 greedy choice", says, ("dense_attention",))

@@ -10,6 +10,13 @@ from pathlib import Path
 import numpy as np
 
 IMPRECISE = 1e-2  # a smaller relative error may come from arithmetic narrower than float32
+# What an operation computes: broken by what is nearly right, whatever else its case asks for.
+EQUATIONS = {
+    "score_blocks": "2.2 eq. 4",
+    "sparse_attention": "2.4 eq. 2",
+    "dense_attention": "2.5 eq. 2",
+    "score_sketch": "2.7 estimate",
+}
 # Frames of these never say where a port went wrong.
 NOT_THE_PORT = ("site-packages", "<frozen", importlib.__file__, str(Path(__file__).parent))
 
