@@ -7,6 +7,7 @@ keys and values, and its last logits give the next token: a rectification of the
 """
 
 from collections.abc import Iterator
+from math import ceil
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class ReSAScheduler(Scheduler):
         yield from must
         if self.resa.spread and self.resa.config.interval is not None:
             may = sorted((r for r in decoding if r not in must and drifted[r]), key=drifted.get)
-            n_each = -(-len(decoding) // self.resa.config.interval)
+            n_each = ceil(len(decoding) / self.resa.config.interval)
             yield from may[max(0, len(may) - n_each + len(must)) :] if n_each > len(must) else []
 
     def _reserve_prefill_lookahead(self, request: Request, start: int, n_tokens: int) -> int:
