@@ -241,10 +241,10 @@ def _blame(where: str, each: Mapping, error: float, allowed: float) -> NoReturn:
     if each["is_dense"]:
         law, needs = "law 6 rectification is exact", "dense_attention"
     what = "rows are written first, then attended to, each seeing itself and all before"
-    if each["start"] == 0:
-        law = "4.1 prefill"
-    elif "table" in each:
+    if "table" in each:
         law, what = "4.7 pages", "a page is written by its sequence alone, in the rows of the pass"
+    elif each["start"] == 0:
+        law = "4.1 prefill"
     if error < IMPRECISE:
         law, what = EQUATIONS[needs], "so little may be arithmetic narrower than float32"
     raise Wrong(law, f"{where}: outputs differ: {what}", (needs,), error, allowed)
