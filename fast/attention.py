@@ -23,6 +23,7 @@ from resa.reference.checks import require
 from .gpu import hopper
 from .gpu.launch import let_next_start, overlapped, wait_for_previous
 from .gpu.limits import INTERPRETED
+from .pages import cached_rows, layout, row_stride, tile_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MERGED_ROWS = 4  # query rows that one program merges
@@ -31,20 +32,23 @@ GROUP_ROWS = 16  # query heads of a group, padded to the fewest rows of a matrix
 
 def sparse_attention(
     query, keys, values, indices, lengths, block_size,
-    *, return_lse=False, counts=None, split_counters=None,
+    *, table=None, return_lse=False, counts=None, split_counters=None,
 ):  # fmt: skip
     """Softmax attention of one query per sequence over the tokens of its selected blocks (eq. 2).
 
     query [B, Hq, D], keys and values [B, Hkv, T_max, D], indices [B, Hkv, N] with −1 for nothing,
     lengths [B] → out [B, Hq, D] in the query's dtype and, on request, lse [B, Hq] float32. No
-    visible token gives zeros and −∞. Values of valid tokens must be finite.
+    visible token gives zeros and −∞. Values of valid tokens must be finite. With a table [B, pages]
+    int32, keys and values are pools [P, Hkv, N, D] (see `pages.py`).
 
     The decode loop passes two tensors of its own: counts [B] int32, so that only the first
     counts[s] indices are read, and split_counters [≥ B·Hkv] int32, zeros before and after. Its
     query, lengths and counts must be older than the kernel launched right before, which may not
     have ended.
     """
-    (batch, n_kv_head, capacity, head_dim), device = keys.shape, query.device
+    batch, n_kv_head, capacity, page_size = layout(keys, table)
+    head_dim, device = keys.shape[3], query.device
+    stride = row_stride(table, keys=keys, values=values)
     group, rows, width = query.shape[1] // n_kv_head, batch * n_kv_head, indices.shape[2]
     query = query.contiguous()
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
@@ -66,11 +70,13 @@ def sparse_attention(
         # other's latency better.
         is_short = rows * iterations <= 4 * count_processors(device)
         stages, resident = (1, 2) if is_short else (3, 1)
+        if table is not None and not is_short:  # one load more stands before keys and values
+            stages, resident = 2, 2
         splits = count_splits(rows, resident, iterations, device)
         partial = query.new_empty(rows, splits, GROUP_ROWS * (head_dim + 2), dtype=torch.float32)
         _sparse_kernel[(splits, n_kv_head, batch)](
-            query, keys, values, indices, counts, lengths, out, lse, partial, split_counters,
-            capacity, width, group, head_dim, block_size, tokens,
+            query, keys, values, table, indices, counts, lengths, out, lse, partial,
+            split_counters, capacity, width, group, head_dim, block_size, page_size, stride, tokens,
             num_warps=4, num_stages=stages, **early
         )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -98,9 +104,10 @@ def count_processors(device: torch.device) -> int:
 
 @triton.jit(do_not_specialize=["width"])
 def _sparse_kernel(
-    query_ptr, keys_ptr, values_ptr, indices_ptr, counts_ptr, lengths_ptr, out_ptr, lse_ptr,
-    partial_ptr, split_counters_ptr, capacity, width,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr
+    query_ptr, keys_ptr, values_ptr, table_ptr, indices_ptr, counts_ptr, lengths_ptr, out_ptr,
+    lse_ptr, partial_ptr, split_counters_ptr, capacity, width,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr,
+    STRIDE: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip
     """Attention of the G heads of one KV head over one split of its list of blocks.
 
@@ -137,7 +144,10 @@ def _sparse_kernel(
         slot = (start + o_t) % BLOCK_SIZE
         position = tl.where(is_block, block, 0) * BLOCK_SIZE + slot  # fits 32 bits
         is_visible = is_block & (position < length)
-        o_token = (i_row * capacity + position)[:, None] * D + o_d  # [TOKENS, D]
+        o_row = cached_rows(
+            table_ptr, i_row, tl.num_programs(1), capacity, position, is_visible, PAGE
+        )
+        o_token = o_row[:, None] * STRIDE + o_d  # [TOKENS, D]
         key = tl.load(keys_ptr + o_token, mask=is_visible[:, None], other=0.0)
         value = tl.load(values_ptr + o_token, mask=is_visible[:, None], other=0.0)
         m, z, acc = _attend(query, key, value, is_visible[None, :], True, m, z, acc)
@@ -241,19 +251,22 @@ def _merge(p_first, splits, o_r, m_out, R: tl.constexpr, D: tl.constexpr):
 
 def dense_attention(
     query, keys, values, lengths,
-    *, query_lengths=None, return_lse=False, split_counters=None,
+    *, table=None, query_lengths=None, return_lse=False, split_counters=None,
 ):  # fmt: skip
     """Causal attention of a window of queries, the newest tokens of each sequence.
 
     query [B, Hq, Q, D], keys and values [B, Hkv, T_max, D], lengths [B] with the window's own
     tokens, query_lengths [B] (default Q) → out [B, Hq, Q, D] in the query's dtype and, on request,
     lse [B, Hq, Q] float32. Query i of sequence s stands at position lengths[s] − query_lengths[s] +
-    i. Rows at or past query_lengths[s], or at negative positions, give zeros and −∞.
+    i. Rows at or past query_lengths[s], or at negative positions, give zeros and −∞. With a table
+    [B, pages] int32, keys and values are pools [P, Hkv, N, D] (see `pages.py`).
 
     The decode loop passes split_counters [≥ `count_split_counters`] int32 of its own, zeros before
     and after. The kernel for Hopper needs none.
     """
-    (batch, n_kv_head, capacity, head_dim), device = keys.shape, query.device
+    batch, n_kv_head, capacity, page_size = layout(keys, table)
+    head_dim, device = keys.shape[3], query.device
+    stride = row_stride(table, keys=keys, values=values)
     n_queries, group = query.shape[2], query.shape[1] // n_kv_head
     query = query.contiguous()
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -265,18 +278,22 @@ def dense_attention(
             query_lengths = torch.full_like(lengths, n_queries)
         query_lengths = query_lengths.to(torch.int32).contiguous()
         n_rows = n_queries * group
-        if hopper.suits(query, n_rows):
-            _attend_on_hopper(query, keys, values, lengths, query_lengths, out, lse)
+        if hopper.suits(query, n_rows, page_size):
+            _attend_on_hopper(query, keys, values, table, lengths, query_lengths, out, lse)
             return (out, lse) if return_lse else out
-        n_counters = count_split_counters(keys, group, n_queries)
-        split_counters = _counters(split_counters, n_counters, device)
         rows, tokens, warps, stages, resident = dense_tile(head_dim, keys.element_size(), n_rows)
+        n_counters = batch * n_kv_head * triton.cdiv(n_rows, rows)
+        split_counters = _counters(split_counters, n_counters, device)
         splits = count_splits(n_counters, resident, triton.cdiv(capacity, tokens), device)
         shape = n_counters if splits > 1 else 0, splits, rows * (head_dim + 2)
         partial = query.new_empty(shape, dtype=torch.float32)
+        if table is None:
+            keys, values = tile_of(keys, tokens), tile_of(values, tokens)
+        elif stages > 1:
+            stages += 2  # that look pages up
         _dense_kernel[(splits, triton.cdiv(n_rows, rows), batch * n_kv_head)](
-            query, tile_of(keys, tokens), tile_of(values, tokens), lengths, query_lengths, out, lse,
-            partial, split_counters, n_kv_head, capacity, n_queries, group, head_dim, rows, tokens,
+            query, keys, values, table, lengths, query_lengths, out, lse, partial, split_counters,
+            n_kv_head, capacity, n_queries, group, head_dim, page_size, stride, rows, tokens,
             num_warps=warps, num_stages=stages
         )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -303,22 +320,24 @@ def dense_tile(head_dim: int, element_size: int, n_rows: int) -> tuple[int, int,
     return 128, 128, 8, 3, 1
 
 
-def tile_of(table: Tensor, tokens: int) -> TensorDescriptor:
+def tile_of(cache: Tensor, tokens: int) -> TensorDescriptor:
     """[B, Hkv, T_max, D] as rows of D, which the copy engine loads in tiles of `tokens` rows."""
-    rows = table.view(-1, table.shape[3])
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [tokens, table.shape[3]])
+    rows = cache.view(-1, cache.shape[3])
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [tokens, cache.shape[3]])
 
 
 @triton.jit
 def _dense_kernel(
-    query_ptr, keys, values, lengths_ptr, query_lengths_ptr, out_ptr, lse_ptr, partial_ptr,
-    split_counters_ptr, n_kv_head, capacity, n_queries,
-    G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr
+    query_ptr, keys, values, table_ptr, lengths_ptr, query_lengths_ptr, out_ptr, lse_ptr,
+    partial_ptr, split_counters_ptr, n_kv_head, capacity, n_queries, G: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr
 ):  # fmt: skip
     """Attention of ROWS queries of one KV head's group over one split of the cache.
 
     Grid: (splits, ceil(Q·G / ROWS), B·Hkv). Tiles: queries [ROWS, D], the G heads of a token next
-    to each other; keys and values [TOKENS, D]. Invariant of acc, z, m as in the sparse kernel.
+    to each other; keys and values [TOKENS, D]. Invariant of acc, z, m as in the sparse kernel. The
+    copy engine loads the tiles of a cache, the threads those of pages.
     """
     # The queries of this tile.
     i_row = tl.program_id(2).to(tl.int64)
@@ -344,19 +363,31 @@ def _dense_kernel(
     seen_by_any = tl.where(has_rows, start + q_last + 1, 0)
     share = tl.cdiv(seen_by_all, TOKENS * tl.num_programs(0)) * TOKENS
     first = tl.program_id(0) * share
-    i_token = i_row * capacity  # the sequence's first row in the cache
     for token in range(first, tl.minimum(first + share, seen_by_all), TOKENS):
-        key = keys.load([(i_token + token).to(tl.int32), 0])  # [TOKENS, D]
-        value = values.load([(i_token + token).to(tl.int32), 0])
+        if PAGE == 0:
+            o_first = (i_row * capacity + token).to(tl.int32)
+            key, value = keys.load([o_first, 0]), values.load([o_first, 0])  # [TOKENS, D]
+        else:
+            m_t = tl.full([TOKENS], True, tl.int1)
+            o_row = tile_rows(table_ptr, i_row, n_kv_head, capacity, token, o_t, m_t, PAGE)
+            o_token = o_row[:, None] * STRIDE + o_d
+            key, value = tl.load(keys + o_token), tl.load(values + o_token)
         m, z, acc = _attend(query, key, value, True, False, m, z, acc)
 
     # The last split adds the few tokens that only some rows see. A hidden value may be NaN, and 0 ·
     # NaN is NaN: set it to 0.
     if tl.program_id(0) == tl.num_programs(0) - 1:
         for token in tl.range(seen_by_all, seen_by_any, TOKENS, num_stages=1):
-            key = keys.load([(i_token + token).to(tl.int32), 0])
-            value = values.load([(i_token + token).to(tl.int32), 0])
-            value = tl.where((token + o_t < seen_by_any)[:, None], value, 0.0)
+            m_t = token + o_t < seen_by_any
+            if PAGE == 0:
+                o_first = (i_row * capacity + token).to(tl.int32)
+                key, value = keys.load([o_first, 0]), values.load([o_first, 0])
+                value = tl.where(m_t[:, None], value, 0.0)
+            else:
+                o_row = tile_rows(table_ptr, i_row, n_kv_head, capacity, token, o_t, m_t, PAGE)
+                o_token = o_row[:, None] * STRIDE + o_d
+                key = tl.load(keys + o_token, mask=m_t[:, None], other=0.0)
+                value = tl.load(values + o_token, mask=m_t[:, None], other=0.0)
             is_visible = (token + o_t[None, :] <= start + o_q[:, None]) & m_query[:, None]
             m, z, acc = _attend(query, key, value, is_visible, True, m, z, acc)
 
@@ -369,16 +400,16 @@ def _dense_kernel(
 
 
 def _attend_on_hopper(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, query_lengths: Tensor,
-    out: Tensor, lse: Tensor,
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor | None, lengths: Tensor,
+    query_lengths: Tensor, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Fill `out` and `lse` of a window by the kernel for Hopper, and merge its splits."""
-    (batch, n_kv_head, capacity, head_dim), n_queries = keys.shape, query.shape[2]
+    (batch, n_kv_head, capacity, _), (_, _, n_queries, head_dim) = layout(keys, table), query.shape
     group, rows = query.shape[1] // n_kv_head, batch * n_kv_head
     n_programs = rows * triton.cdiv(n_queries * group, hopper.PROGRAM_ROWS.value)
     n_tiles = triton.cdiv(capacity, hopper.TOKENS.value)
     splits = count_wave_splits(n_programs, n_tiles, count_processors(query.device))
-    partial = hopper.attend(query, keys, values, lengths, query_lengths, out, lse, splits)
+    partial = hopper.attend(query, keys, values, table, lengths, query_lengths, out, lse, splits)
     if splits > 1:
         _merge_kernel[(triton.cdiv(n_queries * group, MERGED_ROWS), rows)](
             partial, out, lse, n_queries, splits, len(partial) // rows, group, head_dim,

@@ -17,6 +17,7 @@ from resa.reference.config import ReSAConfig
 from .cache import write_block
 from .gpu.bounds8 import Bounds8, table_and_scale
 from .gpu.launch import let_next_start, overlapped, wait_for_previous
+from .pages import cached_rows, layout
 
 MANY_SCORES = 2**17  # from here on larger tiles pay: there are programs enough to fill the GPU
 # In rows up to this long the reduction dominates; warps add integers in one instruction.
@@ -79,15 +80,19 @@ def _bounds_kernel(
 
 
 def score_blocks(
-    query: Tensor, bounds: Tensor | Bounds8, lengths: Tensor, block_size: int
-) -> Tensor:
+    query: Tensor, bounds: Tensor | Bounds8, lengths: Tensor, block_size: int,
+    *, table: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Upper bound of the pooled query's logit over each block, without the softmax scale (eq. 4).
 
     query [B, Hq, D], bounds [B, Hkv, 2, D, M], exact or in 8 bits, lengths [B] → scores
-    [B, Hkv, M] float32, −∞ for blocks past the end.
+    [B, Hkv, M] float32, −∞ for blocks past the end. With a table [B, pages] int32, bounds are those
+    of pages, [P, Hkv, N / block_size, 2, D] (see `pages.py`).
     """
-    table, scale = table_and_scale(bounds)
-    batch, n_kv_head, _, head_dim, n_blocks = table.shape
+    if table is not None:
+        return _score_pages(query, bounds, table, lengths, block_size)
+    bounds, scale = table_and_scale(bounds)
+    batch, n_kv_head, _, head_dim, n_blocks = bounds.shape
     scores = query.new_empty(batch, n_kv_head, n_blocks, dtype=torch.float32)
     if scores.numel():
         query, lengths = query.contiguous(), lengths.to(torch.int32).contiguous()
@@ -96,7 +101,7 @@ def score_blocks(
         # Started early, many programs would crowd onto the multiprocessors that are free first.
         early = {} if is_many else overlapped(query.device)
         _score_kernel[(triton.cdiv(n_blocks, tile), batch * n_kv_head)](
-            query, table, scale, lengths, scores, n_kv_head, n_blocks,
+            query, bounds, scale, lengths, scores, n_kv_head, n_blocks,
             query.shape[1] // n_kv_head, head_dim, block_size, tile, n_blocks % 16 == 0,
             num_warps=1, **early
         )  # fmt: skip
@@ -160,6 +165,54 @@ def _score_tile(
     tl.store(scores_ptr + i_row * n_blocks + o_block, score, mask=o_block < n_blocks)
 
 
+def _score_pages(
+    query: Tensor, bounds: Tensor, table: Tensor, lengths: Tensor, block_size: int
+) -> Tensor:
+    """Scores of blocks whose bounds lie with their pages, both sides of a channel in one row."""
+    batch, n_kv_head, n_blocks, page_size = layout(bounds, table)  # counted in blocks
+    head_dim, group = bounds.shape[4], query.shape[1] // n_kv_head
+    scores = query.new_empty(batch, n_kv_head, n_blocks, dtype=torch.float32)
+    if scores.numel():
+        query, lengths = query.contiguous(), lengths.to(torch.int32).contiguous()
+        tile = max(1, 4096 // head_dim)
+        _score_pages_kernel[(triton.cdiv(n_blocks, tile), batch * n_kv_head)](
+            query, bounds, table, lengths, scores, n_kv_head, n_blocks, group, head_dim,
+            block_size, page_size, tile, **overlapped(query.device)
+        )  # fmt: skip
+    return scores
+
+
+@triton.jit
+def _score_pages_kernel(
+    query_ptr, bounds_ptr, table_ptr, lengths_ptr, scores_ptr, n_kv_head, n_blocks,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr,
+    BLOCKS: tl.constexpr
+):  # fmt: skip
+    """Scores of BLOCKS blocks of one KV head. Grid: (ceil(M / BLOCKS), B·Hkv). Tile: [BLOCKS, D].
+
+    PAGE counts blocks.
+    """
+    wait_for_previous()
+    let_next_start()
+    i_row = tl.program_id(1).to(tl.int64)
+    total = tl.cdiv(tl.load(lengths_ptr + i_row // n_kv_head), BLOCK_SIZE)
+    o_block, o_d = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS), tl.arange(0, D)
+    o_g, m_block = tl.arange(0, 16), o_block < total
+    p_query = query_ptr + (i_row * G + o_g)[:, None] * D + o_d
+    query = tl.load(p_query, mask=(o_g < G)[:, None], other=0.0).to(tl.float32)  # [16, D]
+    pooled = (tl.sum(query, axis=0) / G)[None, :]
+
+    o_row = cached_rows(table_ptr, i_row, n_kv_head, n_blocks, o_block, m_block, PAGE)
+    p_lo = bounds_ptr + o_row[:, None] * 2 * D + o_d
+    lo = tl.load(p_lo, mask=m_block[:, None], other=0.0).to(tl.float32)  # [BLOCKS, D]
+    hi = tl.load(p_lo + D, mask=m_block[:, None], other=0.0).to(tl.float32)
+    bound = tl.where(pooled >= 0, hi, lo)
+    is_zero = (pooled == 0) & (tl.abs(bound) == float("inf"))
+    product = tl.where(is_zero, 0.0, pooled * bound)
+    score = tl.where(m_block, tl.sum(product, axis=1), float("-inf"))
+    tl.store(scores_ptr + i_row * n_blocks + o_block, score, mask=o_block < n_blocks)
+
+
 def append_and_score(
     query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor,
     bounds: Tensor | Bounds8, start: Tensor, end: Tensor, completed: Tensor, block_size: int
@@ -171,11 +224,11 @@ def append_and_score(
     Hkv, M] float32. The token's block must begin at `completed` or later. The three must be older
     than the kernel launched right before.
     """
-    table, scale = table_and_scale(bounds)
-    (batch, n_kv_head, capacity, head_dim), n_blocks, tile = keys.shape, table.shape[4], 32
+    bounds, scale = table_and_scale(bounds)
+    (batch, n_kv_head, capacity, head_dim), n_blocks, tile = keys.shape, bounds.shape[4], 32
     scores = query.new_empty(batch, n_kv_head, n_blocks, dtype=torch.float32)
     _append_and_score_kernel[(1 + triton.cdiv(n_blocks, tile), batch * n_kv_head)](
-        query, key, value, keys, values, table, scale, scores, start, end, completed,
+        query, key, value, keys, values, bounds, scale, scores, start, end, completed,
         n_kv_head, capacity, n_blocks, query.shape[1] // n_kv_head, head_dim, block_size, tile,
         n_blocks % 16 == 0, num_warps=1, **overlapped(query.device)
     )  # fmt: skip
@@ -201,8 +254,8 @@ def _append_and_score_kernel(
     let_next_start()
     if tl.program_id(0) == 0:
         write_block(
-            keys_ptr, values_ptr, bounds_ptr, scale_ptr, key_ptr, value_ptr, start, end,
-            i_row, start // BLOCK_SIZE, capacity, 1, n_blocks, D, BLOCK_SIZE
+            keys_ptr, values_ptr, bounds_ptr, scale_ptr, None, key_ptr, value_ptr, start, end,
+            i_row, start // BLOCK_SIZE, n_kv_head, capacity, 1, n_blocks, D, BLOCK_SIZE, 0, D
         )  # fmt: skip
     else:
         _score_tile(

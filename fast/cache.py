@@ -22,6 +22,7 @@ from resa.reference.config import GPTConfig
 
 from .gpu.bounds8 import Bounds8, encode_e4m3, table_and_scale
 from .gpu.launch import let_next_start
+from .pages import cached_rows, layout, row_stride
 from .sketch import Sketches, write_sketched
 
 
@@ -88,7 +89,8 @@ class BatchedCache:
 
 def write_window(
     keys: Tensor, values: Tensor, bounds: Tensor | Bounds8 | Sketches, new_keys: Tensor,
-    new_values: Tensor, start: Tensor, end: Tensor, block_size: int
+    new_values: Tensor, start: Tensor, end: Tensor, block_size: int,
+    *, table: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Store one layer's new keys and values in place, and rebuild the bounds they touch (law 2).
 
@@ -96,43 +98,51 @@ def write_window(
     new_keys and new_values [B, Hkv, Q, D], start and end [B]. Sequence s stores its first end[s] −
     start[s] ≤ Q new tokens at positions start[s], start[s] + 1, … Positions from end[s] on do not
     count in the bounds, whatever they hold. end[s] = start[s] leaves sequence s as it is.
+
+    With a table [B, pages] int32, keys, values and sketches are pools [P, Hkv, N, …] (see
+    `pages.py`), and bounds, then exact, [P, Hkv, N / block_size, 2, D]: they lie with their page.
     """
-    batch, n_kv_head, capacity, head_dim = keys.shape
-    width = new_keys.shape[2]
+    batch, n_kv_head, capacity, page_size = layout(keys, table)
+    width, head_dim = new_keys.shape[2:]
     if new_keys.numel():
         start, end = (ends.to(torch.int32).contiguous() for ends in (start, end))
         if isinstance(bounds, Sketches):
-            write_sketched(keys, values, bounds, new_keys, new_values, start, end)
+            write_sketched(keys, values, bounds, new_keys, new_values, start, end, table=table)
             return
         touched = (width + block_size - 2) // block_size + 1  # by a window of so many tokens
-        table, scale = table_and_scale(bounds)
+        bounds, scale = table_and_scale(bounds)
+        n_blocks = 0 if page_size else bounds.shape[4]
         # Not started early: beside the scoring there is time enough, and steps have measured up to
         # a quarter slower.
         _write_kernel[(touched, batch * n_kv_head)](
-            keys, values, table, scale, new_keys.contiguous(), new_values.contiguous(), start, end,
-            n_kv_head, capacity, width, table.shape[4], head_dim, block_size
+            keys, values, bounds, scale, table, new_keys.contiguous(), new_values.contiguous(),
+            start, end, n_kv_head, capacity, width, n_blocks, head_dim, block_size, page_size,
+            row_stride(table, keys=keys, values=values)
         )  # fmt: skip
 
 
 @triton.jit
 def _write_kernel(
-    keys_ptr, values_ptr, bounds_ptr, scale_ptr, new_keys_ptr, new_values_ptr, start_ptr, end_ptr,
-    n_kv_head, capacity, width, n_blocks, D: tl.constexpr, BLOCK_SIZE: tl.constexpr
+    keys_ptr, values_ptr, bounds_ptr, scale_ptr, table_ptr, new_keys_ptr, new_values_ptr,
+    start_ptr, end_ptr, n_kv_head, capacity, width, n_blocks, D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr
 ):  # fmt: skip
     """One block of one KV head. Grid: (most blocks a window can touch, B·Hkv)."""
     let_next_start()
     i_row = tl.program_id(1).to(tl.int64)
     start, end = tl.load(start_ptr + i_row // n_kv_head), tl.load(end_ptr + i_row // n_kv_head)
     write_block(
-        keys_ptr, values_ptr, bounds_ptr, scale_ptr, new_keys_ptr, new_values_ptr, start, end,
-        i_row, start // BLOCK_SIZE + tl.program_id(0), capacity, width, n_blocks, D, BLOCK_SIZE
+        keys_ptr, values_ptr, bounds_ptr, scale_ptr, table_ptr, new_keys_ptr, new_values_ptr,
+        start, end, i_row, start // BLOCK_SIZE + tl.program_id(0), n_kv_head, capacity, width,
+        n_blocks, D, BLOCK_SIZE, PAGE, STRIDE
     )  # fmt: skip
 
 
 @triton.jit
 def write_block(
-    keys_ptr, values_ptr, bounds_ptr, scale_ptr, new_keys_ptr, new_values_ptr, start, end,
-    i_row, i_block, capacity, width, n_blocks, D: tl.constexpr, BLOCK_SIZE: tl.constexpr
+    keys_ptr, values_ptr, bounds_ptr, scale_ptr, table_ptr, new_keys_ptr, new_values_ptr,
+    start, end, i_row, i_block, n_kv_head, capacity, width, n_blocks, D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr
 ):  # fmt: skip
     """Write block i_block of KV head i_row: its part of the window, and its bounds anew.
 
@@ -146,7 +156,9 @@ def write_block(
         position = i_block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         m_new = ((position >= start) & (position < end))[:, None]
         o_new = (i_row * width + position - start)[:, None] * D + o_d  # [BLOCK_SIZE, D]
-        o_cached = (i_row * capacity + position)[:, None] * D + o_d
+        m_cached = position < end
+        o_row = cached_rows(table_ptr, i_row, n_kv_head, capacity, position, m_cached, PAGE)
+        o_cached = o_row[:, None] * STRIDE + o_d
         value = tl.load(new_values_ptr + o_new, mask=m_new, other=0.0)
         key = tl.load(new_keys_ptr + o_new, mask=m_new, other=0.0)
         old_key = tl.load(keys_ptr + o_cached, mask=(position < start)[:, None], other=0.0)
@@ -160,11 +172,17 @@ def write_block(
         lo = tl.where(has_nan, float("nan"), tl.min(tl.where(m_key, key, float("inf")), axis=0))
         hi = tl.where(has_nan, float("nan"), tl.max(tl.where(m_key, key, float("-inf")), axis=0))
 
-        # Store them, rounded outward where bounds have 8 bits.
-        o_channel = i_row * 2 * D + o_d  # D channels of lo, then D of hi
+        # Store them, rounded outward where bounds have 8 bits: D channels of lo, then D of hi.
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + i_row * D + o_d)
             lo, hi = encode_e4m3(lo, scale, False), encode_e4m3(hi, scale, True)
         dtype = bounds_ptr.dtype.element_ty
-        tl.store(bounds_ptr + o_channel * n_blocks + i_block, lo.to(dtype))
-        tl.store(bounds_ptr + (o_channel + D) * n_blocks + i_block, hi.to(dtype))
+        p_lo = bounds_ptr + (i_row * 2 * D + o_d) * n_blocks + i_block
+        p_hi = p_lo + D * n_blocks
+        if PAGE > 0:
+            first = i_block * BLOCK_SIZE
+            i_first = cached_rows(table_ptr, i_row, n_kv_head, capacity, first, first < end, PAGE)
+            p_lo = bounds_ptr + i_first // BLOCK_SIZE * 2 * D + o_d
+            p_hi = p_lo + D
+        tl.store(p_lo, lo.to(dtype))
+        tl.store(p_hi, hi.to(dtype))

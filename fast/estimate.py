@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .attention import count_splits
 from .gpu.launch import IS_COMPILED, let_next_start, overlapped, wait_for_previous
+from .pages import layout, row_stride, tile_rows
 from .sketch import MAGIC, SHRUNK, Factors, rotate_queries
 
 TOKENS = 128  # of a tile: a whole number of blocks
@@ -23,28 +24,32 @@ EXACT = tl.constexpr(1.5 * 2**12)  # added and taken away, leaves multiples of 2
 
 
 def score_sketch(
-    query: Tensor, codes: Tensor, scales: Tensor, lengths: Tensor, block_size: int
-) -> Tensor:
+    query: Tensor, codes: Tensor, scales: Tensor, lengths: Tensor, block_size: int,
+    *, table: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Estimated attention mass of each block, summed over the heads of a group.
 
     query [B, Hq, D], codes [B, Hkv, T_max, D·bits/8], scales [B, Hkv, T_max], lengths [B] → scores
     [B, Hkv, M] float32, −∞ for blocks past the end, NaN where a valid token's scale is. From 64
-    channels of 16 bits on, a rotated query is rounded to 16 bits of its largest channel.
+    channels of 16 bits on, a rotated query is rounded to 16 bits of its largest channel. With a
+    table [B, pages] int32, codes and scales are pools [P, Hkv, N, …] (see `pages.py`).
     """
     bits = 8 * codes.shape[3] // query.shape[2]
     lengths = lengths.to(torch.int32).contiguous()  # before: the scoring may start early
     factors = rotate_queries(query, codes.shape[1], bits)
-    return score_rotated(factors, codes, scales, lengths, block_size)
+    return score_rotated(factors, codes, scales, lengths, block_size, table=table)
 
 
 def score_rotated(
-    factors: Factors, codes: Tensor, scales: Tensor, lengths: Tensor, block_size: int
-) -> Tensor:
+    factors: Factors, codes: Tensor, scales: Tensor, lengths: Tensor, block_size: int,
+    *, table: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Estimated attention mass of each block, as by `score_sketch`, from rotated queries.
 
     lengths [B] int32 must not be written by the kernel that made the factors, or after it.
     """
-    (batch, n_kv_head, capacity, n_bytes), (rows, group) = codes.shape, factors.unit.shape
+    batch, n_kv_head, capacity, page_size = layout(codes, table)
+    n_bytes, (rows, group) = codes.shape[3], factors.unit.shape
     _, n_eights, n_steps, _, width = factors.rows.shape
     n_blocks, head_dim = triton.cdiv(capacity, block_size), n_steps * width
     scores = factors.unit.new_empty(batch, n_kv_head, n_blocks)
@@ -62,9 +67,10 @@ def score_rotated(
         early = overlapped(codes.device)
         by_block, by_run = (scores.new_empty(2, rows, group, n) for n in (n_blocks, n_runs))
         _estimate_kernel[(n_runs, rows, n_eights)](
-            factors.rows, factors.offset, factors.unit, codes, scales, lengths, by_block, by_run,
-            n_kv_head, capacity, n_blocks, run, group, head_dim, n_bytes * 8 // head_dim, width,
-            block_size, TOKENS, **launch, **early
+            factors.rows, factors.offset, factors.unit, codes, scales, table, lengths, by_block,
+            by_run, n_kv_head, capacity, n_blocks, run, group, head_dim, n_bytes * 8 // head_dim,
+            width, block_size, TOKENS, page_size, row_stride(table, codes=codes),
+            row_stride(table, scales=scales), **launch, **early
         )  # fmt: skip
         tile = 256
         _share_kernel[(triton.cdiv(n_blocks, tile), rows)](
@@ -76,9 +82,10 @@ def score_rotated(
 
 @triton.jit
 def _estimate_kernel(
-    rows_ptr, offset_ptr, unit_ptr, codes_ptr, scales_ptr, lengths_ptr, by_block_ptr, by_run_ptr,
-    n_kv_head, capacity, n_blocks, n_tiles, G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr
+    rows_ptr, offset_ptr, unit_ptr, codes_ptr, scales_ptr, table_ptr, lengths_ptr, by_block_ptr,
+    by_run_ptr, n_kv_head, capacity, n_blocks, n_tiles, G: tl.constexpr, D: tl.constexpr,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
+    PAGE: tl.constexpr, CODE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr
 ):  # fmt: skip
     """Maxima m and sums of exp2(logit − m) of a run of tiles: of every block, and of the whole run.
 
@@ -105,18 +112,21 @@ def _estimate_kernel(
         i_head = i_row * G + o_g
         n_heads = tl.num_programs(1).to(tl.int64) * G
         p_block = by_block_ptr + i_head[:, None] * n_blocks + first // BLOCK_SIZE
-        p_code = codes_ptr + (i_row * capacity + first) * (D * BITS // 8)
-        p_scale = scales_ptr + i_row * capacity + first
+        p_code, p_scale = codes_ptr, scales_ptr
+        if PAGE == 0:
+            p_code += (i_row * capacity + first) * CODE_STRIDE
+            p_scale += (i_row * capacity + first) * SCALE_STRIDE
         blocks_left, left = n_blocks - first // BLOCK_SIZE, length - first
 
         # Whole tiles need no masks; a lost token in them makes the sums NaN.
         heads = factors, offset, unit, o_g < G
         pointers = p_code, p_scale, p_block, p_block + n_heads * n_blocks
+        place = table_ptr, i_row, n_kv_head, capacity, first
         m, z = tl.full([8], float("-inf"), tl.float32), tl.zeros([8], tl.float32)
         n_whole = tl.minimum(n_tiles, left // TOKENS)
         m, z = _run(
-            m, z, heads, pointers, 0, n_whole, left, blocks_left,
-            D, BITS, WIDTH, BLOCK_SIZE, TOKENS, False
+            m, z, heads, pointers, place, 0, n_whole, left, blocks_left,
+            D, BITS, WIDTH, BLOCK_SIZE, TOKENS, PAGE, CODE_STRIDE, SCALE_STRIDE, False
         )  # fmt: skip
         check = tl.sum(z)
         if check != check:
@@ -124,8 +134,8 @@ def _estimate_kernel(
             n_whole = 0
         n_used = tl.minimum(n_tiles, tl.cdiv(left, TOKENS))
         m, z = _run(
-            m, z, heads, pointers, n_whole, n_used, left, blocks_left,
-            D, BITS, WIDTH, BLOCK_SIZE, TOKENS, True
+            m, z, heads, pointers, place, n_whole, n_used, left, blocks_left,
+            D, BITS, WIDTH, BLOCK_SIZE, TOKENS, PAGE, CODE_STRIDE, SCALE_STRIDE, True
         )  # fmt: skip
         p_run = by_run_ptr + i_head * tl.num_programs(0) + i_run
         tl.store(p_run, _finite(m) * unit, mask=o_g < G)
@@ -134,8 +144,10 @@ def _estimate_kernel(
 
 @triton.jit
 def _run(
-    m, z, heads, pointers, begin, end, left, blocks_left, D: tl.constexpr, BITS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, IS_MASKED: tl.constexpr
+    m, z, heads, pointers, place, begin, end, left, blocks_left, D: tl.constexpr,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
+    PAGE: tl.constexpr, CODE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr,
+    IS_MASKED: tl.constexpr
 ):  # fmt: skip
     """Store the maxima and sums of the blocks of tiles begin … end − 1 → the run's own, [8] each.
 
@@ -153,21 +165,30 @@ def _run(
     o_k, o_t = tl.arange(0, WIDTH), begin * TOKENS + tl.arange(0, TOKENS)
     o_byte = o_k % N_BYTES if IS_INTEGER else o_k * BITS // 8
     o_block = begin * BLOCKS + tl.arange(0, BLOCKS)
-    p_code += o_t[None, :] * N_BYTES + o_byte[:, None]
-    p_scale += o_t
+    is_next = tl.full([TOKENS], True, tl.int1) & (begin < end)
+    m_next = is_next & (o_t < left) if IS_MASKED else is_next
+    o_row = _rows(place, begin * TOKENS, tl.arange(0, TOKENS), m_next, PAGE)
+    p_code_first, p_scale_first = p_code + o_byte[:, None], p_scale
+    p_code = p_code_first + o_row.to(tl.int64)[None, :] * CODE_STRIDE
+    p_scale += o_row.to(tl.int64) * SCALE_STRIDE
     p_max += o_block[None, :]
     p_sum += o_block[None, :]
-    is_next = tl.full([TOKENS], True, tl.int1) & (begin < end)
-    scale = tl.load(p_scale, mask=is_next & (o_t < left) if IS_MASKED else is_next, other=0.0)
+    scale = tl.load(p_scale, mask=m_next, other=0.0)
     for i_tile in range(begin, end):
         m_t = o_t < left
         packed = tl.load(p_code, mask=m_t[None, :], other=0) if IS_MASKED else tl.load(p_code)
         own_scale = scale.to(tl.float32) * (SHRUNK if IS_INTEGER else 1.0)
         o_t += TOKENS
-        p_code += TOKENS * N_BYTES
-        p_scale += TOKENS
         is_next = tl.full([TOKENS], True, tl.int1) & (i_tile + 1 < end)
-        scale = tl.load(p_scale, mask=is_next & (o_t < left) if IS_MASKED else is_next, other=0.0)
+        m_next = is_next & (o_t < left) if IS_MASKED else is_next
+        if PAGE == 0:
+            p_code += TOKENS * CODE_STRIDE
+            p_scale += TOKENS * SCALE_STRIDE
+        else:
+            o_row = _rows(place, (i_tile + 1) * TOKENS, tl.arange(0, TOKENS), m_next, PAGE)
+            p_code = p_code_first + o_row.to(tl.int64)[None, :] * CODE_STRIDE
+            p_scale = p_scale_first + o_row.to(tl.int64) * SCALE_STRIDE
+        scale = tl.load(p_scale, mask=m_next, other=0.0)
 
         # Levels times factors.
         product = tl.broadcast_to(offset[:, None], [16, TOKENS])
@@ -219,6 +240,17 @@ def _run(
         z = z * tl.exp2((m - safe) * unit) + tl.sum(by_top, axis=1).to(tl.float32)
         m = new
     return m, z
+
+
+@triton.jit
+def _rows(place, token, o_t, m_t, PAGE: tl.constexpr):
+    """Rows of a tile of a run, counted from the run's first token where there are no pages."""
+    if PAGE == 0:
+        o_row = token + o_t
+    else:
+        table_ptr, i_row, n_kv_head, capacity, first = place
+        o_row = tile_rows(table_ptr, i_row, n_kv_head, capacity, first + token, o_t, m_t, PAGE)
+    return o_row
 
 
 @triton.jit

@@ -4,13 +4,23 @@ Its operations are the public ones. A trace runs through the decode loop of `gen
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from resa.conformance.port import as_numpy, build_model, decode_requests, entry, trace_attention
+from resa.conformance.port import (
+    as_numpy,
+    attend,
+    build_model,
+    decode_requests,
+    entry,
+    shape_of,
+    trace_attention,
+)  # fmt: skip
 from resa.reference import Generation, GPTConfig, ReSAConfig, Sampling
 
 from .cache import BatchedCache, write_window
@@ -19,6 +29,7 @@ from .gpu.limits import INTERPRETED
 from .model import accelerated
 from .operations import CHECKED_OPS, TRITON_OPS
 from .sampling import Sampler
+from .sketch import Sketches
 
 if not (INTERPRETED or torch.cuda.is_available()):
     raise ImportError("resa.fast.port needs an NVIDIA GPU, or TRITON_INTERPRET=1")
@@ -91,9 +102,37 @@ def attention_trace(passes: Sequence[Mapping], config: Mapping) -> list[dict[str
     def new_cache(shape: GPTConfig, capacity: int, *kept: Any, device: str) -> BatchedCache:
         return BatchedCache.empty(shape, 1, capacity, *kept, dtype=torch.float32, device=device)
 
-    def write(cache: BatchedCache, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        ends = (torch.tensor([at], device=DEVICE) for at in (start, start + keys.shape[2]))
-        rows = cache.keys[layer], cache.values[layer], cache.searched(layer), keys, values
-        write_window(*rows, *ends, cache.block_size)
+    return trace_attention(passes, config, new_cache, _write_rows, TRITON_OPS, DEVICE)
 
-    return trace_attention(passes, config, new_cache, write, TRITON_OPS, DEVICE)
+
+def paged_trace(
+    passes: Sequence[Mapping], config: Mapping, n_pages: int, page_size: int
+) -> list[dict[str, Any]]:
+    """Attention alone, in pages: keys and values are halves of one pool."""
+    config, shape, results = ReSAConfig(**config), shape_of(passes), []
+    d, b, bits = shape.head_dim, config.block_size, config.kept_bits
+    size = shape.n_layer, n_pages, shape.n_kv_head, page_size
+    pool, lengths = torch.full((*size, 2 * d), torch.nan, device=DEVICE), torch.zeros(0)
+    bounds = sketches = None
+    if bits is None:
+        bounds = torch.full((*size[:3], page_size // b, 2, d), torch.nan, device=DEVICE)
+    else:
+        codes = torch.zeros(*size, d * bits // 8, dtype=torch.uint8, device=DEVICE)
+        sketches = Sketches(codes, torch.full(size, torch.nan, device=DEVICE), bits)
+    cache = BatchedCache(pool[..., :d], pool[..., d:], bounds, lengths, b, sketches)
+
+    for each in passes:
+        table = torch.tensor([each["table"]], dtype=torch.int32, device=DEVICE)
+        names = "score_blocks", "sparse_attention", "dense_attention", "score_sketch"
+        paged = {name: partial(getattr(TRITON_OPS, name), table=table) for name in names}
+        write = partial(_write_rows, table=table)
+        results.append(attend(each, cache, config, write, replace(TRITON_OPS, **paged), DEVICE))
+    return results
+
+
+def _write_rows(
+    cache: BatchedCache, layer: int, start: int, keys: Tensor, values: Tensor, **options: Any
+) -> None:
+    ends = (torch.tensor([at], device=DEVICE) for at in (start, start + keys.shape[2]))
+    rows = cache.keys[layer], cache.values[layer], cache.searched(layer), keys, values
+    write_window(*rows, *ends, cache.block_size, **options)

@@ -14,6 +14,7 @@ from torch import Tensor
 from resa.reference.sketch import STEP
 
 from .gpu.launch import let_next_start, overlapped, wait_for_previous
+from .pages import cached_rows, layout, row_stride
 
 LEVELS_APART = tl.constexpr(STEP)
 TILE = 16  # tokens: one size, so that a token's sums are the same in every window (law 12)
@@ -86,13 +87,15 @@ def sketch_keys(keys: Tensor, bits: int = 2) -> tuple[Tensor, Tensor]:
 
 def write_sketched(
     keys: Tensor | None, values: Tensor | None, sketches: Sketches, new_keys: Tensor,
-    new_values: Tensor | None, start: Tensor, end: Tensor, query: Tensor | None = None
+    new_values: Tensor | None, start: Tensor, end: Tensor, query: Tensor | None = None,
+    *, table: Tensor | None = None,
 ) -> Factors | None:  # fmt: skip
     """Store a window's keys, values and sketches in place; without values, its sketches alone.
 
     new_keys and new_values [B, Hkv, Q, D], start and end [B] int32: sequence s stores its first
     end[s] − start[s] ≤ Q new tokens at positions start[s], start[s] + 1, … The queries [B, Hq, D]
-    of a step become factors beside it.
+    of a step become factors beside it. With a table [B, pages] int32, keys, values and sketches are
+    pools [P, Hkv, N, …] (see `pages.py`).
     """
     batch, n_kv_head, width, head_dim = new_keys.shape
     factors, rotating, n_eights, group = None, (None,) * 4, 0, 1
@@ -101,11 +104,19 @@ def write_sketched(
         rotating = query.contiguous(), factors.rows, factors.offset, factors.unit
         n_eights, group = factors.rows.shape[1], factors.unit.shape[1]
     if new_keys.numel():
+        _, _, capacity, page_size = layout(sketches.scales, table)
+        of_cache = {"keys": keys, "values": values} if values is not None else {"keys": new_keys}
+        strides = (
+            row_stride(table, **of_cache),
+            row_stride(table, codes=sketches.codes),
+            row_stride(table, scales=sketches.scales),
+        )
         _write_sketches_kernel[(n_eights + triton.cdiv(width, TILE), batch * n_kv_head)](
-            keys, values, sketches.codes, sketches.scales, new_keys.contiguous(),
+            keys, values, sketches.codes, sketches.scales, table, new_keys.contiguous(),
             None if new_values is None else new_values.contiguous(), start, end, *rotating,
-            n_kv_head, sketches.scales.shape[2], width, n_eights, group, head_dim, sketches.bits,
-            factors.width if factors is not None else 0, TILE, **overlapped(new_keys.device)
+            n_kv_head, capacity, width, n_eights, group, head_dim, sketches.bits,
+            factors.width if factors is not None else 0, TILE, page_size, *strides,
+            **overlapped(new_keys.device)
         )  # fmt: skip
     return factors
 
@@ -125,9 +136,11 @@ def rotate_queries(query: Tensor, n_kv_head: int, bits: int) -> Factors:
 # Not one variant for every width of a window: a token's sums must be the same in all (law 12).
 @triton.jit(do_not_specialize=["width"])
 def _write_sketches_kernel(
-    keys_ptr, values_ptr, codes_ptr, scales_ptr, new_keys_ptr, new_values_ptr, start_ptr, end_ptr,
-    query_ptr, rows_ptr, offset_ptr, unit_ptr, n_kv_head, capacity, width, N_EIGHTS: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr
+    keys_ptr, values_ptr, codes_ptr, scales_ptr, table_ptr, new_keys_ptr, new_values_ptr,
+    start_ptr, end_ptr, query_ptr, rows_ptr, offset_ptr, unit_ptr, n_kv_head, capacity, width,
+    N_EIGHTS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+    WIDTH: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr,
+    CODE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr
 ):  # fmt: skip
     """The window of one KV head, TOKENS tokens a program, and its queries, eight heads a program.
 
@@ -138,8 +151,9 @@ def _write_sketches_kernel(
     if tl.program_id(0) >= N_EIGHTS:
         start, end = tl.load(start_ptr + i_row // n_kv_head), tl.load(end_ptr + i_row // n_kv_head)
         _write_tile(
-            keys_ptr, values_ptr, codes_ptr, scales_ptr, new_keys_ptr, new_values_ptr, start, end,
-            i_row, tl.program_id(0) - N_EIGHTS, capacity, width, D, BITS, TOKENS
+            keys_ptr, values_ptr, codes_ptr, scales_ptr, table_ptr, new_keys_ptr, new_values_ptr,
+            start, end, i_row, tl.program_id(0) - N_EIGHTS, n_kv_head, capacity, width,
+            D, BITS, TOKENS, PAGE, STRIDE, CODE_STRIDE, SCALE_STRIDE
         )  # fmt: skip
     elif N_EIGHTS > 0:
         _rotate_eight(
@@ -165,8 +179,10 @@ def _rotate_kernel(
 
 @triton.jit
 def _write_tile(
-    keys_ptr, values_ptr, codes_ptr, scales_ptr, new_keys_ptr, new_values_ptr, start, end,
-    i_row, i_tile, capacity, width, D: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr
+    keys_ptr, values_ptr, codes_ptr, scales_ptr, table_ptr, new_keys_ptr, new_values_ptr,
+    start, end, i_row, i_tile, n_kv_head, capacity, width, D: tl.constexpr, BITS: tl.constexpr,
+    TOKENS: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr, CODE_STRIDE: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr
 ):  # fmt: skip
     """TOKENS tokens of a window. Tile: [TOKENS, D].
 
@@ -175,12 +191,12 @@ def _write_tile(
     o_t = i_tile * TOKENS + tl.arange(0, TOKENS)
     o_d, m_t = tl.arange(0, D), o_t < end - start
     o_new = (i_row * width + o_t)[:, None] * D + o_d  # [TOKENS, D]
-    o_token = i_row * capacity + start + o_t  # [TOKENS]
+    o_token = cached_rows(table_ptr, i_row, n_kv_head, capacity, start + o_t, m_t, PAGE)  # [TOKENS]
     key = tl.load(new_keys_ptr + o_new, mask=m_t[:, None], other=0.0)
     if new_values_ptr is not None:
         value = tl.load(new_values_ptr + o_new, mask=m_t[:, None], other=0.0)
-        tl.store(keys_ptr + o_token[:, None] * D + o_d, key, mask=m_t[:, None])
-        tl.store(values_ptr + o_token[:, None] * D + o_d, value, mask=m_t[:, None])
+        tl.store(keys_ptr + o_token[:, None] * STRIDE + o_d, key, mask=m_t[:, None])
+        tl.store(values_ptr + o_token[:, None] * STRIDE + o_d, value, mask=m_t[:, None])
 
     # The level of every rotated channel: its sign, or 0 … 3.
     key = key.to(tl.float32)
@@ -196,16 +212,15 @@ def _write_tile(
     scale = scale.to(scales_ptr.dtype.element_ty)
     is_finite = tl.min((tl.abs(key) < float("inf")).to(tl.int32), axis=1) > 0
     is_finite = is_finite & (tl.abs(scale.to(tl.float32)) < float("inf"))
-    tl.store(
-        scales_ptr + o_token, tl.where(is_finite, scale.to(tl.float32), float("nan")), mask=m_t
-    )
+    scale = tl.where(is_finite, scale.to(tl.float32), float("nan"))
+    tl.store(scales_ptr + o_token * SCALE_STRIDE, scale, mask=m_t)
 
     # Pack 8 / BITS channels into a byte, the first one lowest.
     PER_BYTE: tl.constexpr = 8 // BITS
     level = tl.reshape(tl.where(is_finite[:, None], level, 0), [TOKENS, D // PER_BYTE, PER_BYTE])
     packed = tl.sum(level << (tl.arange(0, PER_BYTE) * BITS)[None, None, :], axis=2)
     o_byte = tl.arange(0, D // PER_BYTE)
-    p_code = codes_ptr + o_token[:, None] * (D // PER_BYTE) + o_byte
+    p_code = codes_ptr + o_token[:, None] * CODE_STRIDE + o_byte
     tl.store(p_code, packed.to(tl.uint8), mask=m_t[:, None])
 
 

@@ -74,6 +74,16 @@ class Shared:
     def __init__(self, dtype, shape):
         self.tile = np.full(shape, np.nan, dtype)
 
+    def _reinterpret(self, dtype, shape, layout):
+        """Tiles [n, TOKENS, D] in the memory of pieces [n · D/W · TOKENS/P, P, W].
+
+        The memory holds W channels of all of a tile's tokens before the next W.
+        """
+        (n, tokens, head_dim), (_, piece, width) = shape, self.tile.shape
+        panels = self.tile.reshape(n, head_dim // width, tokens // piece, piece, width)
+        view = np.moveaxis(panels, 1, 3)  # [n, TOKENS/P, P, D/W, W]
+        return Panels(view, (tokens, head_dim))
+
     def index(self, i):
         return self.of(self.tile[int(i)])
 
@@ -91,6 +101,40 @@ class Shared:
 
     def store(self, value):
         self.tile[...] = value
+
+
+class Panels(Shared):
+    """Tiles in pieces of shared memory, of which a view [TOKENS/P, P, D/W, W] each cannot be reshaped in place."""
+
+    def __init__(self, view, shape):
+        self.view, self.shape = view, shape
+
+    def index(self, i):
+        return Panels(self.view[int(i)], self.shape)
+
+    def permute(self, order):
+        return Transposed(self)
+
+    @property
+    def tile(self):
+        return self.view.reshape(self.shape)  # a copy
+
+    def load(self, layout):
+        return array(self.tile.copy())
+
+    def store(self, value):
+        self.view[...] = np.asarray(value).reshape(self.view.shape)
+
+
+class Transposed(Shared):
+    """A tile read in the other order."""
+
+    def __init__(self, panels):
+        self.panels = panels
+
+    @property
+    def tile(self):
+        return self.panels.tile.T
 
 
 class Barrier:
@@ -139,12 +183,12 @@ def pause(longest=2e-4):
 
 
 def copy_tile(rows, place, barrier, target):
-    """Tiles may reach past the end of the table, which gives zeros, but not in front of it."""
-    first, tokens = int(place[0]), len(target.tile)
+    """Pieces may reach past the end of the table, which gives zeros, but not in front of it."""
+    (first, channel), (tokens, width) = map(int, place), target.tile.shape
     assert 0 <= first < len(rows.table)
 
     def copy():
-        found = rows.table[first : first + tokens]
+        found = rows.table[first : first + tokens, channel : channel + width]
         target.tile[...] = 0
         pause(1e-3)
         target.tile[: len(found)] = found
@@ -246,10 +290,11 @@ def interpreted(module):
         elif isinstance(value, FunctionType) and value.__module__ == module.__name__:
             space[name] = FunctionType(value.__code__, space, name)
 
-    def tiles_of(table):
-        rows = table.numpy().reshape(-1, table.shape[3])
-        nbytes = int(space["TOKENS"]) * rows.shape[1] * rows.itemsize
-        return SimpleNamespace(table=rows, block_type=SimpleNamespace(nbytes=nbytes))
+    def pieces_of(cache, n_rows):
+        rows = cache.numpy().reshape(-1, cache.shape[3])
+        width = rows.shape[1] if n_rows == space["TOKENS"] else int(space["WIDTH"])
+        block = SimpleNamespace(nbytes=n_rows * width * rows.itemsize, shape=(n_rows, width))
+        return SimpleNamespace(table=rows, block_type=block)
 
-    space["tiles_of"] = tiles_of
+    space["pieces_of"] = pieces_of
     return SimpleNamespace(**space)

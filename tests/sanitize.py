@@ -10,8 +10,9 @@ from unittest import mock
 
 import torch
 
+import pools
 from resa import fast, reference
-from resa.fast import estimate
+from resa.fast import TRITON_OPS, estimate
 from resa.fast.cache import write_window
 from resa.fast.generate import DecodeLoop
 from resa.fast.sampling import Sampler
@@ -75,8 +76,47 @@ def run(case, dtype):
     # Bounds written in 8 bits are still bounds of the exact ones.
     rewritten, exact = (fast.score_blocks(query, table, lengths, b) for table in (compressed, bounds))
     good.append(bool((rewritten >= exact - 1e-3).all()))
+    good.append(in_pages(case, dtype, x, window, window_lengths))
     good += [score_by_sketches(x.query, keys, lengths, b, bits, runs) for bits, runs in ((1, 3), (2, 1))]
     return all(good)
+
+
+def in_pages(case, dtype, x, window, window_lengths):
+    """Everything once more through pages of two blocks; True if one long cache gives the same bits."""
+    case, page_size = pools.in_pages(case, 2)
+    pool, b = pools.Pool(case, page_size), case.block_size
+    padded = case.build(dtype)
+    cache = [each.cuda() for each in (padded.keys, padded.values)]
+    pages, lengths, table = pool.filled(*cache), x.lengths.cuda(), pool.table.cuda()
+    query, indices = x.query.cuda(), case.indices().cuda()
+    codes, scales = fast.sketch_keys(cache[0], 2)
+    paged = *pool.filled(codes), *pool.filled(scales)
+    bounds = torch.zeros(pool.n_pages, case.kv_heads, 2, 2, case.head_dim, dtype=dtype, device="cuda")
+    start, new = torch.zeros_like(lengths), [each[:, :, : int(lengths.max())].contiguous() for each in cache]
+    write_window(*pages, bounds, *new, start, lengths, b, table=table)
+    write_window(*pages, Sketches(*paged, 2), *new, start, lengths, b, table=table)
+    scores = fast.score_blocks(query, fast.block_bounds(cache[0], lengths, b), lengths, b)
+    options, wide = {"query_lengths": window_lengths.cuda()}, window.query.cuda()
+    pairs = {
+        "scores": (TRITON_OPS.score_blocks(query, bounds, lengths, b, table=table), scores, 1e-3),
+        "masses": (
+            TRITON_OPS.score_sketch(query, *paged, lengths, b, table=table),
+            TRITON_OPS.score_sketch(query, codes, scales, lengths, b),
+            0,
+        ),
+        "sparse": (
+            TRITON_OPS.sparse_attention(query, *pages, indices, lengths, b, table=table),
+            TRITON_OPS.sparse_attention(query, *cache, indices, lengths, b),
+            0,
+        ),
+        "dense": (
+            TRITON_OPS.dense_attention(wide, *pages, lengths, table=table, **options),
+            TRITON_OPS.dense_attention(wide, *cache, lengths, **options),
+            0,
+        ),
+    }
+    found = [close(f"paged {name}", ours, theirs.cpu(), allowed) for name, (ours, theirs, allowed) in pairs.items()]
+    return all(found)
 
 
 def score_by_sketches(query, keys, lengths, b, bits, runs):

@@ -1,4 +1,4 @@
-"""`resa bench layer`, `e2e` and `prefill`: their arguments, and their results as a JSON file.
+"""`resa bench layer`, `pages`, `e2e`, `prefill`: their arguments, and their results as a JSON file.
 
 Nothing here imports Triton before it measures, so the command line has its help everywhere.
 """
@@ -39,6 +39,10 @@ def add_bench(commands: Commands) -> None:
     layer.option("--kv-heads", 4, "key-value heads")
     layer.option("--head-dim", 128, "channels of a head")
     layer.option("--dtype", "float16", "data type of everything", choices=("float16", "bfloat16"))
+
+    pages = add_command(bench, "pages", run_pages)
+    _add_points(pages, [16_384, 65_536, 262_144], [8], "docs/results/pages.json")
+    pages.option("--page-blocks", [1, 4], "blocks per page")
 
     e2e = add_command(bench, "e2e", run_e2e)
     _add_points(e2e, contexts[2:], [1, 2, 4, 8], "docs/results/end_to_end/own.json")
@@ -86,6 +90,24 @@ def run_layer(options: argparse.Namespace) -> None:
     for context, batch, f in points:
         row = measure(shape, replace(config, interval=f), batch, context, result["copy_tbs"])
         _keep(options.out, result, row, f"{batch} × {context:,} tokens, f = {f}")
+
+
+def run_pages(options: argparse.Namespace) -> None:
+    """Time the kernels through page tables in random order, beside the same over one long cache."""
+    config = _checked(options)
+    from .layer import Shape
+    from .pages import measure
+
+    shape, result = Shape(), {**_provenance(options, config), "rows": []}
+    points = product(sorted(options.contexts), sorted(options.batches), options.page_blocks)
+    for context, batch, n_blocks in points:
+        page_size = n_blocks * config.block_size
+        require(context % page_size == 0, "--contexts", context, f"a multiple of {page_size}")
+        row = measure(shape, config, batch, context, page_size)
+        result["rows"].append(row)
+        write_atomically(options.out, (as_json(result) + "\n").encode())
+        print(f"{batch} × {context:,} tokens, pages of {page_size}: {row['ratio']}", flush=True)
+        torch.cuda.empty_cache()
 
 
 def run_e2e(options: argparse.Namespace) -> None:

@@ -10,6 +10,8 @@ number. To wait for phase 0, 1, 2, … is to wait for the bits 0, 1, 0, …: rig
 falls two phases behind.
 """
 
+import math
+
 import torch
 import triton
 from torch import Tensor
@@ -24,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..pages import layout
 from .launch import capability
 from .limits import INTERPRETED
 
@@ -32,6 +35,7 @@ GROUPS = gl.constexpr(2)  # of four warps; not a choice, turns are taken by two
 ROWS = gl.constexpr(64)  # query rows of a group
 PROGRAM_ROWS = gl.constexpr(128)
 TOKENS = gl.constexpr(128)  # of a tile
+WIDTH = gl.constexpr(64)  # channels of a token that lie next to each other in a slot, 128 bytes
 STAGES = gl.constexpr(3)  # tiles in shared memory, each a slot of keys and a slot of values
 # Registers per thread. The loading warp leaves most of its own to the groups. It counts as a group:
 # 168 is the mean of 240, 240 and 24.
@@ -40,44 +44,53 @@ TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidt
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9 renamed it
 
 
-def suits(query: Tensor, n_rows: int) -> bool:
+def suits(query: Tensor, n_rows: int, page_size: int = 0) -> bool:
     """Say whether windows [B, Hq, Q, D], of n_rows = Q·G rows, are faster here than portably."""
     fits = query.dtype != torch.float32 and query.shape[3] in (64, 128) and n_rows > 16
-    return fits and not INTERPRETED and capability(query.device) == (9, 0)
+    return fits and page_size % 8 == 0 and not INTERPRETED and capability(query.device) == (9, 0)
 
 
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, query_lengths: Tensor,
-    out: Tensor, lse: Tensor, splits: int,
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor | None, lengths: Tensor,
+    query_lengths: Tensor, out: Tensor, lse: Tensor, splits: int,
 ) -> Tensor:  # fmt: skip
     """Write the outputs, or return what each of several splits has summed.
 
     The sums are [B·Hkv · groups of ROWS rows, splits, ROWS·(D + 2)] float32: acc [ROWS, D], m and
     z.
     """
-    batch, n_kv_head, capacity, head_dim = keys.shape
+    (batch, n_kv_head, capacity, page_size), head_dim = layout(keys, table), keys.shape[3]
     group, n_queries, rows = query.shape[1] // n_kv_head, query.shape[2], batch * n_kv_head
     n_tiles = triton.cdiv(n_queries * group, PROGRAM_ROWS.value)
     n_parts = rows * n_tiles * GROUPS.value if splits > 1 else 0
     sizes = n_parts, splits, ROWS.value * (head_dim + 2)
     partial = query.new_empty(sizes, dtype=torch.float32)
+    # What lies in one piece: a tile of a cache, or a page's part of a tile.
+    piece = math.gcd(page_size, TOKENS.value) if page_size else TOKENS.value
     _attend_kernel[(n_tiles, splits, rows)](
-        query, tiles_of(keys), tiles_of(values), lengths, query_lengths, out, lse, partial,
-        n_kv_head, capacity, n_queries, group, head_dim, num_warps=4, maxnreg=MEAN_REGISTERS
+        query, pieces_of(keys, piece), pieces_of(values, piece), table, lengths, query_lengths, out,
+        lse, partial, n_kv_head, capacity, n_queries, group, head_dim, page_size, piece,
+        num_warps=4, maxnreg=MEAN_REGISTERS
     )  # fmt: skip
     return partial
 
 
-def tiles_of(table: Tensor) -> TensorDescriptor:
-    """[B, Hkv, T_max, D] as rows of D, which the copy engine loads in tiles of TOKENS rows."""
-    rows, tile = table.view(-1, table.shape[3]), [TOKENS.value, table.shape[3]]
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), tile, TILE.value)
+def pieces_of(cache: Tensor, n_rows: int) -> TensorDescriptor:
+    """[B, Hkv, T_max, D] as rows of D, which the copy engine loads in pieces of n_rows rows.
+
+    Shared memory holds a tile WIDTH channels at a time. So a piece that is not a whole tile has so
+    many.
+    """
+    rows = cache.view(-1, cache.shape[3])
+    piece = [n_rows, cache.shape[3] if n_rows == TOKENS.value else WIDTH.value]
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), piece, TILE.value)
 
 
 @gluon.jit(do_not_specialize=["n_queries", "n_kv_head"])
 def _attend_kernel(
-    query_ptr, keys, values, lengths_ptr, query_lengths_ptr, out_ptr, lse_ptr, partial_ptr,
-    n_kv_head, capacity, n_queries, G: gl.constexpr, D: gl.constexpr
+    query_ptr, keys, values, table_ptr, lengths_ptr, query_lengths_ptr, out_ptr, lse_ptr,
+    partial_ptr, n_kv_head, capacity, n_queries, G: gl.constexpr, D: gl.constexpr,
+    PAGE: gl.constexpr, PIECE: gl.constexpr
 ):  # fmt: skip
     """Attention of PROGRAM_ROWS queries of one KV head over one split of the cache.
 
@@ -90,7 +103,10 @@ def _attend_kernel(
     DTYPE: gl.constexpr = query_ptr.dtype.element_ty
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     queries = gl.allocate_shared_memory(DTYPE, [GROUPS, ROWS, D], TILE)
-    slots = gl.allocate_shared_memory(DTYPE, [2 * STAGES, TOKENS, D], TILE)
+    WIDE: gl.constexpr = D if PIECE == TOKENS else WIDTH
+    N_PIECES: gl.constexpr = TOKENS // PIECE * (D // WIDE)  # of a tile
+    pieces = gl.allocate_shared_memory(DTYPE, [2 * STAGES * N_PIECES, PIECE, WIDE], TILE)
+    slots = pieces._reinterpret(DTYPE, [2 * STAGES, TOKENS, D], TILE)
     loaded = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
     done = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
     cleaned = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
@@ -104,15 +120,16 @@ def _attend_kernel(
     fence_async_shared()
 
     # One warp loads, two groups attend.
-    _, _, first, n_whole, n_masked = _share(lengths_ptr, query_lengths_ptr, n_kv_head, G)
-    row = gl.program_id(2).to(gl.int64) * capacity  # of the cache, the sequence's first
-    row = row.to(gl.int32) + first * TOKENS
+    start, n_valid, first, n_whole, n_masked = _share(lengths_ptr, query_lengths_ptr, n_kv_head, G)
+    place = table_ptr, n_kv_head, capacity, start + n_valid
     memory = queries, slots, loaded, done, cleaned, turns
     pointers = query_ptr, lengths_ptr, query_lengths_ptr, out_ptr, lse_ptr, partial_ptr
     gl.warp_specialize([
         (_attend_group, (gl.constexpr(0), memory, pointers, n_kv_head, n_queries, G, D)),
         (_attend_group, (gl.constexpr(1), memory, pointers, n_kv_head, n_queries, G, D)),
-        (_load_tiles, (keys, values, slots, loaded, done, row, n_whole + n_masked)),
+        (_load_tiles, (
+            keys, values, pieces, loaded, done, place, first, n_whole + n_masked, N_PIECES, PAGE
+        )),
     ], [4, 1], [REGISTERS, LOADING_REGISTERS])  # fmt: skip
 
 
@@ -151,20 +168,55 @@ def _slot(i):
 
 
 @gluon.jit
-def _load_tiles(keys, values, slots, loaded, done, row, n_tiles):
+def _load_tiles(
+    keys, values, pieces, loaded, done, place, first, n_tiles, N_PIECES: gl.constexpr,
+    PAGE: gl.constexpr
+):  # fmt: skip
     """Load tile after tile, each into the slots that were loaded longest ago.
 
     A slot is free when its tile before this one is done with: one phase earlier. A new barrier
     passes as one whose phase 1 has ended.
     """
+    BYTES: gl.constexpr = N_PIECES * keys.block_type.nbytes
     for i in range(n_tiles):
         slot, phase = _slot(i)
+        rows = _rows_of(place, (first + i) * TOKENS, keys.block_type.shape[0], PAGE)
         mbarrier.wait(done.index(slot), phase ^ 1)
-        mbarrier.expect(loaded.index(slot), keys.block_type.nbytes)
-        copy_tile(keys, [row + i * TOKENS, 0], loaded.index(slot), slots.index(slot))
+        mbarrier.expect(loaded.index(slot), BYTES)
+        _load_tile(keys, rows, loaded.index(slot), pieces, slot * N_PIECES, N_PIECES)
         mbarrier.wait(done.index(slot + 1), phase ^ 1)
-        mbarrier.expect(loaded.index(slot + 1), values.block_type.nbytes)
-        copy_tile(values, [row + i * TOKENS, 0], loaded.index(slot + 1), slots.index(slot + 1))
+        mbarrier.expect(loaded.index(slot + 1), BYTES)
+        _load_tile(values, rows, loaded.index(slot + 1), pieces, (slot + 1) * N_PIECES, N_PIECES)
+
+
+@gluon.jit
+def _rows_of(place, token, PIECE: gl.constexpr, PAGE: gl.constexpr):
+    """The row of a cache, or of a pool, at which each piece of a tile begins.
+
+    Pieces past the sequence's length may be any page's.
+    """
+    table_ptr, n_kv_head, capacity, length = place
+    i_row = gl.program_id(2)
+    rows = ()
+    for j in gl.static_range(TOKENS // PIECE):
+        position = token + j * PIECE
+        if PAGE == 0:
+            row = (i_row.to(gl.int64) * capacity + position).to(gl.int32)
+        else:
+            p_page = table_ptr + i_row // n_kv_head * (capacity // PAGE) + position // PAGE
+            page = gl.load(p_page, mask=position < length, other=0)
+            row = (page * n_kv_head + i_row % n_kv_head) * PAGE + position % PAGE
+        rows += (row,)
+    return rows
+
+
+@gluon.jit
+def _load_tile(cache, rows, loaded, pieces, i_piece, N_PIECES: gl.constexpr):
+    """Load a tile's pieces, those of its first WIDTH channels before those of the others."""
+    N_ROWS: gl.constexpr = len(rows)
+    for j in gl.static_range(N_PIECES):
+        i_channel = j // N_ROWS * cache.block_type.shape[1]
+        copy_tile(cache, [rows[j % N_ROWS], i_channel], loaded, pieces.index(i_piece + j))
 
 
 @gluon.jit

@@ -23,7 +23,7 @@ ARROW = [
 ]  # fmt: skip
 # A kernel that appends a token and scores blocks needs what the cache does, so here the cache comes first.
 FAST_ARROW = [
-    "gpu", "sketch", "cache", "blocks", "attention", "estimate", "operations", "model", "sampling", "generate", "port",
+    "gpu", "pages", "sketch", "cache", "blocks", "attention", "estimate", "operations", "model", "sampling", "generate", "port",
     "bench", "cli",
 ]  # fmt: skip
 # Rooms beside the path, and the rooms that each may import besides itself.
