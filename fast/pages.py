@@ -4,7 +4,8 @@ Without pages a cache is [B, Hkv, T_max, D]: every sequence has a stretch of mem
 pages it is a pool [P, Hkv, N, D] that all sequences share, and token t of sequence s is slot t mod
 N of page table[s, t // N]. N is one block or several, and several sequences may name one page.
 
-The kernels take either. All that differs is where a token lies, so both give the same bits.
+The kernels take either. All that differs is where a token lies: both give the same bits, as long as
+equally many programs share a sequence.
 """
 
 import torch
@@ -43,6 +44,11 @@ def row_stride(table: Tensor | None, **caches: Tensor) -> int:
         found = zip(cache.shape, cache.stride(), wanted, strict=False)
         is_even = all(size == 1 or step == each for size, step, each in found)
         require(is_even, name, f"strides {cache.stride()}", "tokens of a pool at equal distances")
+        # Loads are of 16 bytes, or of a token where that is less.
+        wide, n_bytes = min(16, cache.shape[3:].numel() * cache.itemsize), stride * cache.itemsize
+        is_aligned = n_bytes % wide == 0 and cache.data_ptr() % wide == 0
+        allowed = f"tokens at multiples of {wide} bytes"
+        require(is_aligned, name, f"tokens {n_bytes} bytes apart", allowed)
     return stride
 
 

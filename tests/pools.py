@@ -26,11 +26,11 @@ class Pool:
     def filled(self, *tensors):
         """Tensors [B, Hkv, T_max, …] side by side in one pool, and other numbers behind them → the parts of it."""
         widths = [each.shape[3:].numel() for each in tensors]
-        shape = self.n_pages, tensors[0].shape[1], self.page_size, sum(widths) + 8
+        shape = self.n_pages, tensors[0].shape[1], self.page_size, sum(widths) + 16
         is_number = tensors[0].is_floating_point()
         pool = torch.full(shape, NAN if is_number else 77, dtype=tensors[0].dtype, device=DEVICE)
         parts = []
-        for part, tensor in zip(pool.split([*widths, 8], dim=3), tensors, strict=False):
+        for part, tensor in zip(pool.split([*widths, 16], dim=3), tensors, strict=False):
             parts.append(part.unflatten(3, tensor.shape[3:]) if tensor.dim() > 3 else part[..., 0])
             for s, n in enumerate(self.used):
                 for i in range(n):

@@ -85,7 +85,8 @@ def measure(
     paged = [PagedLayer(layer, page_size, seed) for seed, layer in enumerate(plain)]
     for part in ("score", "attend", "rectify", OWN_DENSE):
         error = distance(paged[0].parts[part](), plain[0].parts[part]())
-        require_close(part, error, 1e-5 if part == "score" else 0)
+        rounding = 4 * torch.finfo(plain[0].keys.dtype).eps  # of outputs; a sum has other splits
+        require_close(part, error, 1e-5 if part == "score" else rounding)
 
     def each(layers: list, part: str) -> Time:
         calls, pause = [layer.parts[part] for layer in layers], 0
