@@ -404,12 +404,15 @@ def _attend_on_hopper(
     query_lengths: Tensor, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Fill `out` and `lse` of a window by the kernel for Hopper, and merge its splits."""
-    (batch, n_kv_head, capacity, _), (_, _, n_queries, head_dim) = layout(keys, table), query.shape
+    found = batch, n_kv_head, capacity, _ = layout(keys, table)
+    n_queries, head_dim = query.shape[2:]
     group, rows = query.shape[1] // n_kv_head, batch * n_kv_head
     n_programs = rows * triton.cdiv(n_queries * group, hopper.PROGRAM_ROWS.value)
     n_tiles = triton.cdiv(capacity, hopper.TOKENS.value)
     splits = count_wave_splits(n_programs, n_tiles, count_processors(query.device))
-    partial = hopper.attend(query, keys, values, table, lengths, query_lengths, out, lse, splits)
+    partial = hopper.attend(
+        query, keys, values, table, found, lengths, query_lengths, out, lse, splits
+    )
     if splits > 1:
         _merge_kernel[(triton.cdiv(n_queries * group, MERGED_ROWS), rows)](
             partial, out, lse, n_queries, splits, len(partial) // rows, group, head_dim,

@@ -26,7 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..pages import layout
 from .launch import capability
 from .limits import INTERPRETED
 
@@ -51,15 +50,18 @@ def suits(query: Tensor, n_rows: int, page_size: int = 0) -> bool:
 
 
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, table: Tensor | None, lengths: Tensor,
-    query_lengths: Tensor, out: Tensor, lse: Tensor, splits: int,
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor | None,
+    layout: tuple[int, int, int, int], lengths: Tensor, query_lengths: Tensor, out: Tensor,
+    lse: Tensor, splits: int,
 ) -> Tensor:  # fmt: skip
     """Write the outputs, or return what each of several splits has summed.
+
+    layout: B, Hkv, T_max and the page size, 0 without pages.
 
     The sums are [B·Hkv · groups of ROWS rows, splits, ROWS·(D + 2)] float32: acc [ROWS, D], m and
     z.
     """
-    (batch, n_kv_head, capacity, page_size), head_dim = layout(keys, table), keys.shape[3]
+    (batch, n_kv_head, capacity, page_size), head_dim = layout, keys.shape[3]
     group, n_queries, rows = query.shape[1] // n_kv_head, query.shape[2], batch * n_kv_head
     n_tiles = triton.cdiv(n_queries * group, PROGRAM_ROWS.value)
     n_parts = rows * n_tiles * GROUPS.value if splits > 1 else 0

@@ -89,7 +89,7 @@ def check_engine(engine: VllmConfig, config: ReSAConfig) -> None:
             f"at least max_num_seqs + interval - 1 = {scheduler.max_num_seqs + f - 1}, so that a"
             " rectification always fits",
         ),
-        "device": (device != "cpu", "cpu: paged kernels are not built yet"),
+        "device": (device != "cpu", "cpu: on a GPU it was never served"),
     }  # fmt: skip
     for name, (is_wrong, wanted) in refused.items():
         if is_wrong:

@@ -69,7 +69,7 @@ def test_scores_are_those_of_one_cache(kernels, dtype, case, pages, bits):
 @drawn(8, case=a_case(max_blocks=5, sizes=("plain",)), pages=st.sampled_from([1, 4, 2]), data=st.data())
 @pytest.mark.parametrize("kept", ["bounds", "sketches"])
 def test_a_window_is_written_to_its_pages_alone(kernels, kept, case, pages, data):
-    """As into one cache. No other slot of the pool changes a bit."""
+    """Into one cache and into pages alike. No other slot of the pool changes a bit."""
     _, blocks, cache, _, sketch = modules()
     case, page_size = in_pages(case, pages)
     x, pool, b, d = case.build(torch.float16), Pool(case, page_size), case.block_size, case.head_dim
