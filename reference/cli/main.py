@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -109,15 +110,19 @@ def build_parser(
     backends: Mapping[str, Backend] = BACKENDS, more: Sequence[Adder] = ()
 ) -> argparse.ArgumentParser:
     """Every command and its arguments."""
-    from . import conformance, demo, lab  # they import this file
+    from . import conformance, demo, exercise, lab  # they import this file
     from . import generate as generate_command
 
     parser = Parser(prog="resa", description=DESCRIPTION)
     parser.set_defaults(backends=backends)
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    text = f"resa {metadata.version('resa')} ({versions})"
+    parser.add_argument("--version", action="version", version=text, help="print versions")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (demo.add_demo, generate_command.add_generate):
         add_backend(add(commands), backends)
-    for add in (*lab.COMMANDS, conformance.add_conformance, *more):
+    adders = (*lab.COMMANDS, conformance.add_conformance, exercise.add_exercise, *more)
+    for add in adders:
         add(commands)
     return parser
 

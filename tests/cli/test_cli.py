@@ -30,7 +30,7 @@ from resa.reference.weights.checkpoint import shipped_checkpoint
 from resa.reference.weights.files import source_digest
 from small_models import Shape
 
-COMMANDS = ["demo", "generate", "train", "eval", "evidence", "conformance"]
+COMMANDS = ["demo", "generate", "train", "eval", "evidence", "conformance", "exercise"]
 SPARSE = ["--block-size", "4", "--min-blocks", "2"]
 SKETCH = ReSAConfig(selection="sketch")  # the default of `resa generate`
 CodeShape = type("CodeShape", (Shape,), {"vocab": 4096})  # over the shipped tokenizer's vocabulary

@@ -1,0 +1,1 @@
+"""Ports to read and to copy from, and the files of `resa exercise`."""
