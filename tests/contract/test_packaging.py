@@ -20,10 +20,12 @@ import resa.reference
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
+    "resa": "resa",
     "reference": "resa.reference",
     "reference/conformance": "resa.conformance",
     "fast": "resa.fast",
     "docs/examples": "resa.examples",
+    "docs/results": "resa.results",
     "tests/vectors": "resa.vectors",
 }
 
@@ -95,7 +97,9 @@ assert not rooms & set(sys.modules)
 IMPORTED = """
 import json, pathlib, sys
 import resa.reference, resa.fast
+from importlib.metadata import version
 from resa.conformance.vectors import load_vectors
+assert resa.__version__ == version("resa")
 assert len(load_vectors().manifest["operations"]) > 40
 assert resa.reference.load_model().config.n_layer == 12
 folders = [str(pathlib.Path(module.__file__).parent) for module in (resa.reference, resa.fast)]
@@ -147,6 +151,46 @@ def test_the_wheel_works_in_an_environment_of_its_own(installed, tmp_path):
     (script,) = python.parent.glob("resa*")
     help_text = run(script, "--help", env={**clean, "PYTHONPATH": lent()}, cwd=tmp_path)
     assert all(command in help_text for command in ("generate", "bench"))
+    told = run(script, "--version", env={**clean, "PYTHONPATH": lent()}, cwd=tmp_path)
+    assert re.fullmatch(rf"resa {re.escape(resa.__version__)} \(Python [\d.]+, torch \S+\)\n", told)
+
+
+def test_at_the_root_of_a_clone_the_installed_package_is_found(installed):
+    """Its folder `resa/` comes first there, and has nothing but the version."""
+    python, clean = installed
+    code = "import resa.reference, resa.conformance; print(resa.reference.__file__)"
+    told = run(python, "-c", code, env={**clean, "PYTHONPATH": lent()}, cwd=ROOT)
+    assert python.parents[1].resolve() in Path(told.strip()).resolve().parents
+
+
+def test_everything_but_the_kernels_works_without_triton(installed, tmp_path):
+    """Decode on the reference with what `pip install .` brings."""
+    python, clean = installed
+    link(tmp_path, "resa")
+    for name in ("resa", "triton"):  # the wheel's, and what a torch for GPUs brings along
+        (tmp_path / name).unlink(missing_ok=True)
+    (script,) = python.parent.glob("resa*")
+    environment = {**clean, "PYTHONPATH": str(tmp_path)}
+    told = run(script, "generate", "x = ", "--tokens", 3, "--device", "cpu", "--json", env=environment, cwd=tmp_path)
+    assert len(json.loads(told)["tokens"]) == 3
+    run(python, "-c", "import resa.fast; assert not hasattr(resa.fast, 'generate')", env=environment, cwd=tmp_path)
+
+
+def test_the_metadata_says_what_is_needed(wheel):
+    """Python as the Makefile, Triton as an extra with the versions that are tested, the paper as in CITATION.cff."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        told = archive.read(name).decode()
+    assert f"Version: {resa.__version__}\n" in told
+    python = re.search(r"Requires-Python: >=(\d+)\.(\d+)\n", told).groups()
+    assert f"sys.version_info >= ({', '.join(python)})" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    (triton,) = re.findall(r"Requires-Dist: (triton.*)\n", told)
+    assert re.fullmatch(r"triton<3\.10,>=3\.6; sys_platform == \Wlinux\W and extra == \Wfast\W", triton)
+    paper = re.search(r"Project-URL: Paper, (https://arxiv.org/abs/[\d.]+)\n", told)[1]
+    yaml = pytest.importorskip("yaml", reason="the extra `models` has it")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    assert [each["url"] for each in cited["references"]] == [paper]
 
 
 def test_the_kit_needs_numpy_alone(installed, tmp_path):
@@ -158,29 +202,18 @@ def test_the_kit_needs_numpy_alone(installed, tmp_path):
     assert re.search(r"\n\d\d pass\n", told)
 
 
-def test_tutorials_of_a_clone_run_with_an_installed_package(installed, tmp_path):
-    """From any folder. The shortest of those that read recorded results stands for all; see below."""
+def test_a_tutorial_runs_with_an_installed_package(installed, tmp_path):
+    """Alone in a folder, as somebody downloads it. The shortest of those that read recorded results stands for all."""
     python, clean = installed
+    alone = shutil.copy2(ROOT / "tutorials" / "10_roofline.py", tmp_path)
     environment = {**clean, "PYTHONPATH": lent(), "MPLBACKEND": "Agg"}
-    assert "µs" in run(python, ROOT / "tutorials" / "08_roofline.py", env=environment, cwd=tmp_path)
+    assert "µs" in run(python, alone, env=environment, cwd=tmp_path)
 
 
-FINDING = re.compile(r"^folder = .*\n(results|RESULTS) = .*\n", re.MULTILINE)
-TUTORIALS = sorted(ROOT.glob("tutorials/*.py"))
-
-
-@pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
-def test_tutorials_find_the_recorded_results_beside_themselves(tutorial, tmp_path, monkeypatch):
-    """A script runs from anywhere; a notebook, which knows no file, from anywhere in the clone."""
-    source = tutorial.read_text(encoding="utf-8")
-    assert not re.search(r"\bresa[.\w]*\.__(file|path)__", source), "the package may be installed elsewhere"
-    found = FINDING.search(source)
-    assert bool(found) == bool(re.search(r"\((results|RESULTS) / ", source))
-    for folder, names in (tmp_path, {"__file__": str(tutorial)}), (ROOT, {}), (ROOT / "tutorials", {}):
-        monkeypatch.chdir(folder)
-        if found:
-            exec("from pathlib import Path\n" + found[0], names)
-            assert names[found[1]] == ROOT / "docs" / "results"
+@pytest.mark.parametrize("tutorial", sorted(ROOT.glob("tutorials/*.py")), ids=lambda path: path.stem)
+def test_tutorials_ask_for_no_file_of_a_clone(tutorial):
+    """Recorded results come from `resa.results`, because a notebook may lie anywhere."""
+    assert not re.search(r"__(file|path)__|\.parents?\b", tutorial.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("folder", ["reference", "reference/conformance", "fast"])
