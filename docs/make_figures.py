@@ -50,9 +50,15 @@ def errors(means: list[float], intervals: list[list[float]]) -> np.ndarray:
     return np.stack([middle - low, high - middle])
 
 
+def two_panels(figure: Figure) -> np.ndarray:
+    """Two panels with one vertical axis, side by side, or below each other in a figure that is taller than wide."""
+    is_tall = figure.get_figheight() > figure.get_figwidth()
+    return figure.subplots(*((2, 1) if is_tall else (1, 2)), sharey=True)
+
+
 def real_model(figure: Figure) -> None:
     """The loss of every way on the real model, in two parts, on two kinds of text."""
-    for axes, text in zip(figure.subplots(1, 2, sharey=True), TEXTS, strict=True):
+    for axes, text in zip(two_panels(figure), TEXTS, strict=True):
         rows = {row["way"]: row for row in load(f"evidence/fidelity_{text}")["rows"]}
         names = [name.replace("ReSA f=", "f = ") for name in rows]
         steps, drifts = ([row[part] for row in rows.values()] for part in ("step_error", "drift"))
@@ -153,7 +159,7 @@ def frontier(figure: Figure) -> None:
     """The loss against what a token costs, in bytes and in time."""
     loss, time = losses(), times()
     read = {setting: bytes_read(setting) for setting in loss}
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = two_panels(figure)
     for axes, cost in ((left, read), (right, time)):
         draw_frontier(axes, cost, loss)
         for setting, name, place in ((PAPER, "the paper's setting", (6, 8)), (RECOMMENDED, "recommended", (-80, -14))):
@@ -180,7 +186,7 @@ def speedup_line(gpu: str, weights: str, batch: int) -> list[tuple[int, float]]:
 
 def speedup(figure: Figure) -> None:
     """The speed-up of whole steps over dense decoding on two GPUs, by context and batch, for both kinds of weights."""
-    panels = zip(figure.subplots(1, 2, sharey=True), WEIGHTS.items(), strict=True)
+    panels = zip(two_panels(figure), WEIGHTS.items(), strict=True)
     for axes, (weights, title) in panels:
         axes.axhline(1, color="0.6", linewidth=0.8)
         for batch, colour in zip((8, 1), COLOURS, strict=False):

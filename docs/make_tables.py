@@ -1,6 +1,7 @@
 """Fill the tables of README.md and docs/ from the JSON files that commands wrote: python docs/make_tables.py.
 
-It also writes fast/bench/crossover.json, the part of them that the command line needs.
+It also writes the API page's signatures, from the code, and fast/bench/crossover.json, the part of the results that the
+command line needs.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit status is
 1 if any table is not what its file says.
@@ -15,12 +16,16 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from resa.reference.config import ReSAConfig
+import torch
+
+from resa.reference.config import GPTConfig, ReSAConfig
 from resa.reference.lab.evidence import without
 from resa.reference.lab.fidelity import read_ratio
+from resa.reference.model import GPT
+from signatures import signatures
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/training.md", "docs/performance.md", "docs/evidence.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("use", "training", "performance", "evidence", "api")))
 CROSSOVER = "fast/bench/crossover.json"
 SHOWN_RATIOS = (0.02, 0.05, 0.1, 0.2)  # at larger ones there is next to nothing to lose
 LONG = (2**14, 2**16, 2**18)  # contexts that tables of speed show
@@ -131,20 +136,6 @@ def evidence_real() -> str:
     config = result["config"]
     note = f"Nats per token [95 %]. {of_documents(result)}, block size {config['block_size']}, at least "
     return table(head, lines, f"{note}{config['min_blocks']} blocks.", measured(result))
-
-
-def real() -> str:
-    """Losses on the real model at a ratio of a tenth; for the front page."""
-    english, code = (real_rows(text) for text in ("english", "code"))
-    lines = []
-    for way in ("sparse", "ReSA f=128", "ReSA f=32", "ReSA f=8", "decode-only"):
-        cells = (loss_cells(rows[0.1, way])[::2] for rows in (english, code))
-        name = "sparse, never rectified" if way == "sparse" else way
-        lines.append([name, *[cell for pair in cells for cell in pair]])
-    head = ["decoding", "English: lost", "drift repaired", "source code: lost", "drift repaired"]
-    result = evidence("fidelity_english")
-    note = f"Nats per token [95 %]. {of_documents(result)}; active ratio 0.1. {result['device']}."
-    return table(head, lines, note)
 
 
 def evidence_sketch() -> str:
@@ -594,9 +585,66 @@ def prefill() -> str:
     return table(head, lines, note)
 
 
+# ---- The front page and "Use it on your model" -----------------------------------------------------------------------
+
+
+def payoff() -> str:
+    """Say in three lines what is gained, what is lost, and for whom it is not."""
+    rows = {name: step_rows(f"h200_float16{name}") for name in ("", "_sketch")}
+    eight, one, half = (
+        f"{rows[name]['float16', 'shared', batch, 2**18]['ratio']:.1f}"
+        for name, batch in (("", 8), ("", 1), ("_sketch", 8))
+    )
+    by_bounds, by_sketches = real_rows("english"), real_rows("english", "sketch")
+    found = by_bounds[0.1, "ReSA f=32"], by_sketches[0.1, "ReSA f=32"], by_sketches[0.05, "ReSA f=32"]
+    bounds, sketches, fewer = (f"{100 * row['agreement']:.0f}" for row in found)
+    lines = (
+        f"- **Speed.** With 256K tokens of context, eight sequences decode **{eight} times** as fast as by dense "
+        f"attention, and one sequence {one} times: whole steps of a model of Qwen2.5-7B's shape, 16-bit weights, one "
+        f"{whole_steps(H200[0])['device']}, blocks chosen as in the paper.",
+        f"- **Price.** The text can differ from dense decoding's. SmolLM2-135M, reading a tenth of the blocks, still "
+        f"finds dense decoding's likeliest token {bounds} times in 100. With *key sketches*, this project's own way of "
+        f"choosing blocks, it does so **{sketches} times** (English text). Sketches take more time: with a twentieth "
+        f"of the blocks, eight sequences are {half} times as fast, and the token is the same {fewer} times.",
+        "- **Not for you** if you decode one text at a time of less than 16K tokens (64K with sketches), if you have "
+        "no NVIDIA GPU, or if the text must equal dense decoding's: [when not to use it](docs/when_not.md).",
+    )
+    return "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in lines)
+
+
+def demo() -> str:
+    """Quote what the demo says at its end."""
+    result = load("docs/results/demo.json")
+    said = "\n".join(textwrap.fill(line, 88) for line in result["verdict"][:-1])
+    return f"```text\n{said}\n```\n\nThat took {result['seconds']:.0f} s ({result['device']})."
+
+
+def memory() -> str:
+    """Say what weights and caches take, and how many sequences fit, for the shapes that were timed."""
+    gpus = [whole_steps(names[0]) for names in (H100, H200)]
+    gigabytes = [24, *(round(gpu["memory_bytes"] / 1e9) for gpu in gpus)]
+    lines = []
+    for file, name in (("smollm2", "SmolLM2-135M"), ("qwen3", "Qwen3-0.6B"), ("float16", "Qwen2.5-7B")):
+        shape = GPTConfig(**whole_steps(f"h200_{file}")["shape"])
+        with torch.device("meta"):
+            weights = 2 * sum(parameter.numel() for parameter in GPT(shape).parameters())
+        token = 2 * 2 * shape.n_layer * shape.n_kv_head * shape.head_dim  # key and value, two bytes each
+        with_sketch = token * (1 + 1 / 16 + 1 / (2 * shape.head_dim))
+        caches = [f"{token * context / 1e9:.2f}" for context in LONG]
+        fit = [str(int((size * 1e9 - weights) / (with_sketch * 2**16))) for size in gigabytes]
+        lines.append([name, f"{weights / 1e9:.1f}", f"{token / 1024:.0f}", *caches, " / ".join(fit)])
+    head = ["model's shape", "weights, GB", "one token, KiB", *(f"{kilo(context)} tokens, GB" for context in LONG)]
+    head.append(f"sequences of 64K in {', '.join(map(str, gigabytes[:-1]))} and {gigabytes[-1]} GB")
+    note = "Computed, for 16-bit weights and caches. The last column counts sketches too, but nothing else."
+    return table(head, lines, note)
+
+
 TABLES = {
+    "payoff": payoff,
+    "demo": demo,
+    "memory": memory,
+    "signatures": signatures,
     "fidelity": fidelity,
-    "real": real,
     "evidence_real": evidence_real,
     "evidence_carried": evidence_carried,
     "evidence_carried_scores": evidence_carried_scores,

@@ -1,18 +1,21 @@
 """Pages say what is so: the example runs as written, tables and figures equal their files. More in test_site.py."""
 
+import ast
 import importlib
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from itertools import product
 from pathlib import Path
 
 import pytest
 
+from resa import fast, reference
 from resa.reference import ReSAConfig
 from resa.reference.weights.models import find_model
 
@@ -30,6 +33,7 @@ def test_the_example_in_the_readme_runs_as_written():
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 10
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120, "it is read in a minute"
     try:
         find_model("smollm2")
     except FileNotFoundError as error:
@@ -114,6 +118,38 @@ def test_tables_say_what_choosing_blocks_reads(monkeypatch):
     assert shares["scorers", "sketch-4"] == shares["scorers", "mass"] == (None, None)
 
 
+def test_the_table_of_memory_is_right_by_hand(monkeypatch):
+    """28 layers with 4 KV heads of 128 channels: 28 · 4 · 128 keys and as many values of two bytes per token."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    row = importlib.import_module("make_tables").TABLES["memory"]().splitlines()[4]
+    token = 2 * 28 * 4 * 128 * 2
+    assert token == 57_344 == 56 * 1024
+    assert f"| Qwen2.5-7B | 15.2 | 56 | 0.94 | {token * 2**16 / 1e9:.2f} | {token * 2**18 / 1e9:.2f} |" in row
+
+
+def test_what_is_computed_on_the_page_for_own_models_is_what_it_says(capsys):
+    (code, said) = re.findall(
+        r"```python\n(weights = .*?)```\n\n```text\n(.*?)```", (ROOT / "docs" / "use.md").read_text(), re.DOTALL
+    )[0]
+    exec(code, {})
+    assert capsys.readouterr().out == said
+
+
+SAID = {  # on the page "When not to use it": batches and contexts
+    "float16": ((1, 2**12), (1, 2**16), (1, 2**18), (8, 2**16)),
+    "float16_sketch": ((1, 2**16), (1, 2**18), (8, 2**16)),
+    "smollm2": ((1, 2**12),),
+    "qwen3": ((8, 2**12),),
+}
+
+
+@pytest.mark.parametrize(("file", "point"), [(file, point) for file, points in SAID.items() for point in points])
+def test_speed_ups_in_prose_are_measured(file, point):
+    rows = json.loads((RESULTS / "end_to_end" / f"h200_{file}.json").read_text())["rows"]
+    (ratio,) = (row["ratio"] for row in rows if (row["protocol"], row["batch"], row["context"]) == ("shared", *point))
+    assert re.search(rf"\s{ratio:.2f}\b", (ROOT / "docs" / "when_not.md").read_text())
+
+
 def test_the_table_of_prompts_shows_the_fastest_dense_way_and_what_did_not_fit(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     tables = importlib.import_module("make_tables")
@@ -190,6 +226,27 @@ def test_no_result_names_a_folder_of_one_machine():
     assert len(files) > 15
     for path in files:
         assert not re.search(r"(^|[\s\"=])/\w+/", path.read_text()), path
+
+
+def test_the_api_page_shows_every_signature():
+    """The block that is made from the source, beside what Python itself says of arguments."""
+    page = (ROOT / "docs" / "api.md").read_text()
+    (code,) = re.findall(r"<!-- table signatures -->.*?```python\n(.*?)```", page, re.DOTALL)
+    package, shown = None, set()
+    for part in re.split(r"^# ---- .*\((resa\.\w+)\)$", code, flags=re.MULTILINE)[1:]:
+        if part.startswith("resa."):
+            package = importlib.import_module(part)
+            continue
+        for node in ast.parse(part).body:
+            name = node.target.id if isinstance(node, ast.AnnAssign) else node.name
+            shown.add((package.__name__, name))
+            if isinstance(node, ast.FunctionDef):
+                found = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                assert found == list(inspect.signature(getattr(package, name)).parameters), name
+            elif isinstance(node, ast.ClassDef) and is_dataclass(getattr(package, name)):
+                said = [each.target.id for each in node.body if isinstance(each, ast.AnnAssign)]
+                assert said == [each.name for each in fields(getattr(package, name))], name
+    assert shown == {(each.__name__, name) for each in (reference, fast) for name in each.__all__}
 
 
 def test_the_folders_in_the_readme_are_those_there_are():
