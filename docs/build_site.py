@@ -5,22 +5,33 @@
 The pages are written for GitHub, so their links lead to files of the repository. This script copies the pages to
 build/docs/source and changes the links to the same thing in the site: a page, a tutorial, or a copy of the file
 (`repository/…`). It makes such a copy of every file that some page links to. Sphinx's warnings are errors.
+
+A tutorial's page offers its notebook, executed. The links of such a notebook lead to the site as well, relative to the
+folder that it is downloaded from. With `--address https://…`, where the site will be published, they are absolute.
 """
 
 from __future__ import annotations
 
+import argparse
+import io
+import json
 import os
 import re
 import shutil
 import sys
+from base64 import b64decode
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import nbformat
+from bs4 import BeautifulSoup
+from PIL import Image
 from sphinx.cmd.build import main as sphinx
 
-from run_tutorials import NOTEBOOKS, ROOT, figures
+from make_figures import FIGURES, drawn
+from run_tutorials import FOLDED, NOTEBOOKS, ROOT, figures, tutorials
 
 DOCS = ROOT / "docs"
 BUILD = ROOT / "build" / "docs"
@@ -31,10 +42,10 @@ LARGEST = 400_000  # bytes; the site shows smaller files and only names larger o
 # Pages made from READMEs, by their place in the repository.
 READMES = {"README.md": "readme.md", "reference/README.md": "reference.md", "fast/README.md": "fast.md"}
 MENU = [  # captions and pages of the menu
-    ("Learn", ["tutorials/index", "play", "glossary"]),
+    ("Learn", ["play", "tutorials/index", "glossary"]),
     ("Read the code", ["reference", "fast", "design", "numerics"]),
     ("Understand", ["algorithm", "kernels", "performance", "evidence", "training"]),
-    ("Use", ["api", "models", "porting", "serving"]),
+    ("Use", ["use", "when_not", "compared", "questions", "models", "api", "serving", "vllm_scheduler", "porting"]),
     ("The project", ["contributing", "changelog", "log"]),
 ]
 FENCED = re.compile(r"(^ {0,3}(?P<fence>`{3,}|~{3,}).*?^ {0,3}(?P=fence)`*[ ]*$)", re.MULTILINE | re.DOTALL)
@@ -128,8 +139,8 @@ def write(page: str, text: str) -> None:
     (SOURCE / page).write_text(text, encoding="utf-8")
 
 
-def assemble() -> None:
-    """Lay out build/docs/source: pages, tutorials, images, copies of what they link to."""
+def assemble(address: str) -> None:
+    """Lay out build/docs/source: pages, tutorials, images, copies of what they link to; and what Sphinx only copies."""
     for folder in (SOURCE, EXTRA):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -142,14 +153,13 @@ def assemble() -> None:
         write(page, f"---\norphan: true\n---\n\n{text}" if name == "README.md" else text)
     table = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
     page = site.relinked(table, PurePosixPath("tutorials/README.md"), "tutorials/index.md")
-    notebooks = sorted(NOTEBOOKS.glob("*.ipynb"))
-    write("tutorials/index.md", page + toctree("", [path.stem for path in notebooks]))
-    for path in notebooks:
-        notebook_page(site, path)
+    write("tutorials/index.md", page + toctree("", [script.stem for script in tutorials()]))
+    for script in tutorials():
+        notebook_page(site, NOTEBOOKS / f"{script.stem}.ipynb", address)
     shutil.copytree(DOCS / "images", SOURCE / "images")
     shutil.copytree(DOCS / "play", EXTRA / "play")
     link_back(EXTRA / "play" / "index.html")
-    write("index.md", (SOURCE / "index.md").read_text(encoding="utf-8") + navigation())
+    write("index.md", with_entrance((SOURCE / "index.md").read_text(encoding="utf-8")) + navigation())
     site.copies()
 
 
@@ -174,8 +184,24 @@ def navigation() -> str:
     return "".join(parts)
 
 
-def notebook_page(site: Site, path: Path) -> None:
-    """Copy an executed tutorial with changed links and with alternative texts for its figures."""
+ENTRANCE = """<p class="entrance"><a href="play/index.html"><strong>Watch it, token by token.</strong>
+A real model decodes the same text densely, sparsely and with rectification. Three stops show what happens.</a></p>
+"""
+
+
+def with_entrance(page: str) -> str:
+    """Put the way to the interactive page below the title of the first page; only the site has that page."""
+    title, rest = page.split("\n", 1)
+    return f"{title}\n\n{ENTRANCE}{rest}"
+
+
+OFFER = '<p class="download"><a href="{name}.ipynb" download>Download this page as a notebook</a></p>'
+ABOUT = """*An executed notebook of the documentation of resa. To run it, install the package from a clone:
+`pip install '.[fast]'`. {links}*"""
+
+
+def notebook_page(site: Site, path: Path, address: str) -> None:
+    """Copy an executed tutorial with changed links, as a page and as a notebook that the page offers."""
     notebook = nbformat.read(path, as_version=4)
     captions = figures(notebook)
     for cell in notebook.cells:
@@ -183,16 +209,103 @@ def notebook_page(site: Site, path: Path) -> None:
             origin = PurePosixPath("docs/tutorials") / f"{path.stem}.md"
             cell.source = site.relinked(cell.source, origin, f"tutorials/{path.name}")
         elif cell.id in captions:
-            cell.metadata["mystnb"] = {"image": {"alt": " ".join(captions[cell.id])}}
+            classes = {"classes": "wide"} if max(map(width, cell.outputs)) > WIDE else {}
+            cell.metadata["mystnb"] = {"image": {"alt": " ".join(captions[cell.id]), **classes}}
+        if "hide-input" in cell.metadata.get("tags", []):
+            cell.metadata.setdefault("mystnb", {}).update(code_prompt_show="Code", code_prompt_hide="Code")
+    (EXTRA / "tutorials").mkdir(exist_ok=True)
+    nbformat.write(offered(notebook, address), EXTRA / "tutorials" / path.name)
+
+    title, *rest = notebook.cells[0].source.split("\n")
+    notebook.cells[0].source = "\n".join([title, "", OFFER.format(name=path.stem), *rest])
     nbformat.write(notebook, SOURCE / "tutorials" / path.name)
+
+
+def offered(page: nbformat.NotebookNode, address: str) -> nbformat.NotebookNode:
+    """Turn a tutorial's page into the notebook to download: links to the site's files, solutions and plots folded."""
+    notebook = deepcopy(page)
+    title, *rest = notebook.cells[0].source.split("\n")
+    links = "Links lead to the site" + ("." if address else ", if this file lies in its folder `tutorials`.")
+    notebook.cells[0].source = "\n".join([title, "", ABOUT.format(links=links), *rest])
+    base = f"{address.rstrip('/')}/tutorials/" if address else ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = LINK.sub(lambda match: in_notebook(match, base), cell.source)
+        tags = FOLDED.keys() & set(cell.metadata.get("tags", []))
+        if tags:
+            cell.metadata["jupyter"] = {"source_hidden": True, "outputs_hidden": "hide-cell" in tags}
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return notebook
+
+
+def in_notebook(match: re.Match, base: str) -> str:
+    """Change a link between pages of the site's source to one between its files; notebooks stay notebooks.
+
+    >>> in_notebook(LINK.match("[a](../glossary.md#drift)"), "")
+    '[a](../glossary.html#drift)'
+    """
+    target = match["target"]
+    if re.match(r"\w+:", target):
+        return match[0]
+    return f"[{match['text']}]({base}{re.sub(r'[.]md(?=#|$)', '.html', target)})"
+
+
+WIDE = 640  # pixels of a figure that a phone lets scroll, because its letters would be too small
+
+
+def width(output: nbformat.NotebookNode) -> int:
+    """Width of a figure in pixels, or 0."""
+    png = output.get("data", {}).get("image/png")
+    return Image.open(io.BytesIO(b64decode(png))).width if png else 0
+
+
+# ---- What Sphinx leaves open ----------------------------------------------------------------------------------------
+
+
+def stack_figures() -> None:
+    """Offer narrow screens the drawn figures with their panels below each other."""
+    wide = {name: draw for name, (draw, (width, height)) in FIGURES.items() if width > 2 * height}
+    for name, draw in wide.items():
+        (HTML / "_images" / f"narrow_{name}").write_bytes(drawn(draw, (4.6, 7.2)))
+    image = re.compile(rf'<img [^>]*src="((?:\.\./)*_images/)({"|".join(map(re.escape, wide))})"[^>]*>')
+    for page in HTML.glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        if image.search(text):
+            both = r'<picture><source media="(max-width: 40em)" srcset="\1narrow_\2">\g<0></picture>'
+            page.write_text(image.sub(both, text), encoding="utf-8")
+
+
+def write_excerpts() -> None:
+    """Write _static/texts.js: the text of every page by section, for the search to quote. See excerpts.js."""
+    texts = {}
+    for path in sorted(HTML.rglob("*.html")):
+        name = str(path.relative_to(HTML)).removesuffix(".html")
+        article = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser").select_one('[role="main"]')
+        if article is None or name.startswith("repository/"):
+            continue
+        for unwanted in article.select(".headerlink, .download, script, style, math, pre, svg"):
+            unwanted.decompose()
+        texts[name] = [[section["id"], own_text(section)] for section in article.select("section[id]")]
+    script = f"globalThis.RESA_TEXTS = {json.dumps(texts, ensure_ascii=False, separators=(',', ':'))};\n"
+    (HTML / "_static" / "texts.js").write_text(script, encoding="utf-8")
+
+
+def own_text(section: BeautifulSoup) -> str:
+    """Text of a section without that of the sections inside of it."""
+    parts = (child.get_text() for child in section.children if child.name != "section")
+    return " ".join(" ".join(parts).split())
 
 
 def main() -> int:
     """Lay out the source and let Sphinx make the site."""
-    assemble()
+    parser = argparse.ArgumentParser(description="build the site")
+    parser.add_argument("--address", default="", help="where it will be published; for the links of notebooks")
+    assemble(parser.parse_args().address)
     shutil.rmtree(HTML, ignore_errors=True)
     options = ["-W", "--keep-going", "-q", "-E", "-j", "auto", "-c", str(DOCS), "-d", str(BUILD / "doctrees")]
     status = sphinx([*options, str(SOURCE), str(HTML)])
+    stack_figures()
+    write_excerpts()
     if status == 0:
         print(f"the site: {(HTML / 'index.html').relative_to(ROOT)}")
     return status

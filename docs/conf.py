@@ -48,7 +48,7 @@ html_static_path = ["_static"]
 html_css_files = ["resa.css"]
 html_extra_path = [str(ROOT / "build" / "docs" / "extra")]  # the interactive page's own files
 html_copy_source = False
-html_show_search_summary = False  # it would fetch pages, which browsers don't allow from the disk
+html_permalinks_icon = "link"  # a word, for those who hear the page
 html_show_sphinx = False
 html_show_copyright = False
 html_math_renderer = "mathml"
@@ -132,7 +132,14 @@ def process_docstring(app: Sphinx, what: str, name: str, obj: object, options: o
         lines.append("")
 
 
+def add_excerpts(app: Sphinx, page: str, template: str, context: dict, tree: nodes.document | None) -> None:
+    """Let the search quote the pages that it finds."""
+    if page == "search":
+        app.add_js_file("excerpts.js", loading_method="defer")
+
+
 def setup(app: Sphinx) -> None:
     """Register the hooks above. Sphinx calls this."""
     app.add_html_math_renderer("mathml", (visit_inline_math, None), (visit_display_math, None))
     app.connect("autodoc-process-docstring", process_docstring)
+    app.connect("html-page-context", add_excerpts)

@@ -37,7 +37,8 @@ PAGES = ROOT / "docs" / "tutorials"
 NOTEBOOKS = ROOT / "build" / "docs" / "notebooks"
 LIMIT = 60.0  # seconds of one tutorial
 BUDGET = 25.0  # seconds on average
-SOLUTION = "<details><summary>Solution</summary>"
+# What a cell's tag folds away, and what stands there instead: a whole cell, or the code in front of its outputs.
+FOLDED = {"hide-cell": "Solution", "hide-input": "Code"}
 TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 CAPTION = re.compile(r"^\*(Figure:?.*?)\*\s*$", re.MULTILINE | re.DOTALL)
 
@@ -52,8 +53,8 @@ class ThisInterpreter(KernelSpecManager):
 
 
 def tutorials() -> list[Path]:
-    """The scripts 01_….py, 02_….py, … in order."""
-    return sorted(TUTORIALS.glob("[0-9]*.py"))
+    """The scripts 01_….py, 02_….py, … in order, and the appendices behind them."""
+    return sorted(TUTORIALS.glob("*.py"))
 
 
 def execute(script: Path) -> nbformat.NotebookNode:
@@ -101,6 +102,17 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
 
 
+def reading_minutes(notebook: nbformat.NotebookNode) -> float:
+    """Estimate the minutes to read a tutorial: 150 words or 15 lines of code in one, without what is folded."""
+    minutes = 0.0
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            minutes += len(cell.source.split()) / 150
+        elif not FOLDED.keys() & set(cell.metadata.get("tags", [])):
+            minutes += sum(bool(line.strip()) for line in cell.source.splitlines()) / 15
+    return minutes
+
+
 def figures(notebook: nbformat.NotebookNode) -> dict[str, list[str]]:
     """Captions by the id of the cell that draws: one per figure, from the next prose cell."""
     found: dict[str, list[str]] = {}
@@ -143,18 +155,19 @@ def page(notebook: nbformat.NotebookNode, name: str) -> tuple[str, dict[str, byt
         if cell.cell_type == "markdown":
             parts.append(cell.source.strip())
             continue
-        is_folded = "hide-cell" in cell.metadata.get("tags", [])
-        parts += [SOLUTION] if is_folded else []
+        tag = next((tag for tag in cell.metadata.get("tags", []) if tag in FOLDED), None)
+        parts += [f"<details><summary>{FOLDED[tag]}</summary>"] if tag else []
         parts.append(fenced(cell.source, "python"))
+        parts += ["</details>"] if tag == "hide-input" else []
         parts += outputs(cell, iter(captions.get(cell.id, [])), images, name)
-        parts += ["</details>"] if is_folded else []
+        parts += ["</details>"] if tag == "hide-cell" else []
     return "\n\n".join(parts) + "\n", images
 
 
 def in_few_colours(png: bytes) -> bytes:
-    """Give a picture a palette of 48 colours: it looks the same at a fraction of the size."""
+    """Give a picture a palette of 24 colours: it looks the same at a fraction of the size."""
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(48, kmeans=1).save(buffer, format="PNG", optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(24, kmeans=1).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -218,7 +231,8 @@ def main() -> int:
     taken, failures = [], []
     with ThreadPoolExecutor(2) as pool:
         for script, (seconds, notebook, failure) in zip(chosen, pool.map(timed, chosen), strict=True):
-            print(f"{script.stem:22}{seconds:6.1f} s{'   failed' if failure else ''}", flush=True)
+            reading = f"{reading_minutes(jupytext.read(script)):3.0f} min to read"
+            print(f"{script.stem:26}{seconds:6.1f} s, {reading}{'   failed' if failure else ''}", flush=True)
             if failure is None and seconds > LIMIT:
                 failure = f"{script.name} took {seconds:.0f} s of {LIMIT:.0f}"
             failures += [] if failure is None else [failure]
@@ -233,7 +247,7 @@ def main() -> int:
     if taken:
         mean = sum(taken) / len(taken)
         verdict = "within" if mean <= BUDGET else "OVER"
-        print(f"{'mean':22}{mean:6.1f} s, {verdict} the budget of {BUDGET:.0f} s")
+        print(f"{'mean':26}{mean:6.1f} s, {verdict} the budget of {BUDGET:.0f} s")
     for failure in failures:
         print(f"\n{failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -13,6 +13,16 @@
   // The place shown. `frame` counts steps and rectifications.
   const state = { model: 0, interval: intervals.indexOf(32), ratio: ratios.indexOf(0.1), frame: Infinity, playing: false, lookedAt: null };
 
+  // The page opens on the first stop: late in a window of the real text, where sparse decoding is wrong and ReSA is right.
+  const stops = [
+    { step: 221, rectified: false, about: "blocks-title", says: (view, moment) => `In a sparse step each KV head reads only `
+      + `${attended(view, moment)} of ${moment.blocks} blocks, so the key and value that the step adds to the cache are a little wrong.` },
+    { step: 224, rectified: false, about: "drift-title", says: ({ f }) => `The newest ${f} tokens of ReSA’s cache are all a little `
+      + "wrong by now, the blue bars, and every step that reads them goes wrong a little more." },
+    { step: 224, rectified: true, about: "drift-title", says: ({ f }) => `A dense pass has run these ${f} tokens through the model `
+      + "once more: their bars are gone, while those of sparse decoding stay." },
+  ];
+
   // ---- The recording ------------------------------------------------------------------------------------------------
 
   async function prepared(scene) {
@@ -163,6 +173,19 @@
       row.append(head, ...numbers.map((number) => made("td", number)), next);
       return row;
     }));
+  }
+
+  // Which stop the place shown is, or −1.
+  function stopAt(view, { step, rectified }) {
+    const isTour = state.model === 0 && view.f === 32 && ratios[state.ratio] === 0.1;
+    return isTour ? stops.findIndex((stop) => stop.step === step && stop.rectified === rectified) : -1;
+  }
+
+  function showTour(view, moment) {
+    const at = stopAt(view, moment);
+    document.querySelectorAll(".stop").forEach((button, index) => button.setAttribute("aria-pressed", index === at));
+    for (const { about } of stops) element(about).parentElement.classList.toggle("pointed-at", stops[at]?.about === about);
+    element("tour").textContent = at < 0 ? "Three stops show what happens, one sentence each." : stops[at].says(view, moment);
   }
 
   function showState(view, moment) {
@@ -462,7 +485,7 @@
     for (let block = tick, x; (x = left + (block + 0.5) * cell) < boundary - 50; block += tick) label(context, String(block), x, y);
     stroke(context, colour("muted"), 1, [[boundary, 0], [boundary, bottom + 16]]);
     label(context, "prompt", boundary - 5, y, "right");
-    label(context, "decoded", boundary + 5, y, "left");
+    label(context, isNarrow() ? "new" : "decoded", boundary + 5, y, "left");
   }
 
   // ---- Showing and moving -------------------------------------------------------------------------------------------
@@ -480,6 +503,7 @@
     document.body.toggleAttribute("data-rectified", moment.rectified);
     document.body.toggleAttribute("data-programs", view.scene.programs);
     showControls(view, moment);
+    showTour(view, moment);
     showState(view, moment);
     showTable(view, moment);
     showVerdict(view, moment);
@@ -558,6 +582,13 @@
     else goTo(frameAt(step, rectified));
   }
 
+  function visit({ step, rectified, about }) {
+    setPlaying(false);
+    choose({ model: 0, interval: intervals.indexOf(32), ratio: ratios.indexOf(0.1) });
+    goTo(frameAt(step, rectified));
+    element(about).parentElement.scrollIntoView({ block: "nearest" });
+  }
+
   function openScene() {
     const { scene } = currentView();
     buildText(scene);
@@ -616,6 +647,7 @@
   }
 
   function listen() {
+    document.querySelectorAll(".stop").forEach((button, index) => button.addEventListener("click", () => visit(stops[index])));
     element("play").addEventListener("click", () => setPlaying(!state.playing));
     element("back").addEventListener("click", () => stepBy(-1));
     element("forward").addEventListener("click", () => stepBy(1));
@@ -648,7 +680,7 @@
   const modelNamed = (name) => scenes.findIndex((scene) => scene.model === name);
 
   // Links to a place: index.html#model=carrying&interval=8&ratio=0.05&step=40, and &rectified for the rectification after
-  // that step. Without a step it is the end.
+  // that step. Without a step it is the end, and without anything the first stop.
   function readAddress() {
     const asked = new URLSearchParams(location.hash.slice(1));
     const places = { model: modelNamed(asked.get("model")), interval: intervals.indexOf(Number(asked.get("interval"))),
@@ -659,6 +691,7 @@
     openScene();
     const step = parseInt(asked.get("step"), 10);
     if (step >= 0) goTo(frameAt(Math.min(step, currentView().scene.steps), asked.has("rectified")));
+    if (asked.size === 0) goTo(frameAt(stops[0].step, stops[0].rectified));
   }
 
   buildStops("interval-stops", intervals);

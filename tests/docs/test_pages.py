@@ -4,6 +4,7 @@ import argparse
 import ast
 import builtins
 import functools
+import importlib
 import inspect
 import os
 import pydoc
@@ -21,7 +22,7 @@ from resa.reference.cli.main import build_parser
 jupytext = pytest.importorskip("jupytext", reason="the extra `docs` has jupytext")
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-SCRIPTS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
+SCRIPTS = sorted((ROOT / "tutorials").glob("*.py"))
 RENDERED = sorted((DOCS / "tutorials").glob("*.md"))
 READMES = [ROOT / folder / "README.md" for folder in (".", "reference", "fast", "tutorials")]
 HAND_WRITTEN = [*READMES, *sorted(DOCS.glob("*.md"))]
@@ -277,6 +278,16 @@ def test_every_tutorial_has_its_page_and_its_row():
     assert re.findall(r"\[\w+\.py\]\((\w+)\.py\)", table) == names
 
 
+def test_the_table_of_tutorials_says_how_long_they_are(monkeypatch):
+    """In minutes to read, as the program that executes them counts them."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    minutes = importlib.import_module("run_tutorials").reading_minutes
+    told = re.findall(r"/(\w+)\.md\).*?\| (\d+) min \| \d+ s \|", text_of(ROOT / "tutorials" / "README.md"))
+    assert [name for name, _ in told] == [script.stem for script in SCRIPTS]
+    for script, (_, number) in zip(SCRIPTS, told, strict=True):
+        assert minutes(jupytext.read(script)) == pytest.approx(int(number), abs=5), script
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
 def test_a_tutorials_page_is_the_one_of_its_script(script):
     """Every cell of the script, in order; between them nothing but outputs, figures and marks of folding."""
@@ -292,12 +303,13 @@ def test_a_tutorials_page_is_the_one_of_its_script(script):
         before, found, rest = rest.partition(f"\n{source}\n")
         assert found, f"{page.name} is older than its script (make tutorials):\n{source[:200]}"
         between.append(before)
-        if "hide-cell" in cell.metadata.get("tags", []):
-            assert before.rstrip().endswith("<details><summary>Solution</summary>")
+        for tag, summary in (("hide-cell", "Solution"), ("hide-input", "Code")):
+            is_folded = before.rstrip().endswith(f"<details><summary>{summary}</summary>")
+            assert is_folded == (tag in cell.metadata.get("tags", [])), cell.source
     outputs = re.sub(r"^(`{3,})text\n.*?^\1$", "", "\n".join([*between, rest]), flags=re.MULTILINE | re.DOTALL)
     outputs, n_images = re.subn(r"^!\[[^]\n]+\]\(images/\w+\.png\)$", "", outputs, flags=re.MULTILINE)
     assert n_images == len(re.findall(r"^\*Figure", text_of(page), re.MULTILINE)), "a figure without its image"
-    outputs = outputs.replace("<details><summary>Solution</summary>", "").replace("</details>", "")
+    outputs = re.sub("<details><summary>(Solution|Code)</summary>|</details>", "", outputs)
     assert not outputs.strip(), f"{page.name} has what its script has not: {outputs.strip()[:200]}"
     assert not re.search(r"(?<![\w.])/(?:tmp|root|home|usr|work)/", text_of(page)), "a folder of one machine"
 

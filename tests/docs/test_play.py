@@ -250,7 +250,7 @@ def test_it_opens_from_a_disk_without_running_over(play, size, scheme, model):
 @pytest.mark.site
 @pytest.mark.parametrize("size", WIDTHS)
 def test_it_plays_and_pauses(play, size):
-    page = play(size=WIDTHS[size])
+    page = play("#model=smollm2", size=WIDTHS[size])
     page.locator("#speed").select_option("25")
     page.locator("#play").click()  # from the end it begins again
     page.wait_for_function("/^Step [5-9] /.test(document.getElementById('state').textContent)")
@@ -264,9 +264,36 @@ def test_it_plays_and_pauses(play, size):
 
 
 @pytest.mark.site
-def test_it_opens_at_the_end_of_the_real_text(play, data):
-    page, scene = play(), data["scenes"][0]
-    assert (scene["model"], step_shown(page)) == ("smollm2", 256)
+@pytest.mark.parametrize("size", WIDTHS)
+def test_it_opens_on_the_first_of_three_stops(play, data, size):
+    """There sparse decoding is wrong and ReSA right; then a window is full, and then it is rectified."""
+    page, scene = play(size=WIDTHS[size]), data["scenes"][0]
+    assert (scene["model"], step_shown(page)) == ("smollm2", 221)
+    assert [row(page, place)[-1][-1] for place in range(4)] == ["✓", "✗", "✓", "✓"]
+    page.get_by_label("carried values").check()
+    page.locator("#interval").press("Home")
+    sentences = []
+    for number, (name, drifted) in enumerate({"a sparse step": 29, "drift": 32, "rectification": 0}.items(), start=1):
+        stop = page.get_by_role("button", name=f"{number} {name}")
+        stop.click()
+        assert stop.get_attribute("aria-pressed") == "true"
+        assert (row(page, 2)[0], row(page, 2)[4]) == ("ReSA f=32", str(drifted))
+        sentences.append(page.locator("#tour").inner_text())
+        assert page.locator(".pointed-at").count() == 1
+        in_view = "e => e.getBoundingClientRect().top >= 0 && e.getBoundingClientRect().bottom <= innerHeight"
+        page.wait_for_timeout(100)
+        assert page.locator(".pointed-at").evaluate(in_view)
+        assert page.locator("#tour").evaluate(in_view) or size == "desktop"
+    assert "reads only 15 of 142 blocks" in sentences[0]
+    assert len({*sentences}) == 3
+    page.locator("#forward").click()
+    assert page.locator("[aria-pressed=true]").count() == page.locator(".pointed-at").count() == 0
+
+
+@pytest.mark.site
+def test_the_end_of_the_real_text_has_the_losses_of_the_whole(play, data):
+    page, scene = play("#model=smollm2"), data["scenes"][0]
+    assert step_shown(page) == 256
     for place, way in ((1, "sparse"), (2, "ReSA f=32"), (3, "decode-only")):
         entry = find(scene, 0.1, way)
         total = sum(entry["loss"]) * scene["loss_unit"]
@@ -353,12 +380,12 @@ def test_the_keyboard_does_all(play):
     assert page.locator("#play").get_attribute("aria-label") == "Play"
     reached = []
     press("Home")
-    for _ in range(10):
+    for _ in range(13):
         press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.name"))
         outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert reached[-1] == "" or outline != "none", reached[-1]
-    expected = ["play", "forward", "scrub", "speed", "model", "interval", "ratio", None, "blocks", "text"]
+    expected = [None] * 3 + ["play", "forward", "scrub", "speed", "model", "interval", "ratio", None, "blocks", "text"]
     assert [name or None for name in reached] == expected
     page.locator("#interval").focus()
     press("ArrowRight")  # the slider's own
@@ -394,5 +421,6 @@ def test_a_block_can_be_looked_at(play, data):
 def test_every_control_has_a_name(play):
     page = play()
     for control in page.locator("button, input, select, [tabindex], canvas").all():
-        name = control.evaluate("e => e.ariaLabel || e.labels?.[0]?.textContent || e.getAttribute('aria-labelledby')")
+        own = "e.ariaLabel || (e.tagName === 'BUTTON' && e.innerText)"
+        name = control.evaluate(f"e => {own} || e.labels?.[0]?.textContent || e.getAttribute('aria-labelledby')")
         assert name, control.evaluate("e => e.outerHTML")

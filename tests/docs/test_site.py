@@ -4,8 +4,11 @@
 """
 
 import importlib
+import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -39,6 +42,20 @@ def test_a_tutorial_that_became_false_is_named(tmp_path, monkeypatch, script, co
     else:
         with pytest.raises(RuntimeError, match=complaint):
             run_tutorials.execute(tmp_path / "99_try.py")
+
+
+def test_the_ladder_can_be_recorded_again():
+    """Rehearsed without a GPU: the rungs of both tutorials compute what they should, and are those in the file."""
+    done = subprocess.run(
+        [sys.executable, DOCS / "record_ladder.py"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told = re.findall(r"'(\d [^']+)': |\"(\d [^\"]+)\": ", done.stdout.splitlines()[-1])
+    rows = json.loads((DOCS / "results" / "ladder.json").read_text())["rows"]
+    assert {one or other for one, other in told} == {row["rung"] for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +94,7 @@ def test_links_within_the_site_resolve(site):
 
 def test_every_page_is_in_the_site(site):
     assert {f"{page.stem}.html" for page in DOCS.glob("*.md")} <= site.keys()
-    assert {f"tutorials/{script.stem}.html" for script in (ROOT / "tutorials").glob("[0-9]*.py")} <= site.keys()
+    assert {f"tutorials/{script.stem}.html" for script in (ROOT / "tutorials").glob("*.py")} <= site.keys()
     assert {"reference.html", "fast.html"} <= site.keys()
     documented = re.findall(r"^\.\. auto(?:class|function|data):: (\w+)", (DOCS / "api.md").read_text(), re.MULTILINE)
     assert set(documented) <= {str(place).split(".")[-1] for place in ids(site["api.html"])}
@@ -122,6 +139,56 @@ def test_pages_in_a_browser(site, visit, size):
             page.screenshot(path=SCREENSHOTS / file, full_page=name != "api.html")
 
 
-def test_search_finds(visit):
+def test_every_tutorial_offers_its_notebook(site):
+    """Executed, with solutions and plots folded, and its links lead somewhere from the folder that it lies in."""
+    nbformat = importlib.import_module("nbformat")
+    for script in sorted((ROOT / "tutorials").glob("*.py")):
+        (offer,) = site[f"tutorials/{script.stem}.html"].select("a[download]")
+        path = SITE / "tutorials" / offer["href"]
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+        assert all(cell.execution_count for cell in code), path
+        assert sum(bool(cell.outputs) for cell in code) > 3, path
+        for cell in code:
+            is_folded = bool({"hide-cell", "hide-input"} & set(cell.metadata.get("tags", [])))
+            assert cell.metadata.get("jupyter", {}).get("source_hidden", False) == is_folded, cell.source
+        prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+        links = re.findall(r"\]\(([^()\s#]+)[^()\s]*\)", prose)
+        assert links, path
+        for link in links:
+            assert re.match(r"https?:", link) or (path.parent / link).is_file(), f"{path.name}: {link}"
+
+
+def test_the_first_page_leads_to_the_interactive_one(site):
+    first = site["index.html"].select_one("article p a")
+    assert first["href"] == "play/index.html"
+
+
+def test_search_finds_and_quotes(visit):
+    """From the disk, where no page can be fetched."""
     page = visit(f"{(SITE / 'search.html').as_uri()}?q=rectification")
     page.wait_for_selector("#search-results li a", timeout=20_000)
+    page.wait_for_selector("#search-results p.context", timeout=20_000)
+    quotes = page.locator("#search-results p.context").all_inner_texts()
+    assert sum("rectification" in quote.lower() for quote in quotes) > 5
+
+
+@pytest.mark.parametrize("name", ["evidence", "tutorials/01_cache"])
+def test_the_contents_of_a_page_stand_beside_it(visit, name):
+    page = visit((SITE / f"{name}.html").as_uri())
+    contents = page.locator(".toc-tree").bounding_box()
+    text = page.locator("article").bounding_box()
+    assert text["x"] + text["width"] <= contents["x"]
+    assert contents["x"] + contents["width"] <= 1280
+
+
+def test_a_phone_keeps_the_first_column_and_stacks_panels(visit):
+    page = visit((SITE / "evidence.html").as_uri(), size=(390, 844))
+    table = page.locator(".table-wrapper").filter(has=page.locator("td.text-right")).first
+    table.evaluate("table => { table.scrollLeft = 200; }")
+    assert table.evaluate("table => table.scrollLeft") == 200
+    cell = table.locator("tbody tr").first.locator("td").first
+    assert abs(cell.bounding_box()["x"] - table.bounding_box()["x"]) <= 4
+    shown = page.locator("picture img").evaluate_all("images => images.map(image => image.currentSrc)")
+    assert any(source.endswith("narrow_real.svg") for source in shown)
