@@ -599,15 +599,15 @@ def payoff() -> str:
     found = by_bounds[0.1, "ReSA f=32"], by_sketches[0.1, "ReSA f=32"], by_sketches[0.05, "ReSA f=32"]
     bounds, sketches, fewer = (f"{100 * row['agreement']:.0f}" for row in found)
     lines = (
-        f"- **Speed.** With 256K tokens of context, eight sequences decode **{eight} times** as fast as by dense "
-        f"attention, and one sequence {one} times: whole steps of a model of Qwen2.5-7B's shape, 16-bit weights, one "
-        f"{whole_steps(H200[0])['device']}, blocks chosen as in the paper.",
-        f"- **Price.** The text can differ from dense decoding's. SmolLM2-135M, reading a tenth of the blocks, still "
-        f"finds dense decoding's likeliest token {bounds} times in 100. With *key sketches*, this project's own way of "
-        f"choosing blocks, it does so **{sketches} times** (English text). Sketches take more time: with a twentieth "
-        f"of the blocks, eight sequences are {half} times as fast, and the token is the same {fewer} times.",
-        "- **Not for you** if you decode one text at a time of less than 16K tokens (64K with sketches), if you have "
-        "no NVIDIA GPU, or if the text must equal dense decoding's: [when not to use it](docs/when_not.md).",
+        f"- **Speed.** With 256K tokens of context, eight sequences decode **{eight} times** as fast as with dense "
+        f"attention, and one sequence {one} times. These are whole steps of a model of Qwen2.5-7B's shape with 16-bit "
+        f"weights on one {whole_steps(H200[0])['device']}. Blocks are chosen as in the paper.",
+        f"- **Price.** The text can differ from dense decoding's. When SmolLM2-135M reads a tenth of the blocks, it "
+        f"agrees with dense decoding on the likeliest token {bounds} times in 100. With *key sketches*, this project's "
+        f"own way of choosing blocks, it agrees **{sketches} times** (English text). Sketches take more time. With a "
+        f"twentieth of the blocks, eight sequences are {half} times as fast, and the agreement is {fewer} in 100.",
+        "- **Not for you** if you decode one text at a time and it has less than 16K tokens (64K with sketches), if "
+        "you have no NVIDIA GPU, or if you need exactly dense decoding's text: [when not to use it](docs/when_not.md).",
     )
     return "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in lines)
 
@@ -635,7 +635,7 @@ def memory() -> str:
         lines.append([name, f"{weights / 1e9:.1f}", f"{token / 1024:.0f}", *caches, " / ".join(fit)])
     head = ["model's shape", "weights, GB", "one token, KiB", *(f"{kilo(context)} tokens, GB" for context in LONG)]
     head.append(f"sequences of 64K in {', '.join(map(str, gigabytes[:-1]))} and {gigabytes[-1]} GB")
-    note = "Computed, for 16-bit weights and caches. The last column counts sketches too, but nothing else."
+    note = "Computed for 16-bit weights and caches. The last column counts weights, caches and sketches, nothing else."
     return table(head, lines, note)
 
 

@@ -3,13 +3,13 @@
 To write one token, a language model reads the keys and values of all tokens before it: the KV cache. In a long text
 this takes most of the time. Rectified Sparse Attention (Sun et al., arXiv 2506.04108) alternates two kinds of steps:
 
- 1. A sparse step reads only a few blocks of the cache. It computes a token from part of the text, so the keys and
-    values that it adds to the cache are a little wrong. Later tokens read them, and errors grow.
+ 1. A sparse step reads only a few blocks of the cache. It sees only part of the text, so the keys and values that it
+    adds to the cache are a little wrong. Later tokens read them, and errors grow.
  2. Every f tokens, a dense pass runs the newest f tokens through the model again. Now they attend to everything, and
     their new keys and values replace the wrong ones. The cache is exact again: it has been rectified.
 
 Shapes: C channels per token, D per head. Hq query heads, G for each of the Hkv KV heads. T tokens in the cache, Q fed
-at once. M blocks of b tokens in the cache, of which a sparse step reads n. Equation numbers are the paper's.
+at once. The cache has M blocks of b tokens. A sparse step reads n of them. Equation numbers are the paper's.
 """
 
 import base64
@@ -23,7 +23,7 @@ import numpy as np
 
 BLOCK_SIZE = 16  # b, tokens per block
 ACTIVE_RATIO = 0.1  # p, share of all blocks that a sparse step reads
-MIN_BLOCKS = 4  # n_min, fewest blocks that it reads; the text below is so short that this decides
+MIN_BLOCKS = 4  # n_min, fewest blocks that it reads; the text below is short, so this number decides
 LOCAL_BLOCKS = 1  # n_local, newest blocks that it always reads
 INTERVAL = 8  # f, tokens per dense pass
 
@@ -34,12 +34,12 @@ ROPE_THETA, NORM_EPS = 10_000.0, 1e-6
 
 # The text is a program. Its first 16 names get the digits of pi, every later name the value of the name 16 lines above.
 # A line such as `method = path` does not say the digit: the model has to carry it in the keys and values of that line.
-# At the end it is asked for the values of the last 16 names. Where a question mark stands, it writes a digit.
+# At the end the program asks for the values of the last 16 names. At each question mark the model writes a digit.
 NAMES = """path node lock version code time line test place device edge result module group root date
 method text layout view index local string order point rank state user work call part message
 mask doc limit axis core script tree copy sign width model style side label scale level
 mark table mode frame parent prefix sample stream host event batch domain factor body image record"""
-NAMES, DIGITS, BLANK = NAMES.split(), "3141592653589793", ord("?")  # BLANK is a token: the first 256 are bytes
+NAMES, DIGITS, BLANK = NAMES.split(), "3141592653589793", ord("?")  # the first 256 tokens are bytes
 PROMPT = "".join(f"{name} = {digit}\n" for name, digit in zip(NAMES[:16], DIGITS, strict=True))
 SCRIPT = "".join(f"{NAMES[i]} = {NAMES[i - 16]}\n" for i in range(16, 64))
 SCRIPT += "\n".join(f"assert {name} == ?" for name in NAMES[48:])
@@ -74,7 +74,7 @@ def rotate(x, cos, sin):
 
 
 def forward(weights, tokens, positions, attend):
-    """Feed Q tokens -> logits after the last. An ordinary transformer, except that it is handed its attention."""
+    """Feed Q tokens -> logits after the last. This is an ordinary transformer, but its attention is an argument."""
     frequencies = ROPE_THETA ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     angles = np.outer(positions, frequencies).astype(np.float32)  # [Q, D / 2], for RoPE
     cos, sin = np.cos(angles), np.sin(angles)
@@ -166,7 +166,7 @@ def decode(weights, prompt, script, interval):
     logits = dense_pass(weights, cache, tokens, start=0)
     for count, token in enumerate(script, start=1):
         tokens.append(int(logits.argmax()) if token == BLANK else token)
-        # Every f-th token is fed by a dense pass, which rectifies the f - 1 before it (schedule "fused" of reference/).
+        # A dense pass feeds every f-th token and rectifies the f - 1 before it (schedule "fused" of reference/).
         # With interval 1 every pass is dense, and with None nothing is ever rectified.
         if interval and count % interval == 0:
             logits = dense_pass(weights, cache, tokens[-interval:], start=len(tokens) - interval)
@@ -195,6 +195,6 @@ if __name__ == "__main__":
         n_wrong = sum(digit != true for digit, true in zip(digits, DIGITS, strict=True))
         in_cache = wrong_tokens(weights, cache, tokens)
         print(f"{way:12}{''.join(digits)}{n_wrong:6} digits wrong {in_cache:6} of {len(tokens)} cached tokens wrong")
-    # Rectification repairs the cache alone: the wrong digits remain.
+    # Rectification repairs only the cache: the wrong digits stay.
     dense_pass(weights, cache, tokens[-INTERVAL:], start=len(tokens) - INTERVAL)
     print(f"and once more{wrong_tokens(weights, cache, tokens):41} of {len(tokens)} cached tokens wrong")
