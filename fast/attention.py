@@ -282,7 +282,7 @@ def dense_attention(
             _attend_on_hopper(query, keys, values, table, lengths, query_lengths, out, lse)
             return (out, lse) if return_lse else out
         rows, tokens, warps, stages, resident = dense_tile(head_dim, keys.element_size(), n_rows)
-        n_counters = batch * n_kv_head * triton.cdiv(n_rows, rows)
+        n_counters = batch * n_kv_head * triton.cdiv(n_rows, rows)  # as `count_split_counters`
         split_counters = _counters(split_counters, n_counters, device)
         splits = count_splits(n_counters, resident, triton.cdiv(capacity, tokens), device)
         shape = n_counters if splits > 1 else 0, splits, rows * (head_dim + 2)

@@ -17,7 +17,7 @@ from resa.reference.config import ReSAConfig
 from .cache import write_block
 from .gpu.bounds8 import Bounds8, table_and_scale
 from .gpu.launch import let_next_start, overlapped, wait_for_previous
-from .pages import cached_rows, layout
+from .pages import cached_rows, check_bounds, layout
 
 MANY_SCORES = 2**17  # from here on larger tiles pay: there are programs enough to fill the GPU
 # In rows up to this long the reduction dominates; warps add integers in one instruction.
@@ -169,6 +169,7 @@ def _score_pages(
     query: Tensor, bounds: Tensor, table: Tensor, lengths: Tensor, block_size: int
 ) -> Tensor:
     """Scores of blocks whose bounds lie with their pages, both sides of a channel in one row."""
+    check_bounds(bounds, None, block_size)
     batch, n_kv_head, n_blocks, page_size = layout(bounds, table)  # counted in blocks
     head_dim, group = bounds.shape[4], query.shape[1] // n_kv_head
     scores = query.new_empty(batch, n_kv_head, n_blocks, dtype=torch.float32)

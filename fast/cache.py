@@ -22,7 +22,7 @@ from resa.reference.config import GPTConfig
 
 from .gpu.bounds8 import Bounds8, encode_e4m3, table_and_scale
 from .gpu.launch import let_next_start
-from .pages import cached_rows, layout, row_stride
+from .pages import cached_rows, check_bounds, layout, row_stride
 from .sketch import Sketches, write_sketched
 
 
@@ -110,6 +110,8 @@ def write_window(
             write_sketched(keys, values, bounds, new_keys, new_values, start, end, table=table)
             return
         touched = (width + block_size - 2) // block_size + 1  # by a window of so many tokens
+        if table is not None:
+            check_bounds(bounds, keys, block_size)
         bounds, scale = table_and_scale(bounds)
         n_blocks = 0 if page_size else bounds.shape[4]
         # Not started early: beside the scoring there is time enough, and steps have measured up to

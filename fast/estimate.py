@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resa.reference.checks import require
+
 from .attention import count_splits
 from .gpu.launch import IS_COMPILED, let_next_start, overlapped, wait_for_previous
 from .pages import layout, row_stride, tile_rows
@@ -49,6 +51,9 @@ def score_rotated(
     lengths [B] int32 must not be written by the kernel that made the factors, or after it.
     """
     batch, n_kv_head, capacity, page_size = layout(codes, table)
+    require(
+        page_size % block_size == 0, "codes", f"pages of {page_size}", f"a multiple of {block_size}"
+    )
     n_bytes, (rows, group) = codes.shape[3], factors.unit.shape
     _, n_eights, n_steps, _, width = factors.rows.shape
     n_blocks, head_dim = triton.cdiv(capacity, block_size), n_steps * width

@@ -3,7 +3,7 @@
 The contract is the reference's (`resa.reference.operations`); `gpu/limits.py` adds what the kernels
 cannot do. 8-bit bounds have no counterpart there, so they are checked here. The unchecked
 operations never wait for the device, so a CUDA graph can capture them. Their conversions do nothing
-where a tensor has the right dtype and layout already.
+where a tensor has the right dtype and layout already. They alone take page tables (`pages.py`).
 """
 
 from functools import wraps

@@ -29,6 +29,19 @@ def layout(cache: Tensor, table: Tensor | None) -> tuple[int, int, int, int]:
     return batch, n_kv_head, n_pages * page_size, page_size
 
 
+def check_bounds(bounds: Tensor, keys: Tensor | None, block_size: int) -> None:
+    """Refuse bounds that are not [P, Hkv, N / block_size, 2, D] beside keys [P, Hkv, N, D]."""
+    require(isinstance(bounds, Tensor), "bounds", "8 bits", "exact ones, with a page table")
+    given = f"strides {tuple(bounds.stride())}"
+    require(bounds.is_contiguous(), "bounds", given, "a contiguous tensor")
+    if keys is not None:
+        n_pages, n_kv_head, page_size, head_dim = keys.shape
+        given = f"pages of {page_size}"
+        require(page_size % block_size == 0, "keys", given, f"a multiple of {block_size}")
+        wanted = n_pages, n_kv_head, page_size // block_size, 2, head_dim
+        require(bounds.shape == wanted, "bounds", tuple(bounds.shape), str(wanted))
+
+
 def row_stride(table: Tensor | None, **caches: Tensor) -> int:
     """Numbers from one token to the next: in a pool the same everywhere, and in all of `caches`.
 

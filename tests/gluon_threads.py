@@ -104,7 +104,7 @@ class Shared:
 
 
 class Panels(Shared):
-    """Tiles in pieces of shared memory, of which a view [TOKENS/P, P, D/W, W] each cannot be reshaped in place."""
+    """Tiles over pieces of shared memory: a view [TOKENS/P, P, D/W, W], which NumPy cannot reshape without a copy."""
 
     def __init__(self, view, shape):
         self.view, self.shape = view, shape

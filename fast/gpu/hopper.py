@@ -51,22 +51,22 @@ def suits(query: Tensor, n_rows: int, page_size: int = 0) -> bool:
 
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, table: Tensor | None,
-    layout: tuple[int, int, int, int], lengths: Tensor, query_lengths: Tensor, out: Tensor,
+    sizes: tuple[int, int, int, int], lengths: Tensor, query_lengths: Tensor, out: Tensor,
     lse: Tensor, splits: int,
 ) -> Tensor:  # fmt: skip
     """Write the outputs, or return what each of several splits has summed.
 
-    layout: B, Hkv, T_max and the page size, 0 without pages.
+    sizes: B, Hkv, T_max and the page size, 0 without pages.
 
     The sums are [B·Hkv · groups of ROWS rows, splits, ROWS·(D + 2)] float32: acc [ROWS, D], m and
     z.
     """
-    (batch, n_kv_head, capacity, page_size), head_dim = layout, keys.shape[3]
+    (batch, n_kv_head, capacity, page_size), head_dim = sizes, keys.shape[3]
     group, n_queries, rows = query.shape[1] // n_kv_head, query.shape[2], batch * n_kv_head
     n_tiles = triton.cdiv(n_queries * group, PROGRAM_ROWS.value)
     n_parts = rows * n_tiles * GROUPS.value if splits > 1 else 0
-    sizes = n_parts, splits, ROWS.value * (head_dim + 2)
-    partial = query.new_empty(sizes, dtype=torch.float32)
+    shape = n_parts, splits, ROWS.value * (head_dim + 2)
+    partial = query.new_empty(shape, dtype=torch.float32)
     # What lies in one piece: a tile of a cache, or a page's part of a tile.
     piece = math.gcd(page_size, TOKENS.value) if page_size else TOKENS.value
     _attend_kernel[(n_tiles, splits, rows)](

@@ -23,8 +23,8 @@ ARROW = [
 ]  # fmt: skip
 # A kernel that appends a token and scores blocks needs what the cache does, so here the cache comes first.
 FAST_ARROW = [
-    "gpu", "pages", "sketch", "cache", "blocks", "attention", "estimate", "operations", "model", "sampling", "generate", "port",
-    "bench", "cli",
+    "gpu", "pages", "sketch", "cache", "blocks", "attention", "estimate", "operations", "model", "sampling", "generate",
+    "port", "bench", "cli",
 ]  # fmt: skip
 # Rooms beside the path, and the rooms that each may import besides itself.
 ROOMS = {

@@ -89,6 +89,8 @@ def test_a_window_is_written_to_its_pages_alone(kernels, kept, case, pages, data
         stored = sketch.Sketches(*pool.filled(codes.cpu()), *pool.filled(scales.cpu()), 2)
     cache.write_window(*plain, searched, *fresh, start, end, b)
     untouched = [each.clone() for each in paged]
+    kept_in = [stored] if kept == "bounds" else [stored.codes, stored.scales]
+    around = [each.clone() for each in kept_in]
     cache.write_window(*paged, stored, *fresh, start, end, b, table=table)
 
     for whole, ours, before in zip(plain, paged, untouched, strict=True):
@@ -106,6 +108,14 @@ def test_a_window_is_written_to_its_pages_alone(kernels, kept, case, pages, data
         for i in range(int(starts[s]) // b, -(-length // b) if starts[s] < length and kept == "bounds" else 0):
             ours = stored[int(pool.pages[s, i // pages]), :, i % pages]  # [Hkv, 2, D]
             assert_same_bits(ours.cpu(), searched[s, ..., i].cpu(), f"bounds of block {i} {case}")
+
+    for ours, before in zip(kept_in, around, strict=True):
+        for s, length in enumerate(case.lengths):
+            for t in range(int(starts[s]), length):
+                page, _, slot = pool.at(s, t)
+                at = page, slice(None), slot // b if kept == "bounds" else slot
+                ours[at] = before[at]
+        assert_same_bits(ours.cpu(), before.cpu(), f"other places of {kept} {case}")
 
 
 def test_two_sequences_share_pages_and_a_page_gets_another_owner(kernels):
@@ -147,3 +157,19 @@ def test_what_the_kernels_cannot_read_is_named(kernels, name, change):
     lengths, query = torch.tensor([3], dtype=torch.int32, device=DEVICE), torch.zeros(1, 2, 1, 16, device=DEVICE)
     with pytest.raises(ValueError, match=f"^{name}"):
         attention.dense_attention(query, keys, pool, lengths, table=table)
+
+
+@pytest.mark.parametrize(
+    ("name", "page_size", "shape"),
+    [("keys", 24, (4, 2, 1, 2, 16)), ("bounds", 32, (4, 2, 1, 2, 16)), ("bounds", 32, (4, 2, 2, 2, 17))],
+)
+def test_bounds_that_do_not_fit_their_pages_are_named(kernels, name, page_size, shape):
+    """Whole blocks to a page, and bounds for each of them, in one piece."""
+    _, blocks, cache, *_ = modules()
+    keys, bounds = torch.zeros(4, 2, page_size, 16, device=DEVICE), torch.zeros(shape, device=DEVICE)[..., :16]
+    table, edge = (torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in ((1, 2), (1,)))
+    with pytest.raises(ValueError, match=f"^{name}"):
+        cache.write_window(keys, keys.clone(), bounds, keys[:1], keys[:1], edge, edge + 1, 16, table=table)
+    eight = import_module("resa.fast").compress_bounds(torch.zeros(1, 2, 2, 16, 4, device=DEVICE))
+    with pytest.raises(ValueError, match=r"^bounds"):
+        blocks.score_blocks(keys[:1, :, 0], eight, edge, 16, table=table)
