@@ -79,7 +79,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-vllm: $(VLLM_VENV)/.installed  ## serving in vLLM: its own environment (3.4 GB), some 6 minutes
+test-vllm: $(VLLM_VENV)/.installed  ## serving in vLLM: its own environment (3.4 GB), some 3 minutes
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/serving --numprocesses 2 --dist worksteal
 
 docs: install-dev real  ## run every tutorial, build the site in build/docs/html, look at it in Chromium

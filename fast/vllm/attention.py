@@ -161,14 +161,12 @@ class ReSAAttention(CPUAttentionBackendImpl):
             own = query[row.begin : row.end].transpose(0, 1)[None].contiguous()  # [1, Hq, Q, D]
             lengths = torch.tensor([row.length], dtype=torch.int32)
             if row.is_sparse:
-                out = self._sparse(own[:, :, 0].contiguous(), keys, values, extra, lengths)[
-                    :, :, None
-                ]
+                own = own[:, :, 0].contiguous()  # [1, Hq, D]
+                out = self._sparse(own, keys, values, extra, lengths)[:, :, None]
             else:
                 out = self.ops.dense_attention(own, keys, values, lengths)
-            output[row.begin : row.end] = (
-                out[0].transpose(0, 1).reshape_as(output[row.begin : row.end])
-            )
+            place = output[row.begin : row.end]
+            place.copy_(out[0].transpose(0, 1).reshape_as(place))
         return output
 
     def _sparse(
@@ -197,6 +195,5 @@ def _joined(codes: Tensor, scales: Tensor, width: int) -> Tensor:
 def _parted(extra: Tensor, n_bytes: int) -> tuple[Tensor, Tensor]:
     """Codes [1, Hkv, T_max, bytes] and scales [1, Hkv, T_max]: the inverse of `_joined`."""
     first = extra.element_size()
-    return extra.view(torch.uint8)[..., first : first + n_bytes].contiguous(), extra[
-        ..., 0
-    ].contiguous()
+    codes = extra.view(torch.uint8)[..., first : first + n_bytes]
+    return codes.contiguous(), extra[..., 0].contiguous()

@@ -55,13 +55,12 @@ def check_engine(engine: VllmConfig, config: ReSAConfig) -> None:
     """Refuse settings of the engine under which a rectification would not be exact."""
     from .scheduler import ReSAScheduler
 
-    scheduler, parallel, cache = (
-        engine.scheduler_config, engine.parallel_config, engine.cache_config
-    )  # fmt: skip
+    scheduler, cache = engine.scheduler_config, engine.cache_config
     own = scheduler.scheduler_cls is not None and issubclass(
         scheduler.get_scheduler_cls(), ReSAScheduler
     )
-    model, f = engine.model_config, config.interval or 1
+    parallel, model = engine.parallel_config, engine.model_config
+    n_least = max(config.interval or 2, 2)  # the longest window, or two tokens
     n_kv_heads = model.get_total_num_kv_heads()
     threshold, budget = scheduler.long_prefill_token_threshold, scheduler.max_num_batched_tokens
     name = f"{ReSAScheduler.__module__}.{ReSAScheduler.__qualname__}"
@@ -83,11 +82,13 @@ def check_engine(engine: VllmConfig, config: ReSAConfig) -> None:
             cache.block_size % config.block_size,
             f"a multiple of block_size = {config.block_size} under \"resa\"",
         ),
-        "long_prefill_token_threshold": (0 < threshold < f, f"0, or at least the interval {f}"),
+        "long_prefill_token_threshold": (
+            0 < threshold < n_least, f"0, or at least {n_least}: a window comes as a whole"
+        ),
         "max_num_batched_tokens": (
-            budget < scheduler.max_num_seqs + f - 1,
-            f"at least max_num_seqs + interval - 1 = {scheduler.max_num_seqs + f - 1}, so that a"
-            " rectification always fits",
+            budget < scheduler.max_num_seqs + n_least - 1,
+            f"at least {scheduler.max_num_seqs + n_least - 1}: a rectification fits beside a token"
+            " of every other request",
         ),
         "device": (device != "cpu", "cpu: on a GPU it was never served"),
     }  # fmt: skip

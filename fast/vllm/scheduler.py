@@ -6,11 +6,11 @@ pending token as one chunk, as it does with a prompt. The chunk overwrites the s
 keys and values, and its last logits give the next token: a rectification of the schedule "fused".
 """
 
-from collections.abc import Iterator
 from math import ceil
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -28,9 +28,9 @@ logger = init_logger("vllm.resa")
 class ReSAScheduler(Scheduler):
     """vLLM's scheduler, with rectifications.
 
-    Invariant: of every running request the first `exact[id]` tokens are as dense prefill writes
-    them, and at most f − 1 follow that sparse steps wrote. Only pages of exact tokens are published
-    to the prefix cache.
+    Invariant: the first `exact[id]` tokens of every running request are as dense prefill writes
+    them. At most f − 1 tokens follow, which sparse steps wrote. Only pages of exact tokens are
+    published to the prefix cache.
     """
 
     def __init__(self, vllm_config: Any, *arguments: Any, **options: Any) -> None:
@@ -45,38 +45,34 @@ class ReSAScheduler(Scheduler):
         logger.info("Rectified sparse attention is on: %s", self.resa)
 
     def schedule(self, *arguments: Any, **options: Any) -> SchedulerOutput:
-        """Set back the requests that are due, then schedule as usual, then count."""
+        """Set back the requests that are due, schedule as usual, and note what is exact then."""
         for request in self._due():
             request.num_computed_tokens = self.exact[request.request_id]
         output = super().schedule(*arguments, **options)
-        scheduled = output.num_scheduled_tokens
-        sparse = [r for r, n in scheduled.items() if not self._is_dense(self.requests[r], n)]
-        lengths = torch.tensor([self.requests[r].num_computed_tokens for r in sparse])
-        self.counts["resa:sparse_steps"] += len(sparse)
-        self.counts["resa:blocks_read"] += int(active_blocks(lengths, self.resa.config).sum())
-        self.counts["resa:blocks_held"] += int((lengths / self.resa.config.block_size).ceil().sum())
+        self._note(output.num_scheduled_tokens)
         return output
 
-    def _due(self) -> Iterator[Request]:
+    def _due(self) -> list[Request]:
         """Requests that rectify next: all that must, and with `spread` some that may."""
         drifted = {r: r.num_computed_tokens - self.exact[r.request_id] for r in self.running}
         decoding = [r for r in self.running if r.num_tokens - r.num_computed_tokens == 1]
-        must = [r for r in decoding if self.resa.config.is_pass_due(drifted[r])]
-        yield from must
+        due = [r for r in decoding if self.resa.config.is_pass_due(drifted[r])]
         if self.resa.spread and self.resa.config.interval is not None:
-            may = sorted((r for r in decoding if r not in must and drifted[r]), key=drifted.get)
-            n_each = ceil(len(decoding) / self.resa.config.interval)
-            yield from may[max(0, len(may) - n_each + len(must)) :] if n_each > len(must) else []
+            n_more = ceil(len(decoding) / self.resa.config.interval) - len(due)
+            may = [r for r in decoding if r not in due and drifted[r] > 0]
+            due += sorted(may, key=drifted.get, reverse=True)[: max(n_more, 0)]
+        return due
 
     def _reserve_prefill_lookahead(self, request: Request, start: int, n_tokens: int) -> int:
-        """Schedule a window as a whole or not at all. (vLLM calls this with every chunk.)
+        """Put a chunk off where it must not be cut. vLLM asks about every chunk.
 
-        A window's last token alone would look like a sparse step.
+        A window comes as a whole. A part of one token would look like a sparse step.
         """
         n_tokens = super()._reserve_prefill_lookahead(request, start, n_tokens)
         left = request.num_tokens - start
         is_window = start >= request.num_prompt_tokens and left <= (self.resa.config.interval or 1)
-        return 0 if is_window and n_tokens < left else n_tokens
+        is_alone = self.resa.is_sparse(n_tokens, start, request.num_prompt_tokens)
+        return 0 if n_tokens < left and (is_window or is_alone) else n_tokens
 
     def _allocate_slots(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0,
@@ -86,25 +82,32 @@ class ReSAScheduler(Scheduler):
         start = request.num_computed_tokens + num_new_computed_tokens
         if self.resa.is_sparse(num_new_tokens, start, request.num_prompt_tokens):
             options["delay_cache_blocks"] = True
-        allocated = request, num_new_tokens, num_new_computed_tokens, *arguments
-        return self._allocate(*allocated, **options)
+        given = request, num_new_tokens, num_new_computed_tokens, *arguments
+        return self._allocate(*given, **options)
 
-    def _is_dense(self, request: Request, n_tokens: int) -> bool:
-        """True if a scheduled chunk is dense. Notes what is exact after it.
+    def _note(self, scheduled: dict[str, int]) -> None:
+        """Note what is exact after this step. The engine has advanced its counters already."""
+        lengths = []
+        for request_id, n_tokens in scheduled.items():
+            request = self.requests[request_id]
+            end = request.num_computed_tokens
+            start = end - n_tokens
+            if self.resa.is_sparse(n_tokens, start, request.num_prompt_tokens):
+                self.exact.setdefault(request_id, start)
+                lengths.append(end)
+            else:
+                self.exact[request_id] = end
+                self.counts["resa:rectifications"] += start >= request.num_prompt_tokens
+        self._count_sparse(torch.tensor(lengths))
 
-        The engine has advanced `num_computed_tokens` already.
-        """
-        end, request_id = request.num_computed_tokens, request.request_id
-        start = end - n_tokens
-        if self.resa.is_sparse(n_tokens, start, request.num_prompt_tokens):
-            self.exact.setdefault(request_id, start)
-            return False
-        self.counts["resa:rectifications"] += start >= request.num_prompt_tokens
-        self.exact[request_id] = end
-        return True
+    def _count_sparse(self, lengths: Tensor) -> None:
+        """Count sparse steps by their requests' lengths."""
+        self.counts["resa:sparse_steps"] += len(lengths)
+        self.counts["resa:blocks_read"] += int(active_blocks(lengths, self.resa.config).sum())
+        self.counts["resa:blocks_held"] += int((lengths / self.resa.config.block_size).ceil().sum())
 
     def _preempt_request(self, request: Request, *arguments: Any, **options: Any) -> None:
-        """Preempt. The request comes back with exact tokens alone: its pages are computed again."""
+        """Preempt. The request comes back as a prompt: all its tokens are computed again."""
         self.exact.pop(request.request_id, None)
         super()._preempt_request(request, *arguments, **options)
 

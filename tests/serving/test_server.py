@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ def address(folder, tmp_path_factory):
     settings = {
         "model": folder, "served-model-name": "tiny", "port": port, "host": "127.0.0.1", "dtype": "float32",
         "block-size": 16, "max-model-len": 1024, "max-num-seqs": 8, "max-num-batched-tokens": 256,
+        "num-gpu-blocks-override": 520,
         "tensor-parallel-size": 2, "scheduler-cls": SCHEDULER, "additional-config": json.dumps({"resa": RESA}),
     }  # fmt: skip
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
@@ -38,9 +40,11 @@ def address(folder, tmp_path_factory):
     inherited = {name: value for name, value in os.environ.items() if name not in own}
     log = tmp_path_factory.mktemp("log") / "server.txt"
     with log.open("w") as output:
-        server = subprocess.Popen([*command, "--no-async-scheduling"], stdout=output, stderr=output, env=inherited)
+        # A session of its own: the server's processes, and nobody else's, can be ended together.
+        settings = {"stdout": output, "stderr": output, "env": inherited, "start_new_session": True}
+        server = subprocess.Popen([*command, "--no-async-scheduling"], **settings)
     try:
-        for _ in range(120):
+        for _ in range(200):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
                 break
@@ -51,7 +55,10 @@ def address(folder, tmp_path_factory):
         assert "Rectified sparse attention is on" in log.read_text()
     finally:
         server.terminate()
-        server.wait(30)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 def complete(address, prompt, n_tokens, *, stop_after=None):
