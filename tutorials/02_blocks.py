@@ -1,17 +1,15 @@
 # %% [markdown]
 # # 2. Blocks
 #
-# **What you will learn:** how a decoding step finds the part of the cache worth reading without reading the cache. You
-# will meet [blocks](../glossary.md#block), their [bounds](../glossary.md#block-bounds), the
-# [score](../glossary.md#block-score) of a block and the [selection](../glossary.md#selection), first by hand on five
-# tokens, then on a real Python file. You will also measure what a selection leaves out.
+# A tenth of the blocks gets most of the attention. But to find that tenth, tutorial 1 read all keys. **How can a step
+# know which tenth to read, before it reads it?**
 #
-# **Time:** fifteen minutes to read, less than half a minute to run. It builds on [the cache](01_cache.md).
+# We keep a short summary of every block of 16 tokens. A step reads all the summaries first, and they tell it which
+# blocks to read. This idea comes from a method called Quest ([arXiv 2406.10774](https://arxiv.org/abs/2406.10774)), and
+# ReSA uses it. In this tutorial you write the summary, the score and the selection, a few lines each. Then you ask
+# SmolLM2 six questions, to see whether it still finds the facts.
 #
-# Attention gives every cached token a weight, and most weights are tiny. If we knew beforehand which tokens get the
-# large weights, we would read only their keys and values. We do not know, because the weights follow from the keys.
-# The method Quest found a way out, and ReSA uses it: keep a short *summary* of every block of neighbouring tokens, and
-# let the query look at the summaries.
+# **Time:** fifteen minutes to read, less than a minute to run. It builds on [the cache](01_cache.md).
 
 # %%
 from dataclasses import replace
@@ -21,27 +19,46 @@ import torch
 
 from resa.reference import (
     ReSAConfig,
-    active_blocks,
     block_bounds,
     dense_attention,
-    load_model,
-    load_tokenizer,
+    open_model,
     prefill,
     score_blocks,
     select_blocks,
-    sparse_attention,
+    sparse_step,
 )
-from resa.reference.lab.corpus import example_module
-from resa.reference.lab.selection import Step, is_selected
 
-plt.style.use("resa.reference.weights.assets.figure")
 torch.set_num_threads(1)
 
+# %% tags=["hide-input"]
+plt.style.use("resa.reference.weights.assets.figure")
+chosen = [[1, 2, 9, 14], [0, 6, 7, 14]]
+with plt.rc_context({"path.sketch": (0.8, 60, 2)}):  # as if drawn by hand
+    figure, axes = plt.subplots(figsize=(7.5, 2.9))
+    for head, blocks in enumerate(chosen):
+        y = 2.4 * (1 - head)
+        axes.text(-0.3, y + 1.45, "summaries", ha="right", va="center", fontsize=8)
+        axes.text(-0.3, y + 0.5, f"KV head {head}\nkeys, values", ha="right", va="center", fontsize=8)
+        for block in range(15):
+            is_read = block in blocks
+            colour = "C1" if is_read else "white"
+            axes.add_patch(plt.Rectangle((block, y), 0.85, 1, facecolor=colour, edgecolor="0.3"))
+            axes.add_patch(plt.Rectangle((block, y + 1.3), 0.85, 0.3, facecolor="C0", edgecolor="0.3"))
+    axes.annotate("newest block", (14.4, -0.1), (14.4, -0.8), ha="center", fontsize=8, arrowprops={"arrowstyle": "->"})
+    axes.annotate("", (0, -0.45), (13, -0.45), arrowprops={"arrowstyle": "<-"})
+    axes.text(6.5, -0.8, "the text, in blocks of 16 tokens", ha="center", fontsize=8)
+    axes.set(xlim=(-3, 15.2), ylim=(-1, 4.3))
+    axes.axis("off")
+plt.show()
+
 # %% [markdown]
+# *Figure: what a sparse step reads. First it reads all summaries (blue), which are small. Then it selects a few blocks
+# (orange) and reads their keys and values. It does not read the white blocks. Every KV head selects for itself.*
+#
 # ## By hand: five tokens, two channels
 #
-# The cache holds five tokens in blocks of $b = 2$. So there are $M = \lceil 5/2 \rceil = 3$ blocks, and the last one is
-# only half full. There is one KV head, and two query heads share it, so $G = 2$. The keys have $D = 2$ channels:
+# The cache holds five tokens in blocks of $b = 2$. The last block is only half full. There is one KV head, and two
+# query heads share it. The keys have $D = 2$ channels:
 #
 # | block | keys | lo | hi |
 # |---|---|---|---|
@@ -49,52 +66,54 @@ torch.set_num_threads(1)
 # | 1 | (−2, −1), (−1, 1) | (−2, −1) | (−1, 1) |
 # | 2 | (1, −2) | (1, −2) | (1, −2) |
 #
-# The bounds `lo` and `hi` are the smallest and the largest key of the block, channel by channel. Together they form a
-# box that contains all keys of the block. They are small: two vectors instead of $b$ keys and $b$ values.
+# The summary of a block consists of two vectors, its [bounds](../glossary.md#block-bounds): `lo` is the smallest value
+# in every channel, and `hi` is the largest. Together they form a box that contains all keys of the block.
+
 
 # %%
-b = 2
-keys = torch.tensor([[[[1.0, 2.0], [3.0, 1.0], [-2.0, -1.0], [-1.0, 1.0], [1.0, -2.0]]]])  # [B, Hkv, T_max, D]
-lengths = torch.tensor([5], dtype=torch.int32)  # [B]
-bounds = block_bounds(keys, lengths, b)  # [B, Hkv, 2, D, M], 0 = lo, 1 = hi
-lo, hi = bounds[0, 0]
-print("lo", lo.T.tolist())
-print("hi", hi.T.tolist())
-assert lo.T.tolist() == [[1, 1], [-2, -1], [1, -2]]
-assert hi.T.tolist() == [[3, 2], [-1, 1], [1, -2]]
+def bounds_of(keys, b):
+    """Smallest and largest key of every block, channel by channel: [Hkv, T, D] → lo and hi, [Hkv, M, D] each."""
+    blocks = keys.split(b, dim=1)
+    return torch.stack([x.amin(dim=1) for x in blocks], dim=1), torch.stack([x.amax(dim=1) for x in blocks], dim=1)
+
+
+five = torch.tensor([[[1.0, 2.0], [3.0, 1.0], [-2.0, -1.0], [-1.0, 1.0], [1.0, -2.0]]])  # [Hkv, T, D]
+lo, hi = bounds_of(five, 2)
+assert lo[0].tolist() == [[1, 1], [-2, -1], [1, -2]]
+assert hi[0].tolist() == [[3, 2], [-1, 1], [1, -2]]
 
 # %% [markdown]
-# All query heads of a group read the same keys, so they share one selection. It uses the mean of their queries,
+# The query heads that share a KV head read the same blocks. So we take the mean of their queries, $\bar q$. The *score*
+# of a block is the largest product that $\bar q$ can have with any point in the box. Each channel can be maximised by
+# itself: take `hi` where $\bar q_d$ is positive, and `lo` where it is negative.
 #
-# $$\bar q = \frac{1}{G} \sum_{g} q_g \qquad [D]$$
-#
-# The score of a block is the largest value that $\bar q \cdot k$ can take for any $k$ *in the box*. We can maximise
-# every channel by itself: take `hi` if $\bar q_d$ is positive, and `lo` if it is negative.
-#
-# $$\mathrm{score}_i = \sum_{d=0}^{D-1} \max(\bar q_d \mathrm{lo}_{i,d}, \bar q_d \mathrm{hi}_{i,d}) \qquad [M]$$
+# $$\mathrm{score}_i = \sum_{d=0}^{D-1} \max(\bar q_d \mathrm{lo}_{i,d}, \bar q_d \mathrm{hi}_{i,d})$$
 #
 # Let the two queries be (2, −1) and (0, −1). Then $\bar q = (1, -1)$, and the score is `hi` of the first channel minus
-# `lo` of the second:
-#
-# - block 0: 3 − 1 = 2
-# - block 1: −1 − (−1) = 0
-# - block 2: 1 − (−2) = 3
+# `lo` of the second.
+
 
 # %%
-query = torch.tensor([[[2.0, -1.0], [0.0, -1.0]]])  # [B, Hq, D]
-scores = score_blocks(query, bounds, lengths, b)  # [B, Hkv, M]
-true_products = keys[0, 0] @ query[0].mean(dim=0)
-print("scores          ", scores[0, 0].tolist())
-print("products by key ", true_products.tolist())
-assert scores[0, 0].tolist() == [2, 0, 3]
+def scores_of(query, lo, hi):
+    """Score of every block: [Hq, D], [Hkv, M, D] twice → [Hkv, M]."""
+    mean = query.unflatten(0, (lo.shape[0], -1)).mean(dim=1)[:, None]  # [Hkv, 1, D]
+    return torch.maximum(mean * lo, mean * hi).sum(dim=-1)
 
-# %%
-figure, axes = plt.subplots(figsize=(4, 3.4))
+
+query = torch.tensor([[2.0, -1.0], [0.0, -1.0]])  # [Hq, D]
+scores = scores_of(query, lo, hi)
+products = (five[0] @ query.mean(dim=0)).tolist()
+print("scores of the blocks   ", scores[0].tolist())
+print("products with the keys ", [products[:2], products[2:4], products[4:]])
+assert scores[0].tolist() == [2, 0, 3]
+
+# %% tags=["hide-input"]
+figure, axes = plt.subplots(figsize=(4, 3.2))
 for index in range(3):
-    block, colour = keys[0, 0, b * index : b * index + b], f"C{index}"
-    (left, bottom), (right, top) = lo[:, index].tolist(), hi[:, index].tolist()
+    points, colour = five[0, 2 * index : 2 * index + 2], f"C{index}"
+    (left, bottom), (right, top) = lo[0, index].tolist(), hi[0, index].tolist()
     axes.plot([left, right, right, left, left], [bottom, bottom, top, top, bottom], color=colour, linewidth=1)
-    axes.plot(*block.T.tolist(), "o", color=colour, label=f"block {index}")
+    axes.plot(*points.T.tolist(), "o", color=colour, label=f"block {index}")
     axes.plot(right, bottom, "*", color=colour, markersize=14, markerfacecolor="none")
 axes.annotate("", (1, -1), (0, 0), arrowprops={"arrowstyle": "->", "linewidth": 2, "color": "0.3"})
 axes.text(0.15, -0.9, r"$\bar q$", color="0.3", fontsize=12)
@@ -104,233 +123,212 @@ plt.show()
 
 # %% [markdown]
 # *Figure: keys as dots, bounds as boxes. The star marks the corner of each box that lies furthest in the direction of
-# the pooled query. The score is the product of the query with that corner.*
+# the mean query. The score is the product of the query with that corner.*
 #
 # In blocks 0 and 2 a key lies at the star, so the score is exact. In block 1 no key does: the score is 0, but the
-# best of its keys reaches only −1. A score may promise too much, but never too little. That is the first
-# [law](../glossary.md#law) of this project: the score of a block is at least $\bar q \cdot k$ for each of its keys. So
-# a block of low score holds no key that the group wants on average. (A single head may still want it: exercise 2.) A
-# block of high score may disappoint.
+# product with its best key is only −1. A score may promise too much, but never too little. This is the first
+# [law](../glossary.md#law) of the project.
 #
-# Selection always takes the newest block, because the last few words nearly always matter
-# ([`local_blocks`](../glossary.md#local-blocks) is 1). Then it takes the highest scores, $n$ blocks in all:
+# The [selection](../glossary.md#selection) takes the newest block, because the last words nearly always matter. Then it
+# takes the blocks of highest score. In all it takes $n$ of the $M$ blocks:
 #
 # $$n = \min(M, \max(\mathrm{min\_blocks}, \lceil p \cdot M \rceil))$$
 #
-# with the [active ratio](../glossary.md#active-ratio) $p$ and [`min_blocks`](../glossary.md#min-blocks). Here
-# $p = 0.5$ gives $n = 2$.
+# The [active ratio](../glossary.md#active-ratio) $p$ is 0.1 for a tenth. In short texts, `min_blocks` keeps $n$ from
+# becoming too small.
+
 
 # %%
-config = ReSAConfig(block_size=b, active_ratio=0.5, min_blocks=1)
-indices = select_blocks(scores, lengths, config)  # [B, Hkv, N]
-print("selected blocks", indices[0, 0].tolist())
-assert indices[0, 0].tolist() == [0, 2]
+def top_blocks(scores, n):
+    """The newest block and those of highest score, n in all: [Hkv, M] → [Hkv, n], ascending."""
+    scores = scores.clone()
+    scores[:, -1] = float("inf")
+    return scores.topk(n).indices.sort().values
+
+
+assert top_blocks(scores, 2).tolist() == [[0, 2]]
 
 # %% [markdown]
-# The defaults are $b = 16$, $p = 0.1$ and at least 16 blocks. With them a step attends to so many blocks of longer
-# caches:
+# That is the whole selection. The library's functions also handle batches and ties, but they compute the same:
 
 # %%
-for T in (100, 1_000, 4_000, 16_000, 256 * 1024):
-    n = int(active_blocks(torch.tensor([T]), ReSAConfig()))
-    print(f"T = {T:7,}: n = {n:5,} of M = {-(-T // 16):6,} blocks")
+q, k, lengths, tenth = torch.randn(9, 64), torch.randn(3, 1000, 64), torch.tensor([1000]), ReSAConfig(min_blocks=4)
+library_scores = score_blocks(q[None], block_bounds(k[None], lengths, 16), lengths, 16)
+assert torch.allclose(scores_of(q, *bounds_of(k, 16)), library_scores[0], atol=1e-4)
+assert torch.equal(top_blocks(library_scores[0], 7), select_blocks(library_scores, lengths, tenth)[0])
 
 # %% [markdown]
-# ## On a real file
+# ## On the real model
 #
-# Now the shipped model reads a library module that was held out of its training. It prefills 2,048 tokens. Then we
-# follow the next 48 tokens and record the queries of every layer. The model takes its operations as an argument, so we
-# can give it an attention that takes notes:
+# SmolLM2 reads the text of tutorial 1 with its six facts, and then "The captain of the ship is". The last step has to
+# find the name. It still attends densely, but we keep its queries. They tell us which blocks it would have selected.
+
+# %% tags=["hide-input"]
+from pydoc_data.topics import topics
+
+try:
+    opened, is_real = open_model("smollm2"), True
+except (FileNotFoundError, ImportError):
+    opened, is_real = open_model("code"), False
+    print("SmolLM2 is not installed (`make real` does it). A small model runs instead, and answers worse.")
+model, tokenizer = opened.model, opened.tokenizer
+encode, decode = tokenizer.encode_ordinary, tokenizer.decode
+FACTS = {  # how a sentence begins, and how it ends
+    "The password of the library is": " walnut",
+    "The captain of the ship is": " Amelia Stone",
+    "The next festival takes place in": " Lisbon",
+    "The old baker lives at number": " 47",
+    "The train to Geneva leaves at": " 6:35",
+    "The favourite fruit of the queen is the": " apricot",
+}
+
+
+def read_text(n_tokens):
+    """Token ids of the documentation's first paragraphs, with the facts as paragraphs between them."""
+    ids, facts = [], [f"{begin}{end}.\n\n" for begin, end in FACTS.items()]
+    for paragraph in topics["compound"].split("\n\n"):
+        if facts and len(ids) > n_tokens * (0.86 - 0.13 * len(facts)):
+            ids += encode(facts.pop(0))
+        ids += encode(paragraph + "\n\n")
+    return ids[:n_tokens]
+
+
+text = read_text(1000)
 
 # %%
-model, tokenizer = load_model(), load_tokenizer()
-subject, text = example_module()
-tokens = tokenizer.encode_ordinary(text)
-n_prompt, n_steps, b = 2048, 48, 16
-config = ReSAConfig(active_ratio=0.1, min_blocks=4)
-
-cache = model.new_cache(capacity=n_prompt + n_steps, block_size=b)
-prefill(model, tokens[:n_prompt], cache)
-queries = []  # one [1, Hq, n_steps, D] per layer
+b = 16
+prompt = text + encode("\n\nThe captain of the ship is")
+cache = model.new_cache(capacity=len(prompt) + 16, block_size=b)
+prefill(model, prompt[:-1], cache)
+queries = []  # of every layer, [Hq, D]
 
 
 def attention_with_notes(query, keys, values, lengths, **options):
-    queries.append(query)
+    queries.append(query[0, :, -1])
     return dense_attention(query, keys, values, lengths, **options)
 
 
 watched = model.with_ops(replace(model.ops, dense_attention=attention_with_notes))
-prefill(watched, tokens[n_prompt : n_prompt + n_steps], cache)
-print(f"{subject}\n")
-print(tokenizer.decode(tokens[n_prompt : n_prompt + n_steps]))
+logits = prefill(watched, prompt[-1:], cache)
+print("the next token, densely:", decode([int(logits.argmax())]))
 
 # %% [markdown]
-# To score all 48 steps at once, we treat each step as a sequence of its own that is as long as the cache was then:
-# lengths 2,049, 2,050 and so on, over the same keys. `Step` is a helper of the project. It holds one layer's query,
-# keys and lengths, and it computes the exact attention logits. The logits give the *mass* of each block, which is the
-# sum of its tokens' attention weights. The masses of all blocks add up to 1.
+# `with_ops` gives the model other operations. (Below, you change the selection in the same way.) Now we compute the
+# score of every block in every layer. We also compute its *mass*, the share of the attention that it truly gets.
+
 
 # %%
-lengths = torch.arange(n_prompt + 1, n_prompt + n_steps + 1, dtype=torch.int32)  # [B = n_steps]
-steps, masses, scores = [], [], []  # of every layer
-for layer, query in enumerate(queries):
-    layer_keys = cache.keys[layer].expand(n_steps, -1, -1, -1)  # [B, Hkv, T, D]
-    step = Step(query[0].transpose(0, 1), layer_keys, lengths, b)
-    mass = (step.by_block(step.logits) - step.logits.logsumexp(dim=-1, keepdim=True)).exp()  # [B, Hkv, G, M]
-    steps.append(step)
-    masses.append(mass)
-    scores.append(score_blocks(step.query, block_bounds(layer_keys, lengths, b), lengths, b))  # [B, Hkv, M]
-    assert torch.allclose(mass.sum(dim=-1), torch.ones(()), atol=1e-4)
+def by_block(x, filler):
+    """Cut the tokens into blocks, and fill up the last one: [..., T] → [..., M, b]."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % b), value=filler).unflatten(-1, (-1, b))
 
-group_mass = torch.stack([mass.mean(dim=2) for mass in masses])  # [layer, B, Hkv, M], mean over the group's heads
-scores = torch.stack(scores)  # [layer, B, Hkv, M]
 
-# %% [markdown]
-# First we check the law on all of these steps: the score of a block is no less than $\bar q \cdot k$ for any of its
-# keys, up to rounding in float32.
-
-# %%
-gaps = []
-for layer, step in enumerate(steps):
-    pooled = step.query.unflatten(1, (step.keys.shape[1], -1)).mean(dim=2)  # [B, Hkv, D]
-    products = (step.keys @ pooled[..., None])[..., 0]  # [B, Hkv, T]
-    is_valid = (torch.arange(products.shape[-1]) < lengths[:, None])[:, None]
-    best = products.masked_fill(~is_valid, float("-inf")).unflatten(-1, (-1, b)).amax(dim=-1)  # [B, Hkv, M]
-    is_block = best.isfinite()
-    gap = (scores[layer] - best)[is_block]
-    assert gap.min() > -1e-3, "law 1: a score is an upper bound"
-    gaps.append(gap.mean() * step.query.shape[-1] ** -0.5)
-print(f"a score exceeds the block's best key by {torch.stack(gaps).mean():.1f} on average, in attention logits")
+scores, mass = [], []  # of every layer, [Hkv, M]
+for query, keys in zip(queries, cache.keys[:, 0, :, : cache.length], strict=True):
+    scores.append(scores_of(query, *bounds_of(keys, b)))
+    products = query.unflatten(0, (keys.shape[0], -1)) @ keys.mT  # [Hkv, G, T]
+    best_key = by_block(products.mean(dim=1), -float("inf")).amax(dim=-1)  # [Hkv, M]
+    assert (scores[-1] >= best_key - 1e-3).all(), "law 1: no key has a larger product than its block's score"
+    weights = (products * query.shape[-1] ** -0.5).softmax(dim=-1)
+    mass.append(by_block(weights, 0.0).sum(dim=-1).mean(dim=1))
+scores, mass = torch.stack(scores), torch.stack(mass)  # [layer, Hkv, M]
 
 # %% [markdown]
-# The law holds, and the bound is generous: in 64 channels a key hardly ever lies at the corner of the box. For
-# selection it only matters that blocks of good keys score *higher than others*. It does not matter how much they
-# promise.
+# Do the scores find the fact's block? We take the layer and the KV head in which it has the most mass, and list the
+# blocks of highest score:
+
+# %% tags=["hide-input"]
+wanted = len(encode(decode(text).partition("The captain of the ship is")[0])) // b  # the block in which the fact begins
+layer, head = divmod(int(mass[:, :, wanted].argmax()), mass.shape[1])
+order = scores[layer, head].argsort(descending=True).tolist()
+print(f"layer {layer}, KV head {head}, {len(order)} blocks\n\n    rank  mass  text")
+for rank, block in enumerate(order, start=1):
+    mark = "->" if block == wanted else "  "
+    if rank <= 6 or block == wanted:
+        print(f"{mark} {rank:4}  {mass[layer, head, block]:4.2f}  {decode(prompt[b * block : b * block + b])!r}")
+
+# %% [markdown]
+# The arrow marks the fact. Its score is among the highest, and no key was read to compute it. But other blocks with
+# high scores get hardly any mass. They promised too much. Some of them hold sentences of the same form.
 #
-# Now we look for a step at which a layer wanted something specific from far back. We take the largest mass on a single
-# block that is neither the first of the text nor among the newest eight.
+# Now we take all layers and heads together, and choose a tenth of the blocks by score. How much of the attention do
+# they get? We compare with the newest blocks, and with the best ones. (Only a step that reads all keys can know the
+# best.)
 
 # %%
-newest = (lengths.long() - 1) // b  # [B], the block that holds the newest token
-block = torch.arange(group_mass.shape[-1])
-is_far = (block > 0) & (block <= newest[:, None] - 8)  # [B, M]
-far_mass = group_mass.masked_fill(~is_far[None, :, None], 0.0)
-layer, at, head, wanted = (int(index) for index in torch.unravel_index(far_mass.argmax(), far_mass.shape))
-
-
-def text_of(start, end):
-    return repr(tokenizer.decode(tokens[start:end]))
-
-
-position = n_prompt + at
-print(f"layer {layer}, KV head {head}, at the end of {text_of(position - 12, position + 1)}")
-print(f"(the file goes on with {text_of(position + 1, position + 5)})\n")
-by_score = scores[layer, at, head].argsort(descending=True).tolist()
-print("    rank   score  mass  block")
-for rank, index in enumerate(by_score, start=1):
-    if rank > 6 and index != wanted:
-        continue
-    value, share = scores[layer, at, head, index] * model.config.head_dim**-0.5, group_mass[layer, at, head, index]
-    mark, shown = "->" if index == wanted else "  ", text_of(b * index, min(b * index + b, position + 1))
-    print(f"{mark} {rank:5} {value:7.2f} {share:5.2f}  {index:5}  {shown}")
+M = scores.shape[-1]
+n = -(-M // 10)  # a tenth, rounded up
+choices = {"the newest": torch.arange(M).expand_as(scores).float(), "by score": scores, "the best": mass}
+kept = {}
+for name, numbers in choices.items():
+    chosen = torch.stack([top_blocks(each, n) for each in numbers])  # [layer, Hkv, n]
+    kept[name] = float(mass.gather(-1, chosen).sum(dim=-1).mean())
+    print(f"{n} of {M} blocks, {name:10}: {kept[name]:.0%} of the attention")
+assert max(kept.values()) == kept["the best"]
+assert not is_real or kept["by score"] > kept["the newest"] + 0.2
 
 # %% [markdown]
-# The table shows the blocks of highest score for this one step, and their text. (Scores are divided by $\sqrt D$, as in
-# attention.) The arrow marks the far block that got so much mass. Such a head typically searches for earlier places
-# where the newest word occurred, to see how the text went on there. The bounds lead to that block without reading a
-# key. Other blocks of high score get hardly any mass: they promised and disappointed. The next picture shows the same
-# head over all 48 steps.
+# ## Six questions
+#
+# Does the model still answer, if every step reads only a tenth of the blocks? The library's `sparse_step` attends to
+# the selected blocks alone. (You will write it in tutorial 3.) We feed the beginning of each sentence by such steps.
+# Then the model goes on by itself. The blocks are chosen in three ways:
+#
+# - *The newest blocks.* For this we replace the score by a function of our own.
+# - *Bounds*, the score of this tutorial and of the paper.
+# - *[Key sketches](../glossary.md#key-sketch)*, this project's own way. A sketch keeps every key, in two bits per
+#   channel. All sketches together take about as much memory as the bounds. Tutorial 5 builds them.
+
 
 # %%
-n_seen = scores.shape[-1]
-relative = (scores[layer, :, head] - scores[layer, :, head].amax(dim=-1, keepdim=True)) * model.config.head_dim**-0.5
-chosen = is_selected(scores[layer], lengths, config)[:, head]
-log_mass = group_mass[layer, :, head].clamp(min=1e-4).log10()
-panels = {
-    "score, less the row's best": relative.clamp(min=-8).round(),
-    "attention mass, log10": (2 * log_mass).round() / 2,
-    "selected": chosen.float(),
+def by_age(query, bounds, lengths, block_size):
+    """Score blocks by their number, so that the newest ones win: [1, Hkv, M]. Blocks past the end get −∞."""
+    number = torch.arange(bounds.shape[-1]).expand(1, bounds.shape[1], -1).float()
+    return number.masked_fill(number * block_size >= lengths, -float("inf"))
+
+
+def answer(model, cache, config, sentence, n_tokens):
+    """Feed a sentence by sparse steps, then let the model go on: token ids."""
+    cache.truncate(len(text))
+    for token in encode("\n\n" + sentence):
+        logits = sparse_step(model, token, cache, config)
+    found = [int(logits.argmax())]
+    while len(found) < n_tokens:
+        found.append(int(sparse_step(model, found[-1], cache, config).argmax()))
+    return found
+
+
+bounds = ReSAConfig(block_size=b, active_ratio=0.1, min_blocks=4)
+sketches = replace(bounds, selection="sketch")
+with_sketches = model.new_cache(cache.capacity, b, sketches.kept_bits)  # the same keys and values
+for index in range(model.config.n_layer):
+    with_sketches.write(index, 0, cache.keys[index, :, :, : len(text)], cache.values[index, :, :, : len(text)])
+with_sketches.length = len(text)
+
+ways = {
+    "the newest": (model.with_ops(replace(model.ops, score_blocks=by_age)), cache, bounds),
+    "bounds": (model, cache, bounds),
+    "key sketches": (model, with_sketches, sketches),
 }
-figure, all_axes = plt.subplots(1, 3, figsize=(7.5, 2.4), sharey=True)
-for axes, (title, values) in zip(all_axes, panels.items(), strict=True):
-    image = axes.imshow(values, aspect="auto", interpolation="nearest")
-    axes.grid(False)
-    axes.set(title=title, xlabel="block")
-    if title != "selected":
-        figure.colorbar(image, ax=axes, shrink=0.8)
-all_axes[0].set_ylabel("decoding step")
-plt.show()
+right = {}
+for name, way in ways.items():
+    answers = [answer(*way, begin, len(encode(end))) for begin, end in FACTS.items()]
+    marks = [found == encode(end) for found, end in zip(answers, FACTS.values(), strict=True)]
+    right[name] = sum(marks)
+    shown = "  ".join(f"{'✓' if mark else '✗'}{decode(found)}" for mark, found in zip(marks, answers, strict=True))
+    print(f"{name:12} {right[name]} of 6:  {shown}")
+assert not is_real or right["the newest"] < right["bounds"] < right["key sketches"]
 
 # %% [markdown]
-# *Figure: one layer and KV head over 48 steps (rows) and all blocks (columns, with the start of the text at the left).
-# Left: the scores. Middle: where attention truly goes. Right: the blocks that a step would read at $p = 0.1$. The
-# staircase at the right edge is the newest block, which moves on every 16 steps.*
+# Choosing beats recency: the newest blocks miss every fact. Bounds find some of the facts. Sketches find more, and they
+# read no more blocks. Six questions are few, but longer measurements say the same
+# ([evidence](../evidence.md#what-does-a-better-selection-give)). [Choosing better](05_choosing_better.md) shows why
+# bounds often choose badly, and builds the sketches.
 #
-# ## What a selection leaves out
-#
-# [Sparse attention](../glossary.md#sparse-attention) is exact softmax attention over the selected blocks. If it selects
-# every block, it equals dense attention (law 3):
-
-# %%
-step, values = steps[layer], cache.values[layer].expand(n_steps, -1, -1, -1)
-dense = dense_attention(step.query[:, :, None], step.keys, values, lengths)[:, :, 0]  # [B, Hq, D]
-whole = select_blocks(scores[layer], lengths, replace(config, active_ratio=1.0))
-assert torch.allclose(sparse_attention(step.query, step.keys, values, whole, lengths, b), dense, atol=1e-4)
-
-part = select_blocks(scores[layer], lengths, config)
-sparse = sparse_attention(step.query, step.keys, values, part, lengths, b)
-print(f"{part.shape[-1]} of {n_seen} blocks: output off by {(sparse - dense).norm() / dense.norm():.0%} of its norm")
-
-# %% [markdown]
-# The weights of the tokens that were left out go to the others instead. We measure how much mass that is, by the share
-# of blocks attended and by layer, for three ways to choose:
-#
-# - by score,
-# - the newest blocks, without any scores,
-# - the best possible choice, which needs to know the masses beforehand.
-
-# %%
-ratios = [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-ways = ("pooled", "newest", "mass")
-left_out = {way: torch.zeros(len(ratios), len(steps)) for way in ways}  # [ratio, layer]
-for index, mass in enumerate(masses):
-    by_age = block.to(mass).expand_as(scores[index])  # the newest block scores highest
-    found = {"pooled": scores[index], "newest": by_age, "mass": group_mass[index]}
-    for way in ways:
-        for row, ratio in enumerate(ratios):
-            chosen = is_selected(found[way], lengths, replace(config, active_ratio=ratio, min_blocks=1))
-            left_out[way][row, index] = mass.masked_fill(chosen[:, :, None], 0.0).sum(dim=-1).mean()
-
-figure, (by_ratio, by_layer) = plt.subplots(1, 2, figsize=(7.5, 2.8), sharey=True)
-names = {"pooled": "by score", "newest": "the newest", "mass": "best possible"}
-for way, marker in zip(ways, "os^", strict=True):
-    by_ratio.plot(ratios, left_out[way].mean(dim=1), marker=marker, label=names[way])
-    by_layer.plot(left_out[way][ratios.index(0.1)], marker=marker, label=names[way])
-by_ratio.set(xlabel="p, share of blocks attended", ylabel="attention mass left out", xscale="log", ylim=(0, 1))
-by_ratio.set_xticks(ratios, [str(ratio) for ratio in ratios])
-by_ratio.minorticks_off()
-by_layer.set(xlabel="layer", title="p = 0.1")
-by_ratio.legend()
-plt.show()
-
-for way in ways:
-    print(f"{names[way]:13}: {left_out[way][ratios.index(0.1)].mean():.3f} of the mass left out at p = 0.1")
-    assert (left_out["mass"] <= left_out[way] + 1e-5).all()
-    assert left_out[way][-1].max() < 1e-5, "all blocks leave nothing out"
-    assert (left_out[way].mean(dim=1).diff() <= 1e-6).all(), "more blocks leave less out"
-
-# %% [markdown]
-# *Figure: attention mass on blocks that are not read, mean over steps and heads. Left: all layers together. Right:
-# layer by layer, at a tenth of the blocks.*
-#
-# Read this with care. The model is small (5.7 million parameters), and its attention is spread over the text. So even
-# the best choice of a tenth leaves out a good part of the mass, and on average the scores do little or no better than
-# the newest blocks. But the scores can find the one block far back that matters, as in the table above, and the newest
-# blocks cannot. Attention in large models is known to be far more concentrated, and sparse decoding relies on that.
-# [Evidence](../evidence.md#what-is-left-and-why) has the same measurement over more files, with intervals.
-#
-# The mass left out causes everything that follows. A step that leaves mass out computes a slightly wrong output.
-# [The next tutorial](03_drift.md) shows where that error goes.
+# One thing is strange. In the dense step above, the scores found the captain's block. So why does the model not find
+# the name now? In a sparse step, every layer works with the outputs of sparse layers below it. It writes keys and
+# values into the cache, and later steps read them. **What do sparse steps write into the cache, and what does that do
+# to the steps after them?**
 #
 # ## Exercises
 #
@@ -339,59 +337,47 @@ for way in ways:
 # What is the score of a block when $b = 1$? What would selection save then?
 
 # %% tags=["hide-cell"]
-ones = torch.tensor([5], dtype=torch.int32)
-exact = score_blocks(torch.tensor([[[2.0, -1.0], [0.0, -1.0]]]), block_bounds(keys, ones, 1), ones, 1)
-print(exact[0, 0].tolist())
-assert torch.equal(exact[0, 0], true_products)
-# lo = hi = the key, so the score is the product itself. But lo and hi together are then as large as all keys and
-# values. So a step reads as much as a dense one before it has selected anything (half of that, if it reads only the
-# bound that each channel needs). The cost of the bounds falls as 1/b. Their precision falls as well.
+single = scores_of(torch.tensor([[2.0, -1.0], [0.0, -1.0]]), *bounds_of(five, 1))[0]
+print(single.tolist())
+# The score is the product with the key itself. But lo and hi together are then as large as all keys and values, so
+# little is saved. With blocks of b tokens the bounds take 1/b of that. But larger boxes are less precise.
 
 # %% [markdown]
 # ### 2. Two heads that disagree
 #
-# Let the two heads of a group have the queries $q$ and $-q$. What are the scores? Which blocks are selected? What does
-# that mean for the heads?
+# Let the two heads of a group have the queries $q$ and $-q$. What are the scores? Which blocks are selected?
 
 # %% tags=["hide-cell"]
-opposed = torch.stack([torch.tensor([2.0, -1.0]), torch.tensor([-2.0, 1.0])])[None]
-nothing = score_blocks(opposed, bounds, ones, 2)
-print(nothing[0, 0].tolist(), select_blocks(nothing, ones, ReSAConfig(2, 0.5, 1))[0, 0].tolist())
-assert (nothing == 0).all()
-# The mean is zero, so all scores are equal. Selection takes the newest block, and then the lower index wins a tie. The
-# score bounds the mean of the heads' products and says nothing about a single head. Tutorial 5 comes back to this.
+opposed = scores_of(torch.tensor([[2.0, -1.0], [-2.0, 1.0]]), lo, hi)
+print(opposed[0].tolist())
+assert (opposed == 0).all()
+# The mean query is zero, so all scores are equal. The newest block is taken, and then the library takes the blocks of
+# lowest number. The score bounds the mean of the heads' products. It says nothing about a single head.
 
 # %% [markdown]
-# ### 3. Larger blocks
+# ### 3. Change the selection
 #
-# With $b = 64$ the bounds cost a quarter. Measure the mass left out at $p = 0.1$ with $b$ = 4, 16 and 64.
+# In tutorial 1 the first block got much attention in most layers. Write a score that always selects the first block,
+# and otherwise follows the bounds. Does the model then find the baker's number? Predict, then run it.
+
 
 # %% tags=["hide-cell"]
-for size in (4, 16, 64):
-    lost = []
-    for step in steps:
-        coarse = replace(step, block_size=size)
-        mass = (coarse.by_block(coarse.logits) - coarse.logits.logsumexp(dim=-1, keepdim=True)).exp()
-        scored = score_blocks(step.query, block_bounds(step.keys, lengths, size), lengths, size)
-        chosen = is_selected(scored, lengths, ReSAConfig(size, 0.1, 1))
-        lost.append(mass.masked_fill(chosen[:, :, None], 0.0).sum(dim=-1).mean())
-    print(f"b = {size:2}: {torch.stack(lost).mean():.3f} of the mass left out")
-# A small block brings fewer bystanders along, and its box is tighter.
+def first_too(query, bounds, lengths, block_size):
+    """Score by bounds, but let the first block win."""
+    scores = score_blocks(query, bounds, lengths, block_size)
+    scores[..., 0] = float("inf")
+    return scores
+
+
+missed = 1 - torch.stack([(top_blocks(each, n) == 0).any(dim=-1) for each in scores]).float().mean()
+print(f"bounds miss the first block in {missed:.0%} of the heads; it gets {mass[..., 0].mean():.0%} of the attention")
+changed = model.with_ops(replace(model.ops, score_blocks=first_too))
+for name, chosen in (("bounds", model), ("the first block too", changed)):
+    found = answer(chosen, cache, bounds, "The old baker lives at number", 3)
+    print(f"{name}: The old baker lives at number{decode(found)}")
+# SmolLM2 finds it now. Many heads attend to the first block when nothing else fits, and they go wrong without it.
 
 # %% [markdown]
-# ### 4. How deep must one read?
+# Write it yourself: `resa exercise 2` gives you the empty functions and says what is still wrong.
 #
-# Take the step of the table above. Which rank by score has the block of most far mass? Up to which active ratio would a
-# step miss it?
-
-# %% tags=["hide-cell"]
-rank, total = by_score.index(wanted), int(newest[at]) + 1
-needed = rank + 1 + (int(newest[at]) not in by_score[:rank])  # the newest block takes a place whatever it scores
-print(f"rank {rank + 1} of {total}, behind the newest block, which is taken in any case: ", end="")
-print(f"n = ⌈p · {total}⌉ must be {needed}, so it is missed up to p = {(needed - 1) / total:.3f}")
-for more, is_found in ((-1e-6, False), (1e-6, True)):
-    chosen = select_blocks(scores[layer], lengths, ReSAConfig(16, (needed - 1) / total + more, 1))
-    assert (wanted in chosen[at, head]) == is_found
-
-# %% [markdown]
 # **Next:** [what errors do to the cache](03_drift.md).
