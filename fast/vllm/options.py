@@ -11,8 +11,6 @@ from resa.reference.config import ReSAConfig
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-FLOATS = ("auto", "float16", "bfloat16", "float32")
-
 
 @dataclass(frozen=True)
 class Options:
@@ -38,17 +36,12 @@ def options_of(vllm_config: VllmConfig) -> Options | None:
     settings = dict(given["resa"])
     spread = settings.pop("spread", False)
     checks.require_flag("spread", spread)
-    options = Options(ReSAConfig(**settings), spread)
-    check_options(options.config)
-    check_engine(vllm_config, options.config)
-    return options
-
-
-def check_options(config: ReSAConfig) -> None:
-    """Refuse settings of decoding that are not served."""
+    config = ReSAConfig(**settings)
     checks.require_one_of("schedule", config.schedule, ("fused",))
     checks.require(config.dense_layers == 0, "dense_layers", config.dense_layers, "0")
     checks.require(not config.eight_bit_bounds, "eight_bit_bounds", True, "False")
+    check_engine(vllm_config, config)
+    return Options(config, spread)
 
 
 def check_engine(engine: VllmConfig, config: ReSAConfig) -> None:
@@ -56,9 +49,8 @@ def check_engine(engine: VllmConfig, config: ReSAConfig) -> None:
     from .scheduler import ReSAScheduler
 
     scheduler, cache = engine.scheduler_config, engine.cache_config
-    own = scheduler.scheduler_cls is not None and issubclass(
-        scheduler.get_scheduler_cls(), ReSAScheduler
-    )
+    scheduler_cls = scheduler.scheduler_cls and scheduler.get_scheduler_cls()
+    own = scheduler_cls and issubclass(scheduler_cls, ReSAScheduler)
     parallel, model = engine.parallel_config, engine.model_config
     n_least = max(config.interval or 2, 2)  # the longest window, or two tokens
     n_kv_heads = model.get_total_num_kv_heads()
@@ -77,7 +69,10 @@ def check_engine(engine: VllmConfig, config: ReSAConfig) -> None:
             n_kv_heads % parallel.tensor_parallel_size,
             f"a divisor of the model's {n_kv_heads} KV heads: ranks that share one would not agree",
         ),
-        "kv_cache_dtype": (cache.cache_dtype not in FLOATS, "auto: selection knows no other"),
+        "kv_cache_dtype": (cache.cache_dtype not in ("auto", str(model.dtype)[6:]), "auto"),
+        "attention_chunk_size": (
+            getattr(model.hf_text_config, "attention_chunk_size", None), "none: chunks are windows"
+        ),
         "block_size": (
             cache.block_size % config.block_size,
             f"a multiple of block_size = {config.block_size} under \"resa\"",

@@ -111,6 +111,12 @@ class ReSAScheduler(Scheduler):
         self.exact.pop(request.request_id, None)
         super()._preempt_request(request, *arguments, **options)
 
+    def _update_request_as_session(self, session: Request, *arguments: Any) -> None:
+        """Let a session that gets more input go on from where it is exact."""
+        super()._update_request_as_session(session, *arguments)
+        end = session.num_computed_tokens
+        session.num_computed_tokens = self.exact.get(session.request_id, end)
+
     def _free_request(self, request: Request, *arguments: Any, **options: Any) -> Any:
         self.exact.pop(request.request_id, None)
         return super()._free_request(request, *arguments, **options)

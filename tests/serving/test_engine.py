@@ -4,7 +4,8 @@ import collections
 import copy
 import gc
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +29,7 @@ from engines import (
     tokens_of,
 )
 from resa.fast import TRITON_OPS
-from resa.fast.vllm.options import options_of
+from resa.fast.vllm.options import check_layer, options_of
 from resa.reference import prefill
 
 SPARSE = {"active_ratio": 0.2, "min_blocks": 2}
@@ -282,6 +283,7 @@ def alive():
         ({"block_size": 24}, {}, "block_size"),
         ({}, {"scheduler_cls": None}, "scheduler_cls"),
         ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({}, {"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype"),
         ({}, {"max_num_batched_tokens": 32}, "max_num_batched_tokens"),
         ({}, {"long_prefill_token_threshold": 8}, "long_prefill_token_threshold"),
         ({}, {"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
@@ -293,6 +295,35 @@ def test_what_is_not_served_is_refused_by_name(folder, resa, settings, named):
     config = engine_config(folder, resa, **settings)
     with pytest.raises((ValueError, TypeError), match=named):
         options_of(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("scheduler_config.async_scheduling", True, "async_scheduling"),
+        ("kv_transfer_config", object(), "kv_transfer_config"),
+        ("parallel_config.decode_context_parallel_size", 2, "decode_context_parallel_size"),
+        ("device_config.device_type", "cuda", "device"),
+        ("model_config.hf_text_config.attention_chunk_size", 8192, "attention_chunk_size"),
+    ],
+)
+def test_what_an_engine_cannot_be_made_with_here_is_refused_too(folder, path, value, named):
+    config = engine_config(folder, {})
+    *owners, name = path.split(".")
+    object.__setattr__(reduce(getattr, owners, config), name, value)
+    with pytest.raises(ValueError, match=named):
+        options_of(config)
+
+
+def test_attention_of_other_kinds_is_refused():
+    plain = {"scale": 0.25, "head_size": 16, "alibi": None, "window": None, "cap": None, "sinks": None,
+             "kind": "decoder", "shared": None}  # fmt: skip
+    check_layer(**plain)
+    other = {"scale": 0.3, "alibi": [0.5], "window": 64, "cap": 30.0, "sinks": torch.zeros(2), "kind": "encoder",
+             "shared": "layers.0"}  # fmt: skip
+    for name, value in other.items():
+        with pytest.raises(ValueError, match="which ReSA does not have"):
+            check_layer(**plain | {name: value})
 
 
 def test_without_options_the_engine_is_itself(folder):
@@ -309,5 +340,10 @@ def test_the_kernels_interpreted(folder, selection):
     """Attention by the Triton operations gives the same tokens."""
     resa = SPARSE | {"interval": 4, "selection": selection}
     requests = {f"r{i}": (prompt, 7) for i, prompt in enumerate(prompts_of((60, 33)))}
-    with mock.patch("resa.fast.vllm.attention.REFERENCE_OPS", TRITON_OPS), engine(folder, resa) as vllm:
+    score = "score_blocks" if selection == "bounds" else "score_sketch"
+    names = score, "select_blocks", "sparse_attention", "dense_attention"
+    watched = {name: mock.Mock(wraps=getattr(TRITON_OPS, name)) for name in names}
+    ops = replace(TRITON_OPS, **watched)
+    with mock.patch("resa.fast.vllm.attention.REFERENCE_OPS", ops), engine(folder, resa) as vllm:
         assert tokens_of(run(vllm, {0: [(n, *r) for n, r in requests.items()]})) == alone(folder, requests, resa)
+    assert all(each.called for each in watched.values())

@@ -85,7 +85,7 @@ class Plain:
                 assert all(self.slots[block.block_id * PAGE + i][1] for i in range(PAGE)), "published"
 
 
-def step(scheduler, plain):
+def step(scheduler, plain, waiting=()):
     """Schedule, write, and give every request that has caught up a token that follows from the last ones."""
     output = scheduler.schedule()
     places, sampled = {}, []
@@ -97,7 +97,7 @@ def step(scheduler, plain):
     result = ModelRunnerOutput(list(places), places, sampled_token_ids=sampled)
     scheduler.update_from_output(output, result)
     plain.check_published()
-    assert scheduler.exact.keys() == {request.request_id for request in scheduler.running}
+    assert scheduler.exact.keys() == {request.request_id for request in scheduler.running} | {*waiting}
     return output
 
 
@@ -138,6 +138,20 @@ def test_published_pages_are_exact_whatever_comes(new_scheduler, interval, sprea
     assert not scheduler.exact
     pool = scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is vLLM's null page
+
+
+def test_a_session_goes_on_from_where_it_is_exact(new_scheduler):
+    """More input comes when five of its tokens have drifted."""
+    scheduler = new_scheduler(40, {"interval": 8}, 64, 1)
+    sampling = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    plain, waiting = Plain(scheduler), ["r"]
+    for more in ([0, 1, 2, 0, 1, 2], [1, 1, 2, 0, 2], [2, 0]):
+        scheduler.add_request(Request("r", more, sampling, None, block_hasher=HASHER, resumable=True))
+        for _ in range(6):
+            step(scheduler, plain, waiting)
+        request = scheduler.requests["r"]
+        assert request.num_computed_tokens - scheduler.exact["r"] == 5
+    assert scheduler.exact["r"] == 6 + 5 + 5 + 5 + 2  # kept are the tokens that were fed
 
 
 def test_the_timeline_of_the_page(new_scheduler):
