@@ -5,8 +5,8 @@
 # it writes**. That is more than all its parameters, and it is why long contexts are slow.
 #
 # Most of these bytes hardly matter for the next token. So tutorials 1 to 4 have one goal: *make a real model answer
-# with a tenth of its cache, and prove that it still does.* The method is called rectified sparse attention, or ReSA
-# ([arXiv 2506.04108](https://arxiv.org/abs/2506.04108)).
+# with a tenth of its cache, and test that the answers stay right.* The method is called rectified sparse attention, or
+# ReSA ([arXiv 2506.04108](https://arxiv.org/abs/2506.04108)).
 #
 # The notes are called the [KV cache](../glossary.md#kv-cache). In this tutorial you write the attention that reads it.
 # Then you count its bytes and measure how few of them matter.
@@ -125,8 +125,8 @@ assert torch.allclose(attention(q, k, v), from_library, atol=1e-5), "the library
 
 # %% [markdown]
 # A decoding step feeds one token. The model's method `hidden_states` does everything except attention. For each layer
-# it computes the query, the key and the value, and calls a function `attend`. Ours stores the key and the value. Then
-# it attends to everything that is stored:
+# it computes the query, the key and the value, and calls a function `attend`. Our `attend` stores the key and the
+# value. Then it attends to everything that is stored:
 
 
 # %%
@@ -210,8 +210,9 @@ assert with_cache[-1] > 1.2 * with_cache[0]
 # a cache it is nearly flat at first: every step reads all parameters of the model, whatever the length. Then it grows
 # too, because every step also reads the whole cache.*
 #
-# A GPU calculates much faster than it reads from memory, so the bytes decide ([performance](../performance.md)). We
-# count them. Every query is multiplied with *all* keys, and the output is a sum over *all* values:
+# A GPU calculates much faster than it reads from memory, so the bytes decide how long a step takes
+# ([performance](../performance.md)). We count them. Every query is multiplied with *all* keys, and the output is a sum
+# over *all* values:
 #
 # $$\mathrm{bytes}(T) = 2 \cdot n_\mathrm{layer} \cdot H_{kv} \cdot D \cdot T \cdot (\mathrm{bytes\ per\ number})$$
 #
@@ -245,9 +246,9 @@ assert T * token_bytes > parameter_bytes
 #
 # ## How much of it matters?
 #
-# Back to SmolLM2, and to the step that found "Amelia". We kept its attention weights. We cut the text into *blocks* of
-# 16 tokens and add up the weights in each block. The sum is the *mass* of the block: its share of the attention. (We
-# average over the $G$ query heads of a KV head.) How much mass does the best tenth of the blocks get?
+# We go back to SmolLM2 and to the step that found "Amelia". We kept its attention weights. We cut the text into
+# *blocks* of 16 tokens and add up the weights in each block. The sum is the *mass* of the block: its share of the
+# attention. (We average over the $G$ query heads of a KV head.) How much mass does the best tenth of the blocks get?
 
 # %%
 b = 16
@@ -276,7 +277,8 @@ print(f"the fact's two blocks get up to {in_fact.max():.0%} of one KV head's att
 # %% [markdown]
 # *Figure: the attention of this step. Each row is a layer, and each column is a block of the text. (Each square shows
 # the KV head with the most mass.) Two places are bright in most layers: the first block, and the newest ones. In the
-# later layers another block is bright, far from both. It holds the fact.*
+# later layers another block is bright, far from both. It holds the fact. In layers 3 to 10 a few other blocks are
+# bright too. The darkest colour is 0.001 and less.*
 #
 # So a tenth of the blocks gets most of the attention. This leads to [sparse
 # attention](../glossary.md#sparse-attention): read that tenth, and skip the rest.

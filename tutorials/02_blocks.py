@@ -123,10 +123,10 @@ plt.show()
 
 # %% [markdown]
 # *Figure: keys as dots, bounds as boxes. The star marks the corner of each box that lies furthest in the direction of
-# the mean query. The score is the product of the query with that corner.*
+# the mean query. The score is the product of the query with that corner. Block 2 has one key, so its box is a point.*
 #
-# In blocks 0 and 2 a key lies at the star, so the score is exact. In block 1 no key does: the score is 0, but the
-# product with its best key is only −1. A score may promise too much, but never too little. This is the first
+# In blocks 0 and 2 a key lies at the star, so the score is exact. In block 1 no key lies there. Its score is 0, but its
+# best key has a product of only −1. A score may promise too much, but never too little. This is the first
 # [law](../glossary.md#law) of the project.
 #
 # The [selection](../glossary.md#selection) takes the newest block, because the last words nearly always matter. Then it
@@ -134,8 +134,8 @@ plt.show()
 #
 # $$n = \min(M, \max(\mathrm{min\_blocks}, \lceil p \cdot M \rceil))$$
 #
-# The [active ratio](../glossary.md#active-ratio) $p$ is 0.1 for a tenth. In short texts, `min_blocks` keeps $n$ from
-# becoming too small.
+# The [active ratio](../glossary.md#active-ratio) $p$ is the share of blocks to take: 0.1 is a tenth. In short texts,
+# `min_blocks` keeps $n$ from becoming too small.
 
 
 # %%
@@ -149,7 +149,8 @@ def top_blocks(scores, n):
 assert top_blocks(scores, 2).tolist() == [[0, 2]]
 
 # %% [markdown]
-# That is the whole selection. The library's functions also handle batches and ties, but they compute the same:
+# That is the whole selection. The library's functions compute the same, and they also handle batches and ties.
+# `ReSAConfig` holds the settings, and its ratio is 0.1:
 
 # %%
 q, k, lengths, tenth = torch.randn(9, 64), torch.randn(3, 1000, 64), torch.tensor([1000]), ReSAConfig(min_blocks=4)
@@ -271,7 +272,7 @@ assert not is_real or kept["by score"] > kept["the newest"] + 0.2
 # ## Six questions
 #
 # Does the model still answer, if every step reads only a tenth of the blocks? The library's `sparse_step` attends to
-# the selected blocks alone. (You will write it in tutorial 3.) We feed the beginning of each sentence by such steps.
+# the selected blocks alone. (You will write it in tutorial 3.) We feed the beginning of each sentence with such steps.
 # Then the model goes on by itself. The blocks are chosen in three ways:
 #
 # - *The newest blocks.* For this we replace the score by a function of our own.
@@ -320,8 +321,8 @@ for name, way in ways.items():
 assert not is_real or right["the newest"] < right["bounds"] < right["key sketches"]
 
 # %% [markdown]
-# Choosing beats recency: the newest blocks miss every fact. Bounds find some of the facts. Sketches find more, and they
-# read no more blocks. Six questions are few, but longer measurements say the same
+# Choosing by score beats taking the newest blocks, which miss every fact. Bounds find some of the facts. Sketches find
+# more, and they read no more blocks. Six questions are few, but longer measurements say the same
 # ([evidence](../evidence.md#what-does-a-better-selection-give)). [Choosing better](05_choosing_better.md) shows why
 # bounds often choose badly, and builds the sketches.
 #

@@ -28,10 +28,11 @@ torch.set_num_threads(1)
 b = 16
 
 # %% [markdown]
-# We use the model and the text of tutorial 2. The text has 1,000 tokens. After it come all six questions with their
-# right answers. The first 872 tokens are prefilled densely. The others are decoded: each step is given the next token
-# of this text, whatever it predicted. So every way of decoding reads the same tokens, and we can compare the caches. An
-# answer counts as right if the model predicts each of its tokens.
+# We use the model and the text of tutorial 2. The text has 1,000 tokens. All six questions follow, with their right
+# answers, in one text. So the numbers differ from tutorial 2, where each question stood alone. The first 872 tokens are
+# prefilled densely, so decoding begins 128 tokens before the questions. The others are decoded: each step is given the
+# next token of this text, whatever it predicted. So every way of decoding reads the same tokens, and we can compare the
+# caches. An answer counts as right if the model predicts each of its tokens.
 
 # %% tags=["hide-input"]
 from pydoc_data.topics import topics
@@ -194,7 +195,7 @@ print("the first decoded token, layers 0 to 4:", " ".join(f"{error:.2g}" for err
 # blocks, *and* it reads tokens that are already wrong. We can separate the two. Imagine a decoder that repairs its
 # cache after every token: it takes a sparse step, then runs the same token through the model once more, densely, and
 # overwrites its keys and values. This is called [decode-only](../glossary.md#decode-only). Its steps always read an
-# exact cache. So what they write, before the repair, is their own error alone.
+# exact cache. So the error that a step writes, before the repair, is its own.
 #
 # All tokens are known here. So we need no loop: one pass of the model computes all steps, with a mask that says what
 # each step may read. The library's `decode_at_once` does this. The first assertion checks that our loop gives the same:
@@ -289,8 +290,8 @@ print(f"{len(checks.at)} values:", ", ".join(f"{name} {share:.1%} right" for nam
 assert shares["dense"] > shares["decode-only"] > shares["never repaired"]
 
 # %% [markdown]
-# So it is not luck. How much drift costs depends on the model and on the task. [Evidence](../evidence.md) measures it
-# for both models on many texts.
+# The toy shows the same order. How much drift costs depends on the model and on the task. [Evidence](../evidence.md)
+# measures it for both models on many texts.
 #
 # Decode-only shows what an exact cache is worth. But it is not fast: it needs a dense pass after every token. **Can the
 # cache be made exact again with fewer dense passes?**

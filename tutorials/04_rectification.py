@@ -113,7 +113,7 @@ prompt, continuation = tokens[:n_prompt], tokens[n_prompt:]
 # %% [markdown]
 # ## The dense pass
 #
-# The tokens that sparse steps have written since the cache was last exact form the [window](../glossary.md#window). The
+# The [window](../glossary.md#window) is all tokens that sparse steps have written since the cache was last exact. The
 # pass feeds them all at once. So attention has several queries now. Each of them may see the tokens up to its own
 # position:
 
@@ -185,16 +185,17 @@ print("a window of NaN becomes the same keys and values, bit for bit")
 # 1. the *ids* of the window's tokens, which are integers and cannot drift, and
 # 2. the cache *before* the window.
 #
-# Suppose that this part is exact. In layer 0, the window's keys and values follow from the ids alone. The pass writes
-# them, and then attends to exact keys and values only. So the input of layer 1 is exact, and so are its keys and
-# values. The same holds for layer 2, and so on to the last layer.
+# Suppose that this part is exact. In layer 0, the window's keys and values follow from the ids and positions alone. The
+# pass writes them, and then attends to exact keys and values only. So the input of layer 1 is exact, and so are its
+# keys and values. The same holds for layer 2, and so on to the last layer.
 #
 # And the part before the window *is* exact. The first window follows the prompt, which was prefilled densely. After
 # each rectification, the cache is exact up to the end of the window, and there the next window begins. So it goes on,
 # from window to window. This is law 6 of the project: *right after a rectification, the cache equals the cache of a
 # dense prefill of the same tokens.*
 #
-# That is the proof. We also test it in float64, where rounding is tiny, over two windows in a row:
+# That is the proof. It never asks how the sparse steps chose their blocks, so it holds for every choice. We also test
+# it in float64, where rounding is tiny, over two windows in a row:
 
 # %%
 model64 = deepcopy(model).double()
@@ -296,9 +297,9 @@ plt.show()
 #
 # ## Does it still answer?
 #
-# Now we reach the goal of the four tutorials. All ways below attend to a tenth of the blocks. They choose them by
-# bounds, or by the key sketches of tutorial 2. We count the right answers. We also measure the loss in nats (KL against
-# dense decoding), first along the text and then along the questions.
+# Now we reach the goal of the four tutorials. All rows below, except the dense one, attend to a tenth of the blocks.
+# They choose them by bounds, or by the key sketches of tutorial 2. We count the right answers. We also measure the loss
+# in nats (KL against dense decoding), first along the text and then along the questions.
 
 # %%
 for f in (None, 32, 8):
@@ -349,7 +350,7 @@ assert not is_real or right["bounds", None] < right["sketches", 32]
 #   about a fifth of the cache. On a CPU, at this length, that is no faster. [Performance](../performance.md) says when
 #   it is faster on a GPU, and by how much.
 # - **Step error remains.** Even over an exact cache, a sparse step predicts from a tenth of the blocks. So no interval
-#   brings the bounds below the row "every token". Only a better choice of blocks does.
+#   brings the bounds below the row "every token". Only a better choice of blocks, or more blocks, does.
 # - **The newest tokens are still wrong.** Up to $f$ tokens wait for the next pass, and the next steps read them.
 # - **A chosen token stays.** The cache is exact *for the tokens that were written*. Dense decoding might have written
 #   others.
@@ -361,7 +362,7 @@ assert not is_real or right["bounds", None] < right["sketches", 32]
 #
 # ## Exercises
 #
-# ### 1. Only the newest window
+# ### 1. Only half of the window
 #
 # To save time, someone rectifies only the newer half of the window. Is that half exact afterwards? Try it: `drifted`
 # has a window of 32 tokens.
@@ -373,7 +374,9 @@ after = kv_drift(half, exact, at)
 print(f"older half: {after[:16].mean():.2f}, newer half: {after[16:].mean():.2f}; all 32 at once: ", end="")
 print(f"{kv_drift(cache, exact, at).max():.0e}")
 assert after[16:].min() > 1e-3
-# No. A dense pass over a wrong cache is wrong too. The pass must reach back to where the cache is exact.
+# No. A dense pass over a wrong cache is wrong too. The pass must reach back to where the cache is exact. If it misses
+# only the oldest token, the whole window stays wrong. If it misses only the newest, that token stays wrong, and so does
+# every later window.
 
 # %% [markdown]
 # ### 2. Use the logits

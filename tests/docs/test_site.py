@@ -38,7 +38,7 @@ def test_a_tutorial_that_became_false_is_named(tmp_path, monkeypatch, script, co
     run_tutorials = importlib.import_module("run_tutorials")
     (tmp_path / "99_try.py").write_text(script)
     if complaint is None:
-        assert len(run_tutorials.figures(run_tutorials.execute(tmp_path / "99_try.py"))) == 1
+        assert len(run_tutorials.figures(run_tutorials.execute(tmp_path / "99_try.py")[0])) == 1
     else:
         with pytest.raises(RuntimeError, match=complaint):
             run_tutorials.execute(tmp_path / "99_try.py")
