@@ -276,7 +276,7 @@ INTEGERS = [
     (command, action.option_strings[0])
     for command, parser in commands().items()
     for action in parser._actions
-    if getattr(action.type, "__name__", "") in ("int", "integer", "seed", "_interval")
+    if action.option_strings and getattr(action.type, "__name__", "") in ("int", "integer", "seed", "_interval")
 ]
 
 
