@@ -147,6 +147,7 @@ def test_two_sequences_share_pages_and_a_page_gets_another_owner(kernels):
         ("table", lambda keys, table: (keys, table.long())),
         ("table", lambda keys, table: (keys, table.repeat(1, 2)[:, ::2])),
         ("keys", lambda keys, table: (torch.zeros(4, 2, 16, 17, device=DEVICE)[..., :16], table)),
+        ("values", lambda keys, table: (torch.zeros(4, 2, 16, 32, device=DEVICE)[..., :16], table)),
         ("keys", lambda keys, table: (keys.transpose(1, 2).contiguous().transpose(1, 2), table)),
     ],
 )
