@@ -173,15 +173,23 @@ def _run(
     is_next = tl.full([TOKENS], True, tl.int1) & (begin < end)
     m_next = is_next & (o_t < left) if IS_MASKED else is_next
     o_row = _rows(place, begin * TOKENS, tl.arange(0, TOKENS), m_next, PAGE)
-    p_code_first, p_scale_first = p_code + o_byte[:, None], p_scale
-    p_code = p_code_first + o_row.to(tl.int64)[None, :] * CODE_STRIDE
-    p_scale += o_row.to(tl.int64) * SCALE_STRIDE
+    p_code += o_byte[:, None]
+    # In one cache pointers move on from tile to tile. From pages, rows are what one turn hands to the
+    # next: a tile's pointers would pass through shared memory, 256 KB of it for 256 channels.
+    if PAGE == 0:
+        p_code += o_row.to(tl.int64)[None, :] * CODE_STRIDE
+        p_scale += o_row.to(tl.int64) * SCALE_STRIDE
+        scale = tl.load(p_scale, mask=m_next, other=0.0)
+    else:
+        scale = tl.load(p_scale + o_row.to(tl.int64) * SCALE_STRIDE, mask=m_next, other=0.0)
     p_max += o_block[None, :]
     p_sum += o_block[None, :]
-    scale = tl.load(p_scale, mask=m_next, other=0.0)
     for i_tile in range(begin, end):
         m_t = o_t < left
-        packed = tl.load(p_code, mask=m_t[None, :], other=0) if IS_MASKED else tl.load(p_code)
+        p_tile = p_code
+        if PAGE > 0:
+            p_tile += o_row.to(tl.int64)[None, :] * CODE_STRIDE
+        packed = tl.load(p_tile, mask=m_t[None, :], other=0) if IS_MASKED else tl.load(p_tile)
         own_scale = scale.to(tl.float32) * (SHRUNK if IS_INTEGER else 1.0)
         o_t += TOKENS
         is_next = tl.full([TOKENS], True, tl.int1) & (i_tile + 1 < end)
@@ -189,11 +197,10 @@ def _run(
         if PAGE == 0:
             p_code += TOKENS * CODE_STRIDE
             p_scale += TOKENS * SCALE_STRIDE
+            scale = tl.load(p_scale, mask=m_next, other=0.0)
         else:
             o_row = _rows(place, (i_tile + 1) * TOKENS, tl.arange(0, TOKENS), m_next, PAGE)
-            p_code = p_code_first + o_row.to(tl.int64)[None, :] * CODE_STRIDE
-            p_scale = p_scale_first + o_row.to(tl.int64) * SCALE_STRIDE
-        scale = tl.load(p_scale, mask=m_next, other=0.0)
+            scale = tl.load(p_scale + o_row.to(tl.int64) * SCALE_STRIDE, mask=m_next, other=0.0)
 
         # Levels times factors.
         product = tl.broadcast_to(offset[:, None], [16, TOKENS])

@@ -138,6 +138,7 @@ def test_what_is_computed_on_the_page_for_own_models_is_what_it_says(capsys):
 SAID = {  # on the page "When not to use it": batches and contexts
     "float16": ((1, 2**12), (1, 2**16), (1, 2**18), (8, 2**16)),
     "float16_sketch": ((1, 2**16), (1, 2**18), (8, 2**16)),
+    "float16_sketch_10": ((1, 2**16), (1, 2**18), (8, 2**16)),
     "smollm2": ((1, 2**12),),
     "qwen3": ((8, 2**12),),
 }
