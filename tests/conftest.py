@@ -1,4 +1,4 @@
-"""Profiles of the property tests, one thread for tiny tensors, a hardened interpreter, and the backends to test.
+"""Profiles of the property tests, one thread for tiny tensors, Triton's interpreter, and the backends to test.
 
 RESA_TEST_PROFILE picks a profile: `dev` (default), `ci` (default where the variable CI is set: the same examples on
 every run) or `nightly` (fresh randomness, many more examples, failures kept in .hypothesis/ for the next run).
@@ -11,12 +11,12 @@ import os
 import sys
 from importlib.util import find_spec
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
+import interpreter
 from backends import BACKENDS, REFERENCE, TRITON
 from strategies import DEVICE
 
@@ -54,34 +54,9 @@ def pytest_configure():
         raise pytest.UsageError("RESA_TEST_DEVICE=cuda, but torch sees no GPU")
 
 
-def harden_interpreter():
-    """Make the interpreter forgive as little as a GPU.
-
-    It would give zeros for masked loads without `other`; here they give garbage. And its `minimum` and `maximum` would
-    propagate NaN unasked, where a GPU's drop it.
-    """
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
-
-    plain = InterpreterBuilder.create_masked_load
-
-    def create_masked_load(self, pointers, mask, other, *rest, **options):
-        if other is None:
-            dtype = pointers.get_element_ty()
-            kind = _get_np_dtype(dtype)
-            garbage = np.full_like(pointers.data, np.nan if kind.kind == "f" else True, dtype=kind)
-            if kind.kind in "iu":  # now a number that no index is, now one that any could be
-                garbage.flat[::2] = np.iinfo(kind).max // 3
-                garbage.flat[1::2] = 0
-            other = TensorHandle(garbage, dtype)
-        return plain(self, pointers, mask, other, *rest, **options)
-
-    InterpreterBuilder.create_masked_load = create_masked_load
-    InterpreterBuilder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
-    InterpreterBuilder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
-
-
 if DEVICE == "cpu" and find_spec("triton"):
-    harden_interpreter()
+    interpreter.harden()
+    interpreter.quicken()
 
 
 @pytest.fixture(scope="session")

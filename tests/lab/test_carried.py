@@ -52,7 +52,7 @@ def marks_step_by_step(model, some, checks, config, prompt):
 def test_marks_are_those_of_decoding_step_by_step(model, monkeypatch, schedule, interval):
     """Trained weights, selection that leaves most blocks out, and programs that don't all fit into one pass."""
     monkeypatch.setitem(carried.TOGETHER, "cpu", 2)
-    config, prompt, some = replace(CONFIG, schedule=schedule, interval=interval), 64, programs(3, 160)
+    config, prompt, some = replace(CONFIG, schedule=schedule, interval=interval), 64, programs(3, 112)
     checks = Checks.of(some, prompt)
     expected = marks_step_by_step(model, some, checks, config, prompt)
     assert marked(model, some, checks, [Way(config)], prompt)[Way(config)].tolist() == expected

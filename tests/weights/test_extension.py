@@ -43,7 +43,7 @@ def test_models_of_transformers_decode_with_resa_by_name(family, schedule, selec
     """They give the tokens of this project's own model and loop; the loop gets the whole batch in one call."""
     theirs, folder = family
     sparse = {"interval": 8, "block_size": 4, "min_blocks": 3, "schedule": schedule, "selection": selection}
-    prompts = texts(150, 60)
+    prompts = texts(90, 40)
     ours, calls, check = load_pretrained(folder), [], snapshot(theirs)
 
     def decode(model, prompts, *arguments, **options):
@@ -52,12 +52,12 @@ def test_models_of_transformers_decode_with_resa_by_name(family, schedule, selec
 
     fed, masked = left_padded(prompts)
     loop = extension.rectified(decode=decode, **sparse)
-    found = theirs.generate(fed, **masked, max_new_tokens=32, do_sample=False, custom_generate=loop)
-    expected = tokens_of(generate(ours, prompts, 32, ReSAConfig(**sparse)))
-    assert found[:, 150:].tolist() == expected
-    assert torch.equal(found[:, :150], fed)
+    found = theirs.generate(fed, **masked, max_new_tokens=20, do_sample=False, custom_generate=loop)
+    expected = tokens_of(generate(ours, prompts, 20, ReSAConfig(**sparse)))
+    assert found[:, 90:].tolist() == expected
+    assert torch.equal(found[:, :90], fed)
     assert calls == [prompts]
-    dense = tokens_of(generate(ours, prompts, 32, ReSAConfig(interval=1)))
+    dense = tokens_of(generate(ours, prompts, 20, ReSAConfig(interval=1)))
     assert dense != expected, "sparse steps must show, or the loop could be anyone's"
     check()
 

@@ -3,6 +3,7 @@
 A writer here lays weights out as the converters of llama.cpp do, so that reading is checked against another's layout.
 """
 
+import functools
 import importlib
 
 import numpy as np
@@ -328,11 +329,15 @@ def real():
         pytest.skip(str(error))
 
 
-def test_a_real_model_is_that_of_transformers(real):
-    """Logits, 256 greedy tokens, tokenizer and template, both reading the same file in float32."""
+def test_a_real_model_is_that_of_transformers(real, monkeypatch):
+    """Logits, 48 greedy tokens, tokenizer and template, both reading the same file in float32."""
     importlib.import_module("accelerate")  # that library needs it to read such files
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(real.parent, gguf_file=real.name, dtype=torch.float32)
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(real.parent, gguf_file=real.name)
+    with monkeypatch.context() as patch:  # it reads the file several times, and makes a map of names for every tensor
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        options = {"gguf_file": real.name, "dtype": torch.float32}
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(real.parent, **options)
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(real.parent, gguf_file=real.name)
     ours = open_model("smollm2")
     text = "Once 12345 Ünïcödé 日本語\r\n\t  <|im_start|>user\nhi<|im_end|> def f(x):\n        return x**2  # done"
     written = ours.tokenizer.encode_ordinary(text)
@@ -344,7 +349,7 @@ def test_a_real_model_is_that_of_transformers(real):
     # Theirs is led along our tokens: it chooses the same ones if the likeliest is ours everywhere.
     question = "<|im_start|>user\nTell me a story about a lighthouse keeper.<|im_end|>\n<|im_start|>assistant\n"
     prompt = ours.tokenizer.encode_ordinary(question)
-    tokens = generate(ours.model, [prompt], 256, ReSAConfig(interval=1))[0].tokens
+    tokens = generate(ours.model, [prompt], 48, ReSAConfig(interval=1))[0].tokens
     fed = torch.tensor([prompt + tokens])
     with torch.no_grad():
         expected, found = theirs.eval()(fed).logits, ours.model(fed)
