@@ -85,7 +85,7 @@ test-vllm: $(VLLM_VENV)/.installed  ## serving in vLLM: its own environment (3.4
 docs: install-dev real  ## run every tutorial, build the site in build/docs/html, look at it in Chromium
 	$(PYTHON) docs/run_tutorials.py
 	$(PYTHON) docs/build_site.py
-	$(PYTHON) -m pytest -m site
+	$(PYTHON) -m pytest -m site --numprocesses auto --dist worksteal
 
 tutorials: install-dev real  ## run every tutorial and write its page in docs/tutorials; ARGS=03_drift for one
 	$(PYTHON) docs/run_tutorials.py --write $(ARGS)

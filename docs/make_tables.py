@@ -601,14 +601,14 @@ def payoff() -> str:
     found = by_bounds[0.1, "ReSA f=32"], by_sketches[0.1, "ReSA f=32"], by_sketches[0.05, "ReSA f=32"]
     bounds, sketches, fewer = (f"{100 * row['agreement']:.0f}" for row in found)
     lines = (
-        f"- **Speed.** With 256K tokens of context, eight sequences decode **{eight} times** as fast as with dense "
-        f"attention, and one sequence {one} times. These are whole steps of a model of Qwen2.5-7B's shape with 16-bit "
+        f"- **Speed.** Eight sequences of 256K tokens each decode **{eight} times** as fast as with dense attention, "
+        f"and one such sequence {one} times. These are whole steps of a model of Qwen2.5-7B's shape with 16-bit "
         f"weights on one {whole_steps(H200[0])['device']}. Blocks are chosen as in the paper.",
         f"- **Price.** The text can differ from dense decoding's. When SmolLM2-135M reads a tenth of the blocks, it "
         f"agrees with dense decoding on the likeliest token {bounds} times in 100. With *key sketches*, this project's "
-        f"own way of choosing blocks, it agrees **{sketches} times** (English text). Sketches take more time: eight "
-        f"sequences are {same} times as fast. With a twentieth of the blocks, they are {half} times as fast, and the "
-        f"agreement is {fewer} in 100.",
+        f"own way of choosing blocks, it agrees **{sketches} times** (English text, rectified every 32 tokens). Sketches "
+        f"take more time: the same eight sequences decode {same} times as fast. With sketches and a twentieth of the "
+        f"blocks, they decode {half} times as fast, and the agreement is {fewer} in 100.",
         "- **Not for you** if you decode one text at a time and it has less than 16K tokens (64K with sketches), if "
         "you have no NVIDIA GPU, or if you need exactly dense decoding's text: [when not to use it](docs/when_not.md).",
     )

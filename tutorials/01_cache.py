@@ -207,8 +207,8 @@ assert with_cache[-1] > 1.2 * with_cache[0]
 
 # %% [markdown]
 # *Figure: time per token on this machine. Both axes are logarithmic. Without a cache the time grows with the text. With
-# a cache it is nearly flat at first: every step reads all parameters of the model, whatever the length. Then it grows
-# too, because every step also reads the whole cache.*
+# a cache it is nearly flat at first (small differences are noise of this machine): every step reads all parameters of
+# the model, whatever the length. Then it grows too, because every step also reads the whole cache.*
 #
 # A GPU calculates much faster than it reads from memory, so the bytes decide how long a step takes
 # ([performance](../performance.md)). We count them. Every query is multiplied with *all* keys, and the output is a sum
@@ -272,7 +272,7 @@ axes.grid(False)
 figure.colorbar(image, ax=axes, label="mass, log10")
 plt.show()
 in_fact = mass[:, :, at : at + 2].sum(dim=-1)
-print(f"the fact's two blocks get up to {in_fact.max():.0%} of one KV head's attention")
+print(f"where the fact's two blocks get most, they get {in_fact.max():.0%} of a KV head's attention")
 
 # %% [markdown]
 # *Figure: the attention of this step. Each row is a layer, and each column is a block of the text. (Each square shows

@@ -135,7 +135,8 @@ plt.show()
 # $$n = \min(M, \max(\mathrm{min\_blocks}, \lceil p \cdot M \rceil))$$
 #
 # The [active ratio](../glossary.md#active-ratio) $p$ is the share of blocks to take: 0.1 is a tenth. In short texts,
-# `min_blocks` keeps $n$ from becoming too small.
+# `min_blocks` keeps $n$ from becoming too small. The library's `local_blocks` is the number of newest blocks, 1 here.
+# They count among the $n$, so more of them leave fewer to be chosen by score.
 
 
 # %%
@@ -340,8 +341,9 @@ assert not is_real or right["the newest"] < right["bounds"] < right["key sketche
 # %% tags=["hide-cell"]
 single = scores_of(torch.tensor([[2.0, -1.0], [0.0, -1.0]]), *bounds_of(five, 1))[0]
 print(single.tolist())
-# The score is the product with the key itself. But lo and hi together are then as large as all keys and values, so
-# little is saved. With blocks of b tokens the bounds take 1/b of that. But larger boxes are less precise.
+# The score is the product with the key itself. But lo and hi together are then as large as all keys and values, so a
+# step reads more than a dense step. With blocks of b tokens the bounds take 1/b of that. But larger boxes are less
+# precise.
 
 # %% [markdown]
 # ### 2. Two heads that disagree

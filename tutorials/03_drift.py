@@ -30,7 +30,8 @@ b = 16
 # %% [markdown]
 # We use the model and the text of tutorial 2. The text has 1,000 tokens. All six questions follow, with their right
 # answers, in one text. So the numbers differ from tutorial 2, where each question stood alone. The first 872 tokens are
-# prefilled densely, so decoding begins 128 tokens before the questions. The others are decoded: each step is given the
+# prefilled densely. So decoding begins 128 tokens before the questions, and the cache is already wrong when they come.
+# The others are decoded: each step is given the
 # next token of this text, whatever it predicted. So every way of decoding reads the same tokens, and we can compare the
 # caches. An answer counts as right if the model predicts each of its tokens.
 
@@ -197,8 +198,10 @@ print("the first decoded token, layers 0 to 4:", " ".join(f"{error:.2g}" for err
 # overwrites its keys and values. This is called [decode-only](../glossary.md#decode-only). Its steps always read an
 # exact cache. So the error that a step writes, before the repair, is its own.
 #
-# All tokens are known here. So we need no loop: one pass of the model computes all steps, with a mask that says what
-# each step may read. The library's `decode_at_once` does this. The first assertion checks that our loop gives the same:
+# All tokens are known here. So we need no loop: one pass of the model computes all steps. In each layer, every token
+# first chooses its blocks, and a mask hides the others. The library's `decode_at_once` does this. The first assertion
+# checks that our loop gives the same. (`schedule="paper"` is Algorithm 1 of the paper. Tutorial 4 shows another
+# schedule.)
 
 # %%
 never = replace(config, interval=None, schedule="paper")  # sparse steps, never repaired
@@ -208,7 +211,7 @@ with torch.no_grad():
 drift, own = (errors((torch.cat(d.keys), torch.cat(d.values)), n_prompt) for d in decoded.values())  # [layer, n] each
 assert (drift[:, :n_steps] - drifted).abs().median() < 1e-3, "the loop and the single pass agree"
 print(f"mean error {drift.mean():.2f}; of it the step's own {own.mean():.2f}, the rest is inherited")
-assert own[:, 16:].mean() < drift[:, 16:].mean(), "what is read wrongly is written more wrongly"
+assert own[:, 16:].mean() < drift[:, 16:].mean(), "a step that reads wrong tokens writes larger errors"
 
 # %% [markdown]
 # ## What it costs
@@ -219,7 +222,8 @@ assert own[:, 16:].mean() < drift[:, 16:].mean(), "what is read wrongly is writt
 #
 # - *[Step error](../glossary.md#step-error)* is the loss of decode-only. Its cache is exact, so this is the price of
 #   skipping blocks in the present step.
-# - *Drift* is what sparse decoding loses beyond that. This is the price of having skipped blocks in earlier steps.
+# - *Drift* is what sparse decoding loses beyond that. This is the price of having skipped blocks in earlier steps. It
+#   counts all wrong tokens that a step reads, also those whose error was the step's own.
 
 
 # %%
@@ -263,7 +267,8 @@ plt.show()
 # ## Is that luck?
 #
 # Six questions are few, and SmolLM2 is too slow to ask hundreds on a CPU. So the project ships a second model, a toy
-# with one skill. It reads programs that assign values to names, and completes the asserted values:
+# with one skill. We ask it for 290 values, and find the same order. It reads programs that assign values to names, and
+# completes the asserted values:
 
 # %%
 from resa.reference.lab.carried import Checks, Way, marked
@@ -276,7 +281,7 @@ programs = [alias_program(toy_tokenizer, np.random.default_rng(seed), 1025) for 
 print(toy_tokenizer.decode(programs[0].tokens[-35:-1]))
 
 # %% [markdown]
-# The line `body = fill` does not say which digit that is. The toy must look up `fill`. It can keep the digit only in
+# The line `body = fill` does not say which digit `body` has. The toy must look up `fill`. It can keep the digit only in
 # the keys and values of this line. If a sparse step misses `fill`, the cache has a wrong value for `body`, and every
 # later line that uses `body` is wrong too. We decode four programs along their true text, and count how many asserted
 # digits are right. (`marked` computes all steps in one pass, as above.)

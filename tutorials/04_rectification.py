@@ -144,7 +144,8 @@ def dense_pass(window, cache):
 
 # %% [markdown]
 # We take 32 sparse steps, and then one pass. The library's `kv_drift` measures the error of each token: the largest
-# relative error of its keys and values in all layers.
+# relative error of its keys and values in all layers. (Tutorial 3 took the mean over layers, so its numbers are
+# smaller.)
 
 # %%
 config = ReSAConfig(block_size=b, active_ratio=0.1, min_blocks=4)
@@ -255,12 +256,15 @@ print(f"{decode(written)!r}, and {generation.n_drifted} token waits in the windo
 #
 # $$\underbrace{1/b}_{\mathrm{bounds}} + \underbrace{p}_{\mathrm{blocks}} + \underbrace{1/f}_{\mathrm{rectification}}$$
 #
+# (A block's bounds are two vectors, and its keys and values are $2b$. The fast path reads only the bound that each
+# channel needs, so there the first term is $1/(2b)$.)
+#
 # A short [interval](../glossary.md#interval) $f$ leaves fewer wrong tokens in the cache, but it costs more. We decode
 # all tokens after the prompt in four ways. (`decode_at_once` computes all steps in one pass, as in tutorial 3.)
 
 # %%
 streams = {}
-for f in (None, 32, 8, 1):  # None: never. 1: after every token, which is decode-only.
+for f in (None, 32, 8, 1):  # None: never. 1: after every token, which is decode-only in this schedule.
     way = replace(config, interval=f, schedule="paper")
     with torch.no_grad():
         streams["bounds", f] = decode_at_once(model, reading.exact, way, n_prompt)
@@ -293,13 +297,15 @@ plt.show()
 
 # %% [markdown]
 # *Figure: mean error of all decoded tokens in the cache. Each rectification brings it down to zero. The teeth become
-# smaller, because the cache has more and more exact tokens beside the few wrong ones.*
+# smaller, because the cache has more and more exact tokens beside the few wrong ones. But the wrong ones are the
+# newest, and the next steps read these most. So the loss below falls less than this curve.*
 #
 # ## Does it still answer?
 #
 # Now we reach the goal of the four tutorials. All rows below, except the dense one, attend to a tenth of the blocks.
 # They choose them by bounds, or by the key sketches of tutorial 2. We count the right answers. We also measure the loss
-# in nats (KL against dense decoding), first along the text and then along the questions.
+# in nats (KL against dense decoding): first over the 128 tokens before the questions, then over the questions.
+# (Tutorial 3's losses are means over both.)
 
 # %%
 for f in (None, 32, 8):
@@ -325,7 +331,7 @@ for (chosen_by, f), stream in {("all", None): reading.exact, **streams}.items():
     marks = [found == tokens[place] for found, place in zip(answers, places, strict=True)]
     right[chosen_by, f], loss[chosen_by, f] = sum(marks), float(kl.mean())
     when = "(dense)" if chosen_by == "all" else {None: "never", 1: "every token"}.get(f, f"every {f}")
-    shown = " ".join(f"{'✓' if mark else '✗'} {decode(it).strip()}" for mark, it in zip(marks, answers, strict=True))
+    shown = " ".join(f"{'✓' if mark else '✗'} {decode(it)!r}" for mark, it in zip(marks, answers, strict=True))
     print(f"{chosen_by:9}  {when:11} {kl[:first].mean():8.3f} {kl[first:].mean():10.3f}  {sum(marks)} of 6: {shown}")
 
 # %%
@@ -336,29 +342,33 @@ assert not is_real or right["bounds", None] < right["bounds", 1]
 assert not is_real or right["bounds", None] < right["sketches", 32]
 
 # %% [markdown]
-# With bounds, rectification brings answers back, and a short interval brings back more. (Texts differ. With two other
-# pages, `topics["customization"]` and `topics["formatstrings"]`, an interval of 32 brings back none. When the answer is
-# due, the words of the question are still in the window.) With sketches, all six answers are right in every row, and
-# rectification lowers the loss further.
+# With bounds, rectification brings answers back, and a short interval brings back more. A long interval may not help,
+# because the question's words still wait in the window when the answer is due. With two other pages,
+# `topics["customization"]` and `topics["formatstrings"]`, an interval of 32 brings back none.
 #
-# So the model does answer when it attends to a tenth of its cache. The proof above says that the cache is exact after
-# each pass. The table says how far the predictions are from dense ones.
+# With sketches, all six answers are right, even without rectification. Here rectification lowers the loss, and it is
+# not needed for the answers.
+#
+# So the model does answer when it attends to a tenth of its cache: in every row with sketches, and by bounds when every
+# token is repaired. The proof above says that the cache is exact after each pass. The table says how far the
+# predictions are from dense ones.
 #
 # What remains, plainly:
 #
 # - **A tenth of the blocks is not a tenth of the bytes.** With the summaries and a pass every 32 tokens, the loop reads
 #   about a fifth of the cache. On a CPU, at this length, that is no faster. [Performance](../performance.md) says when
 #   it is faster on a GPU, and by how much.
-# - **Step error remains.** Even over an exact cache, a sparse step predicts from a tenth of the blocks. So no interval
-#   brings the bounds below the row "every token". Only a better choice of blocks, or more blocks, does.
+# - **Step error remains.** Even over an exact cache, a sparse step predicts from a tenth of the blocks. With this
+#   schedule, no interval brings the rows "bounds" below the row "every token". (In exercise 2's schedule one token in
+#   $f$ is predicted densely. There an interval of 1 is dense decoding.)
 # - **The newest tokens are still wrong.** Up to $f$ tokens wait for the next pass, and the next steps read them.
 # - **A chosen token stays.** The cache is exact *for the tokens that were written*. Dense decoding might have written
 #   others.
 # - **This is one small model and one text.** [Evidence](../evidence.md) has many texts, with intervals, and the toy of
 #   tutorial 3, for which rectification repairs most of the drift.
 #
-# Most of the loss in the table comes from the choice of blocks. **Why do bounds choose badly, and how do sketches
-# choose well?**
+# A better choice of blocks lowers the loss more than rectification does, because it lowers step error and drift. **Why
+# do bounds choose badly, and how do sketches choose well?**
 #
 # ## Exercises
 #

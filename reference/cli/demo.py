@@ -299,8 +299,8 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         else:
             said.append(f"{every} cannot be distinguished from never rectifying here.")
     said.append(
-        f"No rectification repairs step error: decode-only, whose cache is always exact, still"
-        f" loses {exact['kl']:.3f}. A step cannot use a block that it does not read."
+        f"Rectification cannot repair step error: repaired after every token (decode-only), sparse"
+        f" decoding still loses {exact['kl']:.3f}. A step cannot use a block that it does not read."
     )
     return said
 

@@ -66,7 +66,7 @@ def vectors():
 
 @pytest.fixture(scope="module", autouse=True)
 def remembered():
-    """What the oracle decodes, once for all the ports that are compared with it."""
+    """Remember what the oracle decodes, for all the ports that are compared with it."""
     decode, known = kit.exact.decode_trace, {}
 
     def decode_once(weights, *asked):
@@ -81,7 +81,7 @@ def remembered():
 
 
 def with_traces(vectors, *names):
-    """The same vectors with these generations alone."""
+    """Vectors with these generations alone."""
     kept = [entry for entry in vectors.manifest["traces"] if entry["case"] in names]
     assert len(kept) == len(names)
     return replace(vectors, manifest={**vectors.manifest, "traces": kept})
