@@ -607,8 +607,8 @@ def payoff() -> str:
         f"- **Price.** The text can differ from dense decoding's. When SmolLM2-135M reads a tenth of the blocks, it "
         f"agrees with dense decoding on the likeliest token {bounds} times in 100. With *key sketches*, this project's "
         f"own way of choosing blocks, it agrees **{sketches} times** (English text, rectified every 32 tokens). "
-        f"Sketches take more time: the same eight sequences decode {same} times as fast. With sketches and a twentieth of the "
-        f"blocks, they decode {half} times as fast, and the agreement is {fewer} in 100.",
+        f"Sketches take more time: the same eight sequences decode {same} times as fast. With sketches and a "
+        f"twentieth of the blocks, they decode {half} times as fast, and the agreement is {fewer} in 100.",
         "- **Not for you** if you decode one text at a time and it has less than 16K tokens (64K with sketches), if "
         "you have no NVIDIA GPU, or if you need exactly dense decoding's text: [when not to use it](docs/when_not.md).",
     )
