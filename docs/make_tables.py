@@ -491,7 +491,7 @@ def whole_steps_by_selection() -> str:
     lines = []
     for (ending, (chosen, part, score)), (weights, name) in product(CHOSEN.items(), WEIGHTS.items()):
         file = f"h200_{weights}{ending}"
-        if file == "h200_int4_sketch_10":  # not measured
+        if not (ROOT / f"docs/results/end_to_end/{file}.json").exists():  # not measured
             continue
         files = (file, "h200_int4_true") if file == "h200_int4" else (file,)
         rows, ratio = step_rows(*files), whole_steps(file)["config"]["active_ratio"]
@@ -609,8 +609,9 @@ def payoff() -> str:
         f"own way of choosing blocks, it agrees **{sketches} times** (English text, rectified every 32 tokens). "
         f"Sketches take more time: the same eight sequences decode {same} times as fast. With sketches and a "
         f"twentieth of the blocks, they decode {half} times as fast, and the agreement is {fewer} in 100.",
-        "- **Not for you** if you decode one text at a time and it has less than 16K tokens (64K with sketches), if "
-        "you have no NVIDIA GPU, or if you need exactly dense decoding's text: [when not to use it](docs/when_not.md).",
+        "- **Not for you** if you decode one text at a time and it has less than 16K tokens (with sketches, not much "
+        "more than 64K), if you have no NVIDIA GPU, or if you need exactly dense decoding's text: "
+        "[when not to use it](docs/when_not.md).",
     )
     return "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in lines)
 

@@ -174,8 +174,8 @@ def _run(
     m_next = is_next & (o_t < left) if IS_MASKED else is_next
     o_row = _rows(place, begin * TOKENS, tl.arange(0, TOKENS), m_next, PAGE)
     p_code += o_byte[:, None]
-    # In one cache pointers move on from tile to tile. From pages, rows are what one turn hands to
-    # the next: a tile's pointers would pass through shared memory, and for D = 256 not fit.
+    # In one cache, pointers move on from tile to tile. From pages, a turn hands the next its rows:
+    # pointers would pass through shared memory, and those of a float32 tile of D = 256 do not fit.
     if PAGE == 0:
         p_code += o_row.to(tl.int64)[None, :] * CODE_STRIDE
         p_scale += o_row.to(tl.int64) * SCALE_STRIDE

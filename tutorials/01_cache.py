@@ -272,7 +272,7 @@ axes.grid(False)
 figure.colorbar(image, ax=axes, label="mass, log10")
 plt.show()
 in_fact = mass[:, :, at : at + 2].sum(dim=-1)
-print(f"where the fact's two blocks get most, they get {in_fact.max():.0%} of a KV head's attention")
+print(f"in one layer, one KV head gives the fact's two blocks {in_fact.max():.0%} of its attention")
 
 # %% [markdown]
 # *Figure: the attention of this step. Each row is a layer, and each column is a block of the text. (Each square shows

@@ -135,8 +135,8 @@ plt.show()
 # $$n = \min(M, \max(\mathrm{min\_blocks}, \lceil p \cdot M \rceil))$$
 #
 # The [active ratio](../glossary.md#active-ratio) $p$ is the share of blocks to take: 0.1 is a tenth. In short texts,
-# `min_blocks` keeps $n$ from becoming too small. The library's `local_blocks` is the number of newest blocks, 1 here.
-# They count among the $n$, so more of them leave fewer to be chosen by score.
+# `min_blocks` keeps $n$ from becoming too small. The library's `local_blocks` says how many newest blocks are always
+# taken, here 1. They count among the $n$, so more of them leave fewer to be chosen by score.
 
 
 # %%

@@ -31,9 +31,9 @@ b = 16
 # We use the model and the text of tutorial 2. The text has 1,000 tokens. All six questions follow, with their right
 # answers, in one text. So the numbers differ from tutorial 2, where each question stood alone. The first 872 tokens are
 # prefilled densely. So decoding begins 128 tokens before the questions, and the cache is already wrong when they come.
-# The others are decoded: each step is given the
-# next token of this text, whatever it predicted. So every way of decoding reads the same tokens, and we can compare the
-# caches. An answer counts as right if the model predicts each of its tokens.
+# The others are decoded: each step is given the next token of this text, whatever it predicted. So every way of
+# decoding reads the same tokens, and we can compare the caches. An answer counts as right if the model predicts each of
+# its tokens.
 
 # %% tags=["hide-input"]
 from pydoc_data.topics import topics
@@ -223,7 +223,7 @@ assert own[:, 16:].mean() < drift[:, 16:].mean(), "a step that reads wrong token
 # - *[Step error](../glossary.md#step-error)* is the loss of decode-only. Its cache is exact, so this is the price of
 #   skipping blocks in the present step.
 # - *Drift* is what sparse decoding loses beyond that. This is the price of having skipped blocks in earlier steps. It
-#   counts all wrong tokens that a step reads, also those whose error was the step's own.
+#   comes from every wrong token in the cache, however its error arose.
 
 
 # %%

@@ -298,7 +298,7 @@ plt.show()
 # %% [markdown]
 # *Figure: mean error of all decoded tokens in the cache. Each rectification brings it down to zero. The teeth become
 # smaller, because the cache has more and more exact tokens beside the few wrong ones. But the wrong ones are the
-# newest, and the next steps read these most. So the loss below falls less than this curve.*
+# newest, and every step reads the newest block. So the loss below falls less than this curve.*
 #
 # ## Does it still answer?
 #
@@ -359,8 +359,8 @@ assert not is_real or right["bounds", None] < right["sketches", 32]
 #   about a fifth of the cache. On a CPU, at this length, that is no faster. [Performance](../performance.md) says when
 #   it is faster on a GPU, and by how much.
 # - **Step error remains.** Even over an exact cache, a sparse step predicts from a tenth of the blocks. With this
-#   schedule, no interval brings the rows "bounds" below the row "every token". (In exercise 2's schedule one token in
-#   $f$ is predicted densely. There an interval of 1 is dense decoding.)
+#   schedule, no interval here brought the rows "bounds" below the row "every token". (The library's default, "fused",
+#   is the schedule of exercise 2. It predicts one token in $f$ densely, so there an interval of 1 is dense decoding.)
 # - **The newest tokens are still wrong.** Up to $f$ tokens wait for the next pass, and the next steps read them.
 # - **A chosen token stays.** The cache is exact *for the tokens that were written*. Dense decoding might have written
 #   others.

@@ -64,7 +64,7 @@ def assert_same(model, tokens, config, prompt_tokens):
 # The same as steps.
 
 
-FEW = product([2, 12, None], [{}, {"active_ratio": 0.5}, SKETCH])
+FEW = [*product([2, 12, None], [{}, {"active_ratio": 0.5}, SKETCH]), (1, SKETCH)]
 
 
 @pytest.mark.parametrize("schedule", ["paper", "fused"])

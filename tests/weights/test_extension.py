@@ -42,7 +42,7 @@ def continued(model, fed, loop=None, **options):
 def test_models_of_transformers_decode_with_resa_by_name(family, schedule, selection):
     """They give the tokens of this project's own model and loop; the loop gets the whole batch in one call."""
     theirs, folder = family
-    sparse = {"interval": 8, "block_size": 4, "min_blocks": 3, "schedule": schedule, "selection": selection}
+    sparse = {"interval": 8, "block_size": 4, "min_blocks": 2, "schedule": schedule, "selection": selection}
     prompts = texts(90, 40)
     ours, calls, check = load_pretrained(folder), [], snapshot(theirs)
 
