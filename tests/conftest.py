@@ -23,7 +23,7 @@ from strategies import DEVICE
 # A first call that loads libraries is slow without being wrong, so nothing is timed.
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("dev", max_examples=40, **common)
-settings.register_profile("ci", max_examples=60, derandomize=True, database=None, **common)
+settings.register_profile("ci", max_examples=40, derandomize=True, database=None, **common)
 settings.register_profile(
     "nightly", max_examples=2000, database=DirectoryBasedExampleDatabase(".hypothesis/examples"), **common
 )
