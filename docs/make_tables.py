@@ -604,13 +604,14 @@ def payoff() -> str:
         f"- **Speed.** Eight sequences of 256K tokens each decode **{eight} times** as fast as with dense attention, "
         f"and one such sequence {one} times. These are whole steps of a model of Qwen2.5-7B's shape with 16-bit "
         f"weights on one {whole_steps(H200[0])['device']}. Blocks are chosen as in the paper.",
-        f"- **Price.** The text can differ from dense decoding's. When SmolLM2-135M reads a tenth of the blocks, it "
-        f"agrees with dense decoding on the likeliest token {bounds} times in 100. With *key sketches*, this project's "
-        f"own way of choosing blocks, it agrees **{sketches} times** (English text, rectified every 32 tokens). "
-        f"Sketches take more time: the same eight sequences decode {same} times as fast. With sketches and a "
-        f"twentieth of the blocks, they decode {half} times as fast, and the agreement is {fewer} in 100.",
-        "- **Not for you** if you decode one text at a time and it has less than 16K tokens (with sketches, not much "
-        "more than 64K), if you have no NVIDIA GPU, or if you need exactly dense decoding's text: "
+        f"- **Price.** The text can differ from dense decoding's. SmolLM2-135M reads a tenth of the blocks and is "
+        f"rectified every 32 tokens. Along English text it then agrees with dense decoding on the likeliest token "
+        f"{bounds} times in 100. With *key sketches*, this project's own way of choosing blocks, it agrees "
+        f"**{sketches} times**. Sketches take more time: the eight sequences above decode {same} times as fast. With "
+        f"sketches and a twentieth of the blocks, they decode {half} times as fast, and SmolLM2 agrees {fewer} times "
+        "in 100.",
+        "- **Not for you** if you decode one text at a time and it is shorter than 16K tokens (with sketches, than "
+        "some 64K), if you have no NVIDIA GPU, or if you need exactly dense decoding's text: "
         "[when not to use it](docs/when_not.md).",
     )
     return "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in lines)

@@ -133,7 +133,7 @@ KERNELS = [
     Mistake("kernel: signs of the wrong hash bit", "fast/sketch.py", "1 - 2 * (mixed >> 31)", "1 - 2 * ((mixed >> 30) & 1)", SKETCHES),
     Mistake("kernel: a step of all levels", "fast/sketch.py", "+= (rotated >= -step).to(tl.int32) + (rotated >= step).to(tl.int32)", "+= (rotated >= -step).to(tl.int32)", SKETCHES),
     Mistake("kernel: a key that is not finite has a scale", "fast/sketch.py", 'tl.where(is_finite, scale.to(tl.float32), float("nan"))', "scale.to(tl.float32)", SKETCHES),
-    Mistake("kernel: queries take a window's first tile", "fast/sketch.py", "tl.program_id(0) - N_EIGHTS, capacity", "tl.program_id(0), capacity", "tests/operations/test_kernels.py"),
+    Mistake("kernel: queries take a window's first tile", "fast/sketch.py", "tl.program_id(0) - N_EIGHTS, n_kv_head, capacity", "tl.program_id(0), n_kv_head, capacity", "tests/operations/test_kernels.py"),
     Mistake("kernel: weights of odd steps forgotten", "fast/sketch.py", "tl.floor(query / weight.to(tl.float32)[None, :] + 0.5)", "tl.floor(query + 0.5)", SKETCHES),
     Mistake("kernel: the second byte is unsigned", "fast/sketch.py", "first = (number + 128) >> 8", "first = number >> 8", SKETCHES),
     Mistake("kernel: levels not around their middle", "fast/sketch.py", ".to(tl.int32, bitcast=True) - middle", ".to(tl.int32, bitcast=True)", SKETCHES),
