@@ -223,7 +223,8 @@ assert own[:, 16:].mean() < drift[:, 16:].mean(), "a step that reads wrong token
 # - *[Step error](../glossary.md#step-error)* is the loss of decode-only. Its cache is exact, so this is the price of
 #   skipping blocks in the present step.
 # - *Drift* is what sparse decoding loses beyond that. This is the price of having skipped blocks in earlier steps. It
-#   comes from every wrong token in the cache, however its error arose.
+#   comes from every wrong token in the cache. Even a token's own error costs later steps. So drift can be most of the
+#   loss although little error is inherited.
 
 
 # %%
@@ -267,8 +268,8 @@ plt.show()
 # ## Is that luck?
 #
 # Six questions are few, and SmolLM2 is too slow to ask hundreds on a CPU. So the project ships a second model, a toy
-# with one skill. We ask it for 290 values, and find the same order. It reads programs that assign values to names, and
-# completes the asserted values:
+# with one skill. We ask it for 290 values, and find the same ranking. It reads programs that assign values to names,
+# and completes the asserted values:
 
 # %%
 from resa.reference.lab.carried import Checks, Way, marked
@@ -295,7 +296,7 @@ print(f"{len(checks.at)} values:", ", ".join(f"{name} {share:.1%} right" for nam
 assert shares["dense"] > shares["decode-only"] > shares["never repaired"]
 
 # %% [markdown]
-# The toy shows the same order. How much drift costs depends on the model and on the task. [Evidence](../evidence.md)
+# The toy shows the same ranking. How much drift costs depends on the model and on the task. [Evidence](../evidence.md)
 # measures it for both models on many texts.
 #
 # Decode-only shows what an exact cache is worth. But it is not fast: it needs a dense pass after every token. **Can the

@@ -256,8 +256,8 @@ print(f"{decode(written)!r}, and {generation.n_drifted} token waits in the windo
 #
 # $$\underbrace{1/b}_{\mathrm{bounds}} + \underbrace{p}_{\mathrm{blocks}} + \underbrace{1/f}_{\mathrm{rectification}}$$
 #
-# (A block's bounds are two vectors, and its keys and values are $2b$. The fast path reads only the bound that each
-# channel needs, so there the first term is $1/(2b)$.)
+# (A block's bounds are two vectors, and its keys and values are $2b$ vectors. The fast path reads only the bound that
+# each channel needs, so there the first term is $1/(2b)$.)
 #
 # A short [interval](../glossary.md#interval) $f$ leaves fewer wrong tokens in the cache, but it costs more. We decode
 # all tokens after the prompt in four ways. (`decode_at_once` computes all steps in one pass, as in tutorial 3.)
@@ -298,7 +298,7 @@ plt.show()
 # %% [markdown]
 # *Figure: mean error of all decoded tokens in the cache. Each rectification brings it down to zero. The teeth become
 # smaller, because the cache has more and more exact tokens beside the few wrong ones. But the wrong ones are the
-# newest, and every step reads the newest block. So the loss below falls less than this curve.*
+# newest, and every step reads the newest block. So a rectification lowers the loss less than this error.*
 #
 # ## Does it still answer?
 #
@@ -349,8 +349,8 @@ assert not is_real or right["bounds", None] < right["sketches", 32]
 # With sketches, all six answers are right, even without rectification. Here rectification lowers the loss, and it is
 # not needed for the answers.
 #
-# So the model does answer when it attends to a tenth of its cache: in every row with sketches, and by bounds when every
-# token is repaired. The proof above says that the cache is exact after each pass. The table says how far the
+# So the model does answer when it attends to a tenth of its blocks: in every row with sketches, and by bounds when
+# every token is repaired. The proof above says that the cache is exact after each pass. The table says how far the
 # predictions are from dense ones.
 #
 # What remains, plainly:
@@ -359,7 +359,7 @@ assert not is_real or right["bounds", None] < right["sketches", 32]
 #   about a fifth of the cache. On a CPU, at this length, that is no faster. [Performance](../performance.md) says when
 #   it is faster on a GPU, and by how much.
 # - **Step error remains.** Even over an exact cache, a sparse step predicts from a tenth of the blocks. With this
-#   schedule, no interval here brought the rows "bounds" below the row "every token". (The library's default, "fused",
+#   schedule, no longer interval lost less here than a pass after every token. (The library's default, "fused",
 #   is the schedule of exercise 2. It predicts one token in $f$ densely, so there an interval of 1 is dense decoding.)
 # - **The newest tokens are still wrong.** Up to $f$ tokens wait for the next pass, and the next steps read them.
 # - **A chosen token stays.** The cache is exact *for the tokens that were written*. Dense decoding might have written
