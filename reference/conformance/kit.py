@@ -16,7 +16,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -106,12 +106,19 @@ def check_port(
 
     A port with neither operation of key sketches is not asked for anything that needs them.
     """
+    return list(rows_as_they_come(port, vectors, ops_only=ops_only, grades=grades))
+
+
+def rows_as_they_come(
+    port: ModuleType, vectors: Vectors, *, ops_only: bool = False, grades: Sequence[str] = GRADES
+) -> Iterator[Row]:
+    """Check a case whenever the next row is asked for."""
     rows: list[Row] = []
     for entry in chosen_entries(vectors, grades=grades):
         status = left_out(entry, offers(port), ops_only=ops_only)
         outcome = {} if status else outcome_of(port, entry, vectors)
         rows.append(row_of(entry, status, outcome, rows))
-    return rows
+        yield rows[-1]
 
 
 def chosen_entries(

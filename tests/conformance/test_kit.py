@@ -51,10 +51,9 @@ def check_port(port, vectors, **options):
 def failures_of(port, vectors):
     """The first failures of a wrong port, without the cases after the generation that told what broke."""
     rows = []
-    for entry in kit.chosen_entries(vectors, grades=["float32"]):
-        status = kit.left_out(entry, kit.offers(port), ops_only=False)
-        rows.append(kit.row_of(entry, status, {} if status else kit.outcome_of(port, entry, vectors), rows))
-        if rows[-1].status == FAIL and rows[-1].operation not in kit.OPERATIONS and rows[-1].law != trace_module.TRACE:
+    for row in kit.rows_as_they_come(port, vectors, grades=["float32"]):
+        rows.append(row)
+        if row.status == FAIL and row.operation not in kit.OPERATIONS and row.law != trace_module.TRACE:
             break
     return first_failures(rows)
 
