@@ -31,9 +31,9 @@ b = 16
 # We use the model and the text of tutorial 2. The text has 1,000 tokens. All six questions follow, with their right
 # answers, in one text. So the numbers differ from tutorial 2, where each question stood alone. The first 872 tokens are
 # prefilled densely. So decoding begins 128 tokens before the questions, and the cache is already wrong when they come.
-# The others are decoded: each step is given the next token of this text, whatever it predicted. So every way of
-# decoding reads the same tokens, and we can compare the caches. An answer counts as right if the model predicts each of
-# its tokens.
+# The tokens after them are decoded: each step is given the next token of this text, whatever it predicted. So every way
+# of decoding reads the same tokens, and we can compare the caches. An answer counts as right if the model predicts each
+# of its tokens.
 
 # %% tags=["hide-input"]
 from pydoc_data.topics import topics
@@ -182,9 +182,9 @@ print("mean error in every fifth layer:", " ".join(f"{error:.2g}" for error in d
 #
 # ## Where the error begins
 #
-# The top row has no error at all. Layer 0 computes keys and values from the token and its position alone, before any
-# attention. But then its attention skips most blocks, so its output is a little wrong. Layer 1 computes its keys and
-# values from that output *and writes them into the cache*. From there on all layers are wrong:
+# The top row has no error beyond rounding. Layer 0 computes keys and values from the token and its position alone,
+# before any attention. But then its attention skips most blocks, so its output is a little wrong. Layer 1 computes its
+# keys and values from that output *and writes them into the cache*. From there on all layers are wrong:
 
 # %%
 assert drifted[0].max() < 1e-4
@@ -192,11 +192,12 @@ assert drifted[1:].min() > 10 * drifted[0].max()
 print("the first decoded token, layers 0 to 4:", " ".join(f"{error:.2g}" for error in drifted[:5, 0].tolist()))
 
 # %% [markdown]
-# The first decoded token reads only the exact prompt. A later token is wrong for two reasons: its own step skips
-# blocks, *and* it reads tokens that are already wrong. We can separate the two. Imagine a decoder that repairs its
-# cache after every token: it takes a sparse step, then runs the same token through the model once more, densely, and
-# overwrites its keys and values. This is called [decode-only](../glossary.md#decode-only). Its steps always read an
-# exact cache. So the error that a step writes, before the repair, is its own.
+# The first decoded token reads the exact prompt, and itself. A later token is wrong for two reasons: its own step skips
+# blocks, *and* it reads earlier tokens that are already wrong. We can separate the two. Imagine a decoder that repairs
+# its cache after every token: it takes a sparse step, then runs the same token through the model once more, densely,
+# and overwrites its keys and values. The paper calls this [decode-only](../glossary.md#decode-only): only the decoding
+# of a token is sparse, what stays in the cache is dense. All earlier tokens are exact when a step begins. So the error
+# that it writes, before the repair, is its own.
 #
 # All tokens are known here. So we need no loop: one pass of the model computes all steps. In each layer, every token
 # first chooses its blocks, and a mask hides the others. The library's `decode_at_once` does this. The first assertion
@@ -208,10 +209,10 @@ never = replace(config, interval=None, schedule="paper")  # sparse steps, never 
 repaired = replace(config, interval=1, schedule="paper")  # decode-only: repaired after every token
 with torch.no_grad():
     decoded = {way: decode_at_once(model, reading.exact, way, n_prompt) for way in (never, repaired)}
-drift, own = (errors((torch.cat(d.keys), torch.cat(d.values)), n_prompt) for d in decoded.values())  # [layer, n] each
-assert (drift[:, :n_steps] - drifted).abs().median() < 1e-3, "the loop and the single pass agree"
-print(f"mean error {drift.mean():.2f}; of it the step's own {own.mean():.2f}, the rest is inherited")
-assert own[:, 16:].mean() < drift[:, 16:].mean(), "a step that reads wrong tokens writes larger errors"
+total, own = (errors((torch.cat(d.keys), torch.cat(d.values)), n_prompt) for d in decoded.values())  # [layer, n] each
+assert (total[:, :n_steps] - drifted).abs().median() < 1e-3, "the loop and the single pass agree"
+print(f"mean error {total.mean():.2f}; of it the step's own {own.mean():.2f}, the rest is inherited")
+assert own[:, 16:].mean() < total[:, 16:].mean(), "a step that reads wrong tokens writes larger errors"
 
 # %% [markdown]
 # ## What it costs
@@ -222,8 +223,8 @@ assert own[:, 16:].mean() < drift[:, 16:].mean(), "a step that reads wrong token
 #
 # - *[Step error](../glossary.md#step-error)* is the loss of decode-only. Its cache is exact, so this is the price of
 #   skipping blocks in the present step.
-# - *Drift* is what sparse decoding loses beyond that. This is the price of having skipped blocks in earlier steps. It
-#   comes from every wrong token in the cache. Even a token's own error costs later steps. So drift can be most of the
+# - The *cost of drift* is what sparse decoding loses beyond that. This is the price of having skipped blocks in earlier
+#   steps. Every wrong token in the cache adds to it, also one whose error is its step's own. So it can be most of the
 #   loss although little error is inherited.
 
 
@@ -259,10 +260,10 @@ plt.show()
 
 # %% [markdown]
 # *Figure: the loss of both decoders along the same tokens, summed up. Both choose blocks by bounds and read equally
-# many. The distance between the lines is drift. No repair of the cache can win back more than that.*
+# many. The distance between the lines is the cost of drift. No repair of the cache can win back more than that.*
 #
-# Drift is more than half of the loss here, and it costs four answers. With an exact cache, the same bounds find all six
-# facts. The facts themselves lie in the prompt, which was exact all the time. But the words of the *questions* have
+# Drift makes more than half of the loss here, and it costs four answers. With an exact cache, the same bounds find all
+# six facts. The facts themselves lie in the prompt, which was exact all the time. But the words of the *questions* have
 # wrong keys and values in the cache, and the last step of a question reads them.
 #
 # ## Is that luck?
