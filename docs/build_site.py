@@ -280,8 +280,10 @@ def write_excerpts() -> None:
     texts = {}
     for path in sorted(HTML.rglob("*.html")):
         name = str(path.relative_to(HTML)).removesuffix(".html")
+        if name.startswith("repository/"):
+            continue
         article = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser").select_one('[role="main"]')
-        if article is None or name.startswith("repository/"):
+        if article is None:
             continue
         for unwanted in article.select(".headerlink, .download, script, style, math, pre, svg"):
             unwanted.decompose()

@@ -42,8 +42,9 @@ def quicken():
     if not __version__.startswith("3.7."):
         return
 
-    # It patches the language for every call of a function on the device. Once per launch and module is enough.
-    launch, patch, patched = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
+    # It patches the language for every call of a function on the device. Once per launch and module is enough, and what
+    # is patched in a module need be looked for only once.
+    launch, patch, patched, patches = interpreter.GridExecutor.__call__, interpreter._patch_lang, set(), {}
 
     def launch_anew(self, *arguments, **options):
         patched.clear()
@@ -54,9 +55,18 @@ def quicken():
 
     def patch_once(function):
         languages = frozenset(id(each) for each in function.__globals__.values() if each is tl or each is core)
-        is_new = languages not in patched
+        key = languages, not patched  # the first of a launch finds nothing patched
+        if languages in patched:
+            return None
         patched.add(languages)
-        return patch(function) if is_new else None
+        if key not in patches:
+            scope = patch(function)
+            patches[key] = [(place, name, getattr(place, name)) for place, name, _ in scope._changes]
+            return scope
+        scope = interpreter._LangPatchScope()
+        for place, name, value in patches[key]:
+            scope.set_attr(place, name, value)
+        return scope
 
     interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_anew, patch_once
 
@@ -97,3 +107,61 @@ def quicken():
 
     core.block_type.__init__, core.tensor.__init__ = init_type, init_tensor
     core.tuple.__eq__ = lambda self, other: yes if self is other else equal(self, other)
+
+    # The common shape of two tiles.
+    broadcast, common = semantic.TritonSemantic.broadcast_impl_value, {}
+
+    def splat(self, number, tile):
+        data = np.full(tile.handle.data.shape, number.handle.data, remembered_type(number.handle.dtype))
+        handle = interpreter.TensorHandle(data, number.handle.dtype.scalar)
+        return self.tensor(handle, core.block_type(number.type.scalar, tile.type.shape))
+
+    def broadcast_known(self, left, right):
+        one, other = left.type, right.type
+        if not one.is_block():
+            return (splat(self, left, right), right) if other.is_block() else (left, right)
+        if not other.is_block():
+            return left, splat(self, right, left)
+        if one.shape is other.shape:
+            return left, right
+        key = id(one.shape), id(other.shape)
+        if key not in common:
+            left, right = broadcast(self, left, right)
+            if len(one.shape) == len(other.shape):
+                common[key] = left.type.shape
+            return left, right
+        shape = common[key]
+
+        def widened(tile):
+            if tile.type.shape is shape:
+                return tile
+            handle = self.builder.create_broadcast(tile.handle, shape.values)
+            return self.tensor(handle, core.block_type(tile.type.scalar, shape))
+
+        return widened(left), widened(right)
+
+    semantic.TritonSemantic.broadcast_impl_value = broadcast_known
+
+    # A call of the language goes through two functions before its own.
+    checked = core.add.__code__
+
+    def patch_member(place, name, member, builder, scope):
+        function = member.__wrapped__ if getattr(member, "__code__", None) is checked else member
+
+        def call(*arguments, **options):
+            options["_semantic"] = interpreter.interpreter_semantic
+            return function(*arguments, **options)
+
+        scope.set_attr(place, name, call)
+
+    interpreter._patch_attr = patch_member
+
+    # Constants and what is none.
+    unwrap, plain = core._unwrap_if_constexpr, (core.tensor, int, float, bool, type(None), str)
+
+    def unwrap_soon(value):
+        kind = type(value)
+        return value.value if kind is core.constexpr else value if kind in plain else unwrap(value)
+
+    core._unwrap_if_constexpr = unwrap_soon
+    interpreter.TensorHandle.__post_init__ = lambda self: None

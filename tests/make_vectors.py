@@ -5,6 +5,7 @@ one that a port fails says what is wrong. Inputs are short binary fractions and 
 every machine writes the same bytes. Whoever changes what a vector means raises VERSION.
 """
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -983,6 +984,7 @@ def operations():
     return tensors, entries
 
 
+@functools.cache
 def decodings():
     """Weights of the models, and for every trace its manifest entry and the oracle's steps."""
     of_models, prompts, decoded = {}, {}, []

@@ -8,6 +8,7 @@ Shapes: B sequences, Hq query heads in groups of G = Hq / Hkv per key-value head
 of cache, M blocks of b tokens. Configurations are plain mappings with the names of the project's fields.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -101,6 +102,7 @@ def select_blocks(scores, lengths, config):
     return indices
 
 
+@functools.cache
 def sign(channel):
     """1 or -1, from a hash of the channel's number (section 6, "Rotation")."""
     x = (channel + 1) * 2654435761 % 2**32
@@ -111,13 +113,17 @@ def sign(channel):
 def rotate(x):
     """Signs, then a Hadamard transform of every run of m channels, by its definition (section 6): [D] -> [D]."""
     m = next(m for m in range(len(x), 0, -1) if len(x) % m == 0 and m & (m - 1) == 0)
-    signed = [sign(d) * x[d] for d in range(len(x))]
-    rotated = np.zeros(len(x))
-    for d in range(len(x)):
-        run = d // m * m
-        for i in range(m):
-            rotated[d] += signed[run + i] * (-1) ** ((d % m) & i).bit_count()
-    return rotated / math.sqrt(m)
+    signed = np.array([sign(d) * x[d] for d in range(len(x))]).reshape(-1, m)
+    rotated = np.zeros(signed.shape)
+    for i in range(m):  # one after the other: another order of the sums would be other bits
+        rotated += signed[:, i : i + 1] * hadamard(m)[i]
+    return rotated.flatten() / math.sqrt(m)
+
+
+@functools.cache
+def hadamard(m):
+    """Each channel's part in every other: 1 or -1 [m, m] (section 6, "Rotation")."""
+    return np.array([[(-1) ** (d & i).bit_count() for d in range(m)] for i in range(m)])
 
 
 def sketch_key(key, bits):

@@ -29,6 +29,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.site
 def test_the_example_in_the_readme_runs_as_written():
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = [line for line in code.splitlines() if line.strip()]
@@ -47,6 +48,7 @@ def test_the_example_in_the_readme_runs_as_written():
     assert len({line.split(":", 1)[1] for line in ways}) == 3, "sparse steps read less, so they choose otherwise"
 
 
+@pytest.mark.site
 @pytest.mark.parametrize("script", ["make_tables.py", "make_figures.py"])
 def test_tables_and_figures_are_what_their_files_say(script):
     done = run(f"docs/{script}", "--check")

@@ -1,6 +1,6 @@
 """The interactive page: its data are the models', and a browser shows what they say.
 
-Tests marked `site` drive the system's Chromium over the page as it lies on the disk.
+Tests of the page drive the system's Chromium over it as it lies on the disk.
 """
 
 import base64
@@ -132,6 +132,7 @@ def test_as_many_blocks_are_selected_as_the_rule_says(data, scene):
             assert find(scene, ratio, way)["read_share"] == pytest.approx(read_ratio(config), abs=1e-4)
 
 
+@pytest.mark.site
 def test_a_sample_recorded_again_is_what_stands_there(data, scene):
     """One way, every step. On another machine a rounding tie may fall otherwise, which its window shows."""
     text_model, way, ratio = opened(scene), "ReSA f=8", 0.1

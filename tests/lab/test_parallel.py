@@ -64,23 +64,23 @@ def assert_same(model, tokens, config, prompt_tokens):
 # The same as steps.
 
 
-FEW = [*product([2, 12, None], [{}, {"active_ratio": 0.5}, SKETCH]), (1, SKETCH)]
+FEW = [*product([2, 12], [{}, {"active_ratio": 0.5}, SKETCH]), (1, SKETCH), (None, SKETCH)]
 
 
 @pytest.mark.parametrize("schedule", ["paper", "fused"])
 @pytest.mark.parametrize(
     ("interval", "more"),
-    [*product([1, 2, 5, 8, 12, 32, None], [{"local_blocks": 2, "dense_layers": 1}]), *FEW],
+    [*product([1, 5, 8, 32, None], [{"local_blocks": 2, "dense_layers": 1}]), *FEW],
 )
 def test_it_equals_the_loop(model, tokens, schedule, interval, more):
     """Windows may begin inside a block, which then holds tokens of both streams."""
     options = {"block_size": 8, "active_ratio": 0.2, "min_blocks": 2, **more, "schedule": schedule}
+    tokens = tokens if interval in (5, None) else tokens[:1]
     lost = assert_same(model, tokens, ReSAConfig(**options, interval=interval), PROMPT)
     assert (lost > VISIBLE) == ((schedule, interval) != ("fused", 1)), "nothing was left out"
 
 
-@pytest.mark.parametrize("prompt_tokens", [1, 27, 85])
-@pytest.mark.parametrize("block_size", [3, 8])
+@pytest.mark.parametrize(("prompt_tokens", "block_size"), [(1, 8), (27, 3), (85, 8)])
 @pytest.mark.parametrize("corner", CORNERS)
 def test_a_prompt_may_have_any_length(model, tokens, prompt_tokens, block_size, corner):
     config = ReSAConfig(block_size=block_size, active_ratio=0.1, min_blocks=2, **corner)
