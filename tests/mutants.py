@@ -91,7 +91,7 @@ PATH = [
     Mistake("NaN of unseen values leaks", "reference/attention.py", "if unseen.any():", "if False:", OPERATIONS),
     Mistake("groups laid out head by head", "reference/attention.py", "out = out.unflatten(2, (group, n_queries)).flatten(1, 2)", "out = out.unflatten(2, (n_queries, group)).transpose(2, 3).flatten(1, 2)", OPERATIONS),
     # cache.
-    Mistake("bounds not rebuilt after a write", "reference/cache.py", "        self._rebuild_bounds(layer, start, end, end)\n", ""),
+    Mistake("bounds not rebuilt after a write", "reference/cache.py", "            self._rebuild_bounds(layer, start, end, end)\n", "            pass\n"),
     Mistake("values not overwritten", "reference/cache.py", "        self.values[layer, :, :, start:end] = values\n", "        self.values[layer, :, :, max(start, self.length):end] = values[:, :, max(start, self.length) - start:]\n"),
     Mistake("bounds of the last touched block stale", "reference/cache.py", "first, stop = start // b, -(-end // b)", "first, stop = start // b, max(start // b + 1, end // b)"),
     Mistake("truncated tokens stay in the bounds", "reference/cache.py", "self._rebuild_bounds(layer, length, self.length, length)", "self._rebuild_bounds(layer, length, self.length, self.length)"),
@@ -228,7 +228,8 @@ def check(mistake, copies):
     copies.append(copy)
     failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     is_caught = run.returncode == 1 or run.returncode < 0  # a crash is red as well
-    return mistake, is_caught, time.perf_counter() - started, (failed or run.stdout.splitlines() or [""])[0]
+    said = [*failed, *run.stdout.splitlines(), *run.stderr.splitlines()[-1:], ""][0]
+    return mistake, is_caught, time.perf_counter() - started, said
 
 
 def copy_project(folder):
