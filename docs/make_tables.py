@@ -601,17 +601,18 @@ def payoff() -> str:
     found = by_bounds[0.1, "ReSA f=32"], by_sketches[0.1, "ReSA f=32"], by_sketches[0.05, "ReSA f=32"]
     bounds, sketches, fewer = (f"{100 * row['agreement']:.0f}" for row in found)
     lines = (
-        f"- **Speed.** Eight sequences of 256K tokens each decode **{eight} times** as fast as with dense attention, "
-        f"and one such sequence {one} times. These are whole steps of a model of Qwen2.5-7B's shape with 16-bit "
-        f"weights on one {whole_steps(H200[0])['device']}. Blocks are chosen as in the paper.",
+        f"- **Speed.** A batch of eight sequences, each of 256K tokens, decodes **{eight} times** as fast as with "
+        f"dense attention. One such sequence alone decodes {one} times as fast. We timed whole steps of a model of "
+        f"Qwen2.5-7B's shape, with 16-bit weights, on one {whole_steps(H200[0])['device']}. Blocks are chosen as in "
+        "the paper.",
         f"- **Price.** The text can differ from dense decoding's. SmolLM2-135M reads a tenth of the blocks and is "
-        f"rectified every 32 tokens. Along English text it then agrees with dense decoding on the likeliest token "
-        f"{bounds} times in 100. With *key sketches*, this project's own way of choosing blocks, it agrees "
-        f"**{sketches} times**. Sketches take more time: the eight sequences above decode {same} times as fast. With "
-        f"sketches and a twentieth of the blocks, they decode {half} times as fast, and SmolLM2 agrees {fewer} times "
-        "in 100.",
-        "- **Not for you** if you decode one text at a time and it is shorter than 16K tokens (with sketches, than "
-        "some 64K), if you have no NVIDIA GPU, or if you need exactly dense decoding's text: "
+        f"rectified every 32 tokens. We gave it English text: at {bounds} of 100 tokens, its likeliest next token is "
+        f"that of dense decoding. With *key sketches*, this project's own way of choosing blocks, it is at "
+        f"**{sketches} of 100**. Sketches make a step slower: the batch then decodes {same} times as fast as with "
+        f"dense attention. With sketches and a twentieth of the blocks, it decodes {half} times as fast, and SmolLM2 "
+        f"agrees at {fewer} of 100 tokens.",
+        "- **Not for you** if you decode one text at a time and it is shorter than 16K tokens (with sketches: "
+        "about 64K), if you have no NVIDIA GPU, or if you need exactly dense decoding's text: "
         "[when not to use it](docs/when_not.md).",
     )
     return "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in lines)

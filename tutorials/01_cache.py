@@ -2,7 +2,7 @@
 # # 1. The cache
 #
 # After a text of 262,144 tokens, a 7B language model reads **15 gigabytes of notes about that text for every token that
-# it writes**. That is more than all its parameters, and it is why long contexts are slow.
+# it writes**. That is more than the parameters that it reads for this token. So long contexts are slow.
 #
 # Most of these bytes hardly matter for the next token. So tutorials 1 to 4 have one goal: *make a real model answer
 # with a tenth of its cache, and test that the answers stay right.* The method is called rectified sparse attention, or
@@ -271,8 +271,7 @@ axes.set(xlabel="block of 16 tokens", ylabel="layer")
 axes.grid(False)
 figure.colorbar(image, ax=axes, label="mass, log10")
 plt.show()
-in_fact = mass[:, :, at : at + 2].sum(dim=-1)
-print(f"in one layer, one KV head gives the fact's two blocks {in_fact.max():.0%} of its attention")
+print(f"in one layer, one KV head gives the fact's block {mass[:, :, at].max():.0%} of its attention")
 
 # %% [markdown]
 # *Figure: the attention of this step. Each row is a layer, and each column is a block of the text. (Each square shows

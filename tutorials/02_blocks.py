@@ -136,7 +136,7 @@ plt.show()
 #
 # The [active ratio](../glossary.md#active-ratio) $p$ is the share of blocks to take: 0.1 is a tenth. In short texts,
 # `min_blocks` keeps $n$ from becoming too small. The library's `local_blocks` says how many newest blocks are always
-# taken, here 1. They count among the $n$, so more of them leave fewer to be chosen by score.
+# taken, here 1. They are part of the $n$: with more of them, fewer blocks are chosen by score.
 
 
 # %%
@@ -250,8 +250,9 @@ for rank, block in enumerate(order, start=1):
         print(f"{mark} {rank:4}  {mass[layer, head, block]:4.2f}  {decode(prompt[b * block : b * block + b])!r}")
 
 # %% [markdown]
-# The arrow marks the fact. Its score is among the highest, and no key was read to compute it. But other blocks with
-# high scores get hardly any mass. They promised too much. Some of them hold sentences of the same form.
+# The arrow marks the fact. Its score is among the highest, and it comes from the bounds alone. (Here we computed them
+# from the keys. A real cache keeps them.) But other blocks with high scores get hardly any mass. They promised too
+# much. Some of them hold sentences of the same form.
 #
 # Now we take all layers and heads together, and choose a tenth of the blocks by score. How much of the attention do
 # they get? We compare with the newest blocks, and with the best ones. (Only a step that reads all keys can know the
@@ -278,8 +279,8 @@ assert not is_real or kept["by score"] > kept["the newest"] + 0.2
 #
 # - *The newest blocks.* For this we replace the score by a function of our own.
 # - *Bounds*, the score of this tutorial and of the paper.
-# - *[Key sketches](../glossary.md#key-sketch)*, this project's own way. A sketch keeps every key, in two bits per
-#   channel. All sketches together take about as much memory as the bounds. Tutorial 5 builds them.
+# - *[Key sketches](../glossary.md#key-sketch)*, this project's own way. A sketch is a rough copy of one key, with two
+#   bits per channel. The sketches of all keys take about as much memory as the bounds. Tutorial 5 builds them.
 
 
 # %%
@@ -300,17 +301,17 @@ def answer(model, cache, config, sentence, n_tokens):
     return found
 
 
-bounds = ReSAConfig(block_size=b, active_ratio=0.1, min_blocks=4)
-sketches = replace(bounds, selection="sketch")
-with_sketches = model.new_cache(cache.capacity, b, sketches.kept_bits)  # the same keys and values
+by_bounds = ReSAConfig(block_size=b, active_ratio=0.1, min_blocks=4)
+by_sketches = replace(by_bounds, selection="sketch")
+with_sketches = model.new_cache(cache.capacity, b, by_sketches.kept_bits)  # the same keys and values
 for index in range(model.config.n_layer):
     with_sketches.write(index, 0, cache.keys[index, :, :, : len(text)], cache.values[index, :, :, : len(text)])
 with_sketches.length = len(text)
 
 ways = {
-    "the newest": (model.with_ops(replace(model.ops, score_blocks=by_age)), cache, bounds),
-    "bounds": (model, cache, bounds),
-    "key sketches": (model, with_sketches, sketches),
+    "the newest": (model.with_ops(replace(model.ops, score_blocks=by_age)), cache, by_bounds),
+    "bounds": (model, cache, by_bounds),
+    "key sketches": (model, with_sketches, by_sketches),
 }
 right = {}
 for name, way in ways.items():
@@ -327,8 +328,8 @@ assert not is_real or right["the newest"] < right["bounds"] < right["key sketche
 # ([evidence](../evidence.md#what-does-a-better-selection-give)). [Choosing better](05_choosing_better.md) shows why
 # bounds often choose badly, and builds the sketches.
 #
-# One thing is strange. In the dense step above, the scores found the captain's block. So why does the model not find
-# the name now? In a sparse step, every layer works with the outputs of sparse layers below it. It writes keys and
+# One thing is strange. In the dense step above, the bounds found the captain's block. So why does the model with bounds
+# answer "a man" now? In a sparse step, every layer works with the outputs of sparse layers below it. It writes keys and
 # values into the cache, and later steps read them. **What do sparse steps write into the cache, and what does that do
 # to the steps after them?**
 #
@@ -373,10 +374,10 @@ def first_too(query, bounds, lengths, block_size):
 
 
 missed = 1 - torch.stack([(top_blocks(each, n) == 0).any(dim=-1) for each in scores]).float().mean()
-print(f"bounds miss the first block in {missed:.0%} of the heads; it gets {mass[..., 0].mean():.0%} of the attention")
+print(f"bounds miss the first block in {missed:.0%} of the heads; its mass is {mass[..., 0].mean():.0%} on average")
 changed = model.with_ops(replace(model.ops, score_blocks=first_too))
 for name, chosen in (("bounds", model), ("the first block too", changed)):
-    found = answer(chosen, cache, bounds, "The old baker lives at number", 3)
+    found = answer(chosen, cache, by_bounds, "The old baker lives at number", 3)
     print(f"{name}: The old baker lives at number{decode(found)}")
 # SmolLM2 finds it now. Many heads attend to the first block when nothing else fits, and they go wrong without it.
 

@@ -28,12 +28,11 @@ torch.set_num_threads(1)
 b = 16
 
 # %% [markdown]
-# We use the model and the text of tutorial 2. The text has 1,000 tokens. All six questions follow, with their right
-# answers, in one text. So the numbers differ from tutorial 2, where each question stood alone. The first 872 tokens are
-# prefilled densely. So decoding begins 128 tokens before the questions, and the cache is already wrong when they come.
-# The tokens after them are decoded: each step is given the next token of this text, whatever it predicted. So every way
-# of decoding reads the same tokens, and we can compare the caches. An answer counts as right if the model predicts each
-# of its tokens.
+# We use the model and the text of tutorial 2. After its 1,000 tokens come all six questions, each with its right
+# answer. So the numbers differ from tutorial 2, where each question stood alone. The first 872 tokens are prefilled
+# densely. All tokens after these are decoded: each step is given the next token of this text, whatever it predicted. So
+# every way of decoding reads the same tokens, and we can compare the caches. When the questions come, 128 tokens have
+# been decoded, and the cache is already wrong. An answer counts as right if the model predicts each of its tokens.
 
 # %% tags=["hide-input"]
 from pydoc_data.topics import topics
@@ -196,13 +195,13 @@ print("the first decoded token, layers 0 to 4:", " ".join(f"{error:.2g}" for err
 # blocks, *and* it reads earlier tokens that are already wrong. We can separate the two. Imagine a decoder that repairs
 # its cache after every token: it takes a sparse step, then runs the same token through the model once more, densely,
 # and overwrites its keys and values. The paper calls this [decode-only](../glossary.md#decode-only): only the decoding
-# of a token is sparse, what stays in the cache is dense. All earlier tokens are exact when a step begins. So the error
-# that it writes, before the repair, is its own.
+# of a token is sparse, and what stays in the cache comes from a dense pass. All earlier tokens are exact when a step
+# begins. So the error that it writes, before the repair, is its own.
 #
 # All tokens are known here. So we need no loop: one pass of the model computes all steps. In each layer, every token
 # first chooses its blocks, and a mask hides the others. The library's `decode_at_once` does this. The first assertion
-# checks that our loop gives the same. (`schedule="paper"` is Algorithm 1 of the paper. Tutorial 4 shows another
-# schedule.)
+# checks that our loop gives the same. (A *schedule* says how sparse steps and dense passes take turns. With "paper",
+# every token first gets a sparse step, and a pass repairs it later. Tutorial 4 shows another schedule.)
 
 # %%
 never = replace(config, interval=None, schedule="paper")  # sparse steps, never repaired
@@ -224,8 +223,11 @@ assert own[:, 16:].mean() < total[:, 16:].mean(), "a step that reads wrong token
 # - *[Step error](../glossary.md#step-error)* is the loss of decode-only. Its cache is exact, so this is the price of
 #   skipping blocks in the present step.
 # - The *cost of drift* is what sparse decoding loses beyond that. This is the price of having skipped blocks in earlier
-#   steps. Every wrong token in the cache adds to it, also one whose error is its step's own. So it can be most of the
-#   loss although little error is inherited.
+#   steps.
+#
+# The two parts of the loss are not the two parts of the error above. Later steps read every wrong token in the cache,
+# whether its error is its step's own or inherited. So the cost of drift can be most of the loss although little error
+# is inherited.
 
 
 # %%
@@ -262,9 +264,9 @@ plt.show()
 # *Figure: the loss of both decoders along the same tokens, summed up. Both choose blocks by bounds and read equally
 # many. The distance between the lines is the cost of drift. No repair of the cache can win back more than that.*
 #
-# Drift makes more than half of the loss here, and it costs four answers. With an exact cache, the same bounds find all
-# six facts. The facts themselves lie in the prompt, which was exact all the time. But the words of the *questions* have
-# wrong keys and values in the cache, and the last step of a question reads them.
+# More than half of the loss here is the cost of drift. It also costs four answers. With an exact cache, the same bounds
+# find all six facts. The facts themselves lie in the prompt, which was exact all the time. But the words of the
+# *questions* have wrong keys and values in the cache, and the last step of a question reads them.
 #
 # ## Is that luck?
 #
@@ -278,7 +280,7 @@ from resa.reference.lab.programs import UNSEEN, alias_program
 from resa.reference.weights.checkpoint import shipped_checkpoint
 
 toy, toy_tokenizer = load_model(shipped_checkpoint("carrying")), load_tokenizer()
-seeds = [(0, 1025, index, UNSEEN) for index in range(4)]  # UNSEEN: numbers that training never drew
+seeds = [(0, 1025, index, UNSEEN) for index in range(4)]  # UNSEEN: seeds that training never drew
 programs = [alias_program(toy_tokenizer, np.random.default_rng(seed), 1025) for seed in seeds]
 print(toy_tokenizer.decode(programs[0].tokens[-35:-1]))
 
@@ -323,7 +325,7 @@ assert by_layer[:5].max() < 1e-4 < by_layer[5]
 # %% [markdown]
 # ### 2. All blocks
 #
-# What is the drift with `active_ratio=1.0`? Is it exactly zero?
+# How large are the errors in the cache with `active_ratio=1.0`? Are they exactly zero?
 
 # %% tags=["hide-cell"]
 cache.truncate(n_prompt)
@@ -336,9 +338,10 @@ assert all_blocks < 1e-2
 # A sparse step over all blocks is a dense step. The rest is rounding in float32: the sums have another order.
 
 # %% [markdown]
-# ### 3. Can a later token be exact again?
+# ### 3. Do dense steps write exact keys again?
 #
-# Suppose steps 0 to 9 are sparse and all later ones are dense, over the cache as it is. Is the key of token 20 exact?
+# Suppose steps 0 to 9 are sparse and all later ones are dense, but nobody repairs tokens 0 to 9. Is the key of token 20
+# exact?
 
 # %% tags=["hide-cell"]
 cache.truncate(n_prompt)

@@ -47,9 +47,9 @@ with plt.rc_context({"path.sketch": (0.8, 60, 2)}):  # as if drawn by hand
 plt.show()
 
 # %% [markdown]
-# *Figure: the cache before and after a rectification. Each square is one token in one layer. Sparse steps have written
-# the newest tokens, the window. They are wrong (orange) in all layers except the first. The dense pass overwrites them
-# in every layer.*
+# *Figure: the cache before and after a rectification. Each square is the key and the value of one token in one layer.
+# Those of the newest tokens, the window, come from sparse steps. They are wrong (orange) in all layers except the
+# first. The dense pass overwrites them in every layer.*
 #
 # We use the model, the text and the six questions of tutorial 3. A dense pass over everything gives an exact cache to
 # compare with.
@@ -298,9 +298,9 @@ axes.legend(ncols=3, loc="upper right")
 plt.show()
 
 # %% [markdown]
-# *Figure: mean error of all decoded tokens in the cache. Each rectification brings it down to zero. The teeth become
-# smaller, because the cache has more and more exact tokens beside the few wrong ones. But the wrong ones are the
-# newest, and every step reads the newest block. So a rectification lowers the loss less than this error.*
+# *Figure: mean error of all decoded tokens in the cache. Each rectification brings it down to zero. Its peaks become
+# lower, because the cache has more and more exact tokens beside the few wrong ones. But the wrong ones are the newest,
+# and every step reads the newest block. So rectification lowers this error much, and the loss less.*
 #
 # ## Does it still answer?
 #
@@ -327,7 +327,7 @@ def judged(stream):
     return divergence(reading.log_probs, log_probs), [each.tolist() for each in likeliest]
 
 
-print("blocks by  rectified   KL: text  questions  answers")
+print("blocks by  rectified    KL text  KL quest.  answers")
 for (chosen_by, f), stream in {("all", None): reading.exact, **streams}.items():
     kl, answers = judged(stream)
     marks = [found == tokens[place] for found, place in zip(answers, places, strict=True)]
@@ -344,8 +344,8 @@ assert not is_real or right["bounds", None] < right["bounds", 1]
 assert not is_real or right["bounds", None] < right["sketches", 32]
 
 # %% [markdown]
-# With bounds, rectification brings answers back, and a short interval brings back more. A long interval may not help,
-# because the question's words still wait in the window when the answer is due. With two other pages,
+# With bounds, rectification brings answers back, and a short interval brings back more. A long interval helps less,
+# because the question's words are often not yet repaired when the model must answer. On two other pages,
 # `topics["customization"]` and `topics["formatstrings"]`, an interval of 32 brings back none.
 #
 # With sketches, all six answers are right, even without rectification. Here rectification lowers the loss, and it is
@@ -361,9 +361,9 @@ assert not is_real or right["bounds", None] < right["sketches", 32]
 #   tokens a pass reads the whole cache. Together this is about a fifth of what dense decoding reads. On a CPU, at this
 #   length, that is no faster. [Performance](../performance.md) says when it is faster on a GPU, and by how much.
 # - **Step error remains.** Even over an exact cache, a sparse step predicts from a tenth of the blocks. With this
-#   schedule, no longer interval lost less here than a pass after every token. (The library's default, "fused", is the
+#   schedule, a pass after every token lost least here, and it still lost that. (The library's default, "fused", is the
 #   schedule of exercise 2. It predicts one token in $f$ densely, so there an interval of 1 is dense decoding.)
-# - **The newest tokens are still wrong.** Up to $f$ tokens wait for the next pass, and the next steps read them.
+# - **The newest tokens are still wrong.** Up to $f - 1$ tokens wait for the next pass, and the next steps read them.
 # - **A chosen token stays.** The cache is exact *for the tokens that were written*. Dense decoding might have written
 #   others.
 # - **This is one small model and one text.** [Evidence](../evidence.md) has many texts, with confidence intervals. It
@@ -393,10 +393,10 @@ assert after[16:].min() > 1e-3
 # %% [markdown]
 # ### 2. Use the logits
 #
-# Our `dense_pass` makes no use of its predictions. Write a loop whose pass takes $f - 1$ tokens of the window *and the
-# token that was just chosen*, and predicts the next one. (`rectify` also takes tokens that are not cached yet. It
-# returns the logits after the last token.) This is the [fused schedule](../glossary.md#fused-schedule), the library's
-# default.
+# Our `dense_pass` makes no use of its predictions. Write a loop that takes only $f - 1$ sparse steps. Then one pass
+# takes this whole window *and the token that was just chosen*, and predicts the next one. (`rectify` also takes tokens
+# that are not cached yet. It returns the logits after the last token.) This is the [fused
+# schedule](../glossary.md#fused-schedule), the library's default.
 
 
 # %% tags=["hide-cell"]

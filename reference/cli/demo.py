@@ -37,7 +37,7 @@ from .generate import newest_tokens
 from .threads import set_free_threads
 
 N_TEXTS, READ, GIVEN = 6, 1024, 256  # texts that losses are measured on; tokens read, then decoded
-MIN_BLOCKS = 4  # few enough that a tenth of READ tokens is more
+MIN_BLOCKS = 4  # less than a tenth of the blocks of READ tokens
 SHOWN_LINES = 16
 # Okabe and Ito's palette: colour-blind readers can tell them apart, on light and dark ground.
 COLOURS = ("#D55E00", "#009E73", "#0072B2", "#E69F00", "#CC79A7")
@@ -49,14 +49,14 @@ def add_demo(commands: cli.Commands) -> cli.Parser:
     parser = cli.add_command(commands, "demo", demo)
     text = "continue this file (default: the library's own text)"
     parser.option("--prompt-file", None, text, type=Path)
-    parser.option("--prompt-tokens", 2048, "read so many tokens, the file's last")
+    parser.option("--prompt-tokens", 2048, "length of the prompt: the file's last tokens")
     parser.option("--tokens", 256, "how many tokens to write")
     parser.option("--intervals", [8, 32], "tokens per rectification")
     parser.option("--temperature", 0.5, "0 takes the most likely token")
     parser.option("--seed", 0, "seed of the random numbers", type=cli.seed)
     parser.option("--figure", Path("out/demo.png"), "where to draw the figure")
     parser.option("--json", False, "print one JSON object instead of text")
-    # Under "paper" every token is decoded sparsely, so the loss of all rows splits alike.
+    # Under "paper" no token is decoded densely: in every row the loss is step error + drift.
     cli.add_sparsity(parser, schedule="paper")
     parser.set_defaults(min_blocks=MIN_BLOCKS)
     cli.add_model(parser)
@@ -114,11 +114,12 @@ def demo(options: argparse.Namespace) -> None:
         ways |= {name: variants[name] for name in ("sparse", shown)}
     written = write_texts(model, prompt, options.tokens, ways, sampling, options.seed)
     console.print(side_by_side(written, tokenizer))
-    console.print("One text proves nothing. What each way loses is measured along given texts:")
+    console.print("One text proves nothing, so we measure on given texts what each way loses.")
 
     # Measure. All tokens of a text go through the model at once.
     set_free_threads()
-    console.print(f"{N_TEXTS} others, of which {read:,} tokens are read and {given} decoded.")
+    texts = f"{N_TEXTS} other texts: the first {read:,} tokens of each are the prompt"
+    console.print(f"{texts}, the next {given} are given one by one, whatever a way predicts.")
     console.print(what_is_read(config, read + given))
     rows: list[Row] = []
     if n_read(config, read + given) < n_blocks(config, read + given):
@@ -128,8 +129,8 @@ def demo(options: argparse.Namespace) -> None:
         )
         rows = result["rows"]
         console.print(loss_table(rows))
-        note = "Less is better. Intervals over so few texts are narrow: those of six hold the mean"
-        console.print(f"{note} in 85 of 100 cases, not in 95.\n")
+        note = "In brackets: 95% confidence intervals. Over only six texts they are too narrow,"
+        console.print(f"{note} and hold the true mean in about 85 of 100 cases.\n")
         console.print("\n".join(verdict(rows)))
         title = f"{options.model}, {N_TEXTS} texts, p = {config.active_ratio:g}"
         draw_figure(rows, given, options.figure, title)
@@ -232,7 +233,7 @@ def side_by_side(texts: Mapping[str, Sequence[int]], tokenizer: Tokenizer) -> Ta
     def first_lines(tokens: Sequence[int]) -> str:
         return "\n".join(tokenizer.decode(tokens).expandtabs(4).splitlines()[:SHOWN_LINES])
 
-    title = "What each writes; coloured from where it leaves dense decoding's text"
+    title = "What each way writes. Coloured: where it differs from dense decoding, and all after"
     table, cells = Table(title=title, title_justify="left", expand=True), []
     for name, tokens in texts.items():
         table.add_column(name, ratio=1, overflow="fold")
@@ -247,7 +248,7 @@ def side_by_side(texts: Mapping[str, Sequence[int]], tokenizer: Tokenizer) -> Ta
 
 def loss_table(rows: Sequence[Row]) -> Table:
     """Make the table of what each way of decoding loses."""
-    title = "Lost per token against dense decoding: KL divergence in nats [95 %]"
+    title = "Loss per token: KL divergence from dense decoding, in nats"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("decoding", no_wrap=True)
     for heading in ("lost", "= step\nerror", "+ drift", "drift\nrepaired", "same\ntoken"):
@@ -299,8 +300,9 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         else:
             said.append(f"{every} cannot be distinguished from never rectifying here.")
     said.append(
-        f"Rectification cannot repair step error: repaired after every token (decode-only), sparse"
-        f" decoding still loses {exact['kl']:.3f}. A step cannot use a block that it does not read."
+        f"Rectification cannot repair step error. With a cache that is repaired after every token"
+        f" (decode-only), sparse decoding still loses {exact['kl']:.3f}: a step cannot use a block"
+        " that it does not read."
     )
     return said
 

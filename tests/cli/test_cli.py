@@ -517,7 +517,7 @@ def test_the_demo_prints_draws_and_continues_a_given_file(resa, path, tokenizer,
     said = "".join(out.split())
     assert "millionweights,continuesprompt.py:40tokensread,8towrite." in said
     assert "Astepreads2of12blocks" in said.replace("sparsestep", "step")
-    assert f"{demo_module.N_TEXTS}others,ofwhich96tokensarereadand32decoded." in said
+    assert f"{demo_module.N_TEXTS}othertexts:thefirst96tokensofeacharetheprompt,thenext32are" in said
     names = ["sparse", "ReSA f=4", "ReSA f=3", "decode-only"]
     assert all(name in out for name in ["dense", *names])
     assert "Sparsedecodingloses" in said

@@ -78,7 +78,7 @@ def test_words_say_which_differences_can_be_distinguished():
         "Rectifying every 32 tokens cannot be distinguished from never rectifying here.",
         "Rectifying every 8 tokens repairs 0.040, 40% of the drift.",
     ]
-    assert "repaired after every token (decode-only), sparse decoding still loses 0.200" in others[2]
+    assert "repaired after every token (decode-only), sparse decoding still loses 0.200:" in others[2]
     assert "cannot be distinguished from none" in verdict(rows(drift_ends=(-0.01, 0.2)))[1]
     assert verdict([]) == []
 
