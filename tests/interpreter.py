@@ -161,7 +161,7 @@ def quicken():
 
     interpreter._patch_attr = patch_member
 
-    # Constants and what is none.
+    # Constants, and what is none of them.
     unwrap, plain = core._unwrap_if_constexpr, (core.tensor, int, float, bool, type(None), str)
 
     def unwrap_soon(value):
@@ -169,6 +169,8 @@ def quicken():
         return value.value if kind is core.constexpr else value if kind in plain else unwrap(value)
 
     core._unwrap_if_constexpr = unwrap_soon
+
+    # A check that no result is wider than its type.
     interpreter.TensorHandle.__post_init__ = lambda self: None
 
 
