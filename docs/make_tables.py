@@ -602,9 +602,9 @@ def payoff() -> str:
     bounds, sketches, fewer = (f"{100 * row['agreement']:.0f}" for row in found)
     lines = (
         f"- **Speed.** A batch of eight sequences, each of 256K tokens, decodes **{eight} times** as fast as with "
-        f"dense attention. One such sequence alone decodes {one} times as fast. We timed whole steps of a model of "
-        f"Qwen2.5-7B's shape, with 16-bit weights, on one {whole_steps(H200[0])['device']}. Blocks are chosen as in "
-        "the paper.",
+        f"dense attention. A single one decodes {one} times as fast. We timed whole steps, with a dense pass every 32 "
+        f"tokens, of a model of Qwen2.5-7B's shape with 16-bit weights, on one {whole_steps(H200[0])['device']}. Steps "
+        "read a tenth of the blocks, chosen as in the paper.",
         f"- **Price.** The text can differ from dense decoding's. SmolLM2-135M reads a tenth of the blocks and is "
         f"rectified every 32 tokens. We gave it English text: at {bounds} of 100 tokens, its likeliest next token is "
         f"that of dense decoding. With *key sketches*, this project's own way of choosing blocks, it is at "

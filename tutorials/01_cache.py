@@ -207,8 +207,8 @@ assert with_cache[-1] > 1.2 * with_cache[0]
 
 # %% [markdown]
 # *Figure: time per token on this machine. Both axes are logarithmic. Without a cache the time grows with the text. With
-# a cache it is nearly flat at first (small differences are noise of this machine): every step reads all parameters of
-# the model, whatever the length. Then it grows too, because every step also reads the whole cache.*
+# a cache it is nearly flat at first: every step reads all parameters of the model, whatever the length. Then it grows
+# too, because every step also reads the whole cache.*
 #
 # A GPU calculates much faster than it reads from memory, so the bytes decide how long a step takes
 # ([performance](../performance.md)). We count them. Every query is multiplied with *all* keys, and the output is a sum
@@ -338,6 +338,7 @@ assert not is_real or int(logits.argmax()) != answer[0]
 # The fact lies hundreds of tokens back, and no step sees it. Whatever the model writes now is a guess.
 
 # %% [markdown]
-# Write it yourself: `resa exercise 1` gives you the empty function and says what is still wrong.
+# To write this tutorial's function yourself, run `resa exercise 1`. It gives you the empty function and says what is
+# wrong.
 #
 # **Next:** [which tenth to read](02_blocks.md).

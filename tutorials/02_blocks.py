@@ -374,7 +374,7 @@ def first_too(query, bounds, lengths, block_size):
 
 
 missed = 1 - torch.stack([(top_blocks(each, n) == 0).any(dim=-1) for each in scores]).float().mean()
-print(f"bounds miss the first block in {missed:.0%} of the heads; its mass is {mass[..., 0].mean():.0%} on average")
+print(f"bounds miss the first block in {missed:.0%} of the heads; its mean mass over all is {mass[..., 0].mean():.0%}")
 changed = model.with_ops(replace(model.ops, score_blocks=first_too))
 for name, chosen in (("bounds", model), ("the first block too", changed)):
     found = answer(chosen, cache, by_bounds, "The old baker lives at number", 3)
@@ -382,6 +382,7 @@ for name, chosen in (("bounds", model), ("the first block too", changed)):
 # SmolLM2 finds it now. Many heads attend to the first block when nothing else fits, and they go wrong without it.
 
 # %% [markdown]
-# Write it yourself: `resa exercise 2` gives you the empty functions and says what is still wrong.
+# To write this tutorial's functions yourself, run `resa exercise 2`. It gives you the empty functions and says what is
+# wrong.
 #
 # **Next:** [what errors do to the cache](03_drift.md).

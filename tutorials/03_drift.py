@@ -198,10 +198,11 @@ print("the first decoded token, layers 0 to 4:", " ".join(f"{error:.2g}" for err
 # of a token is sparse, and what stays in the cache comes from a dense pass. All earlier tokens are exact when a step
 # begins. So the error that it writes, before the repair, is its own.
 #
-# All tokens are known here. So we need no loop: one pass of the model computes all steps. In each layer, every token
-# first chooses its blocks, and a mask hides the others. The library's `decode_at_once` does this. The first assertion
-# checks that our loop gives the same. (A *schedule* says how sparse steps and dense passes take turns. With "paper",
-# every token first gets a sparse step, and a pass repairs it later. Tutorial 4 shows another schedule.)
+# All tokens are known here. In a layer, a token needs only this layer's keys and values of earlier tokens. So we can
+# compute all tokens of a layer together, as in training: every token first chooses its blocks, and a mask hides the
+# others. The library's `decode_at_once` does this. The first assertion below compares it with the 64 sparse steps
+# above. (A *schedule* says how sparse steps and dense passes take turns. With "paper", every token first gets a sparse
+# step, and a pass repairs it later. Tutorial 4 shows another schedule.)
 
 # %%
 never = replace(config, interval=None, schedule="paper")  # sparse steps, never repaired
@@ -225,9 +226,8 @@ assert own[:, 16:].mean() < total[:, 16:].mean(), "a step that reads wrong token
 # - The *cost of drift* is what sparse decoding loses beyond that. This is the price of having skipped blocks in earlier
 #   steps.
 #
-# The two parts of the loss are not the two parts of the error above. Later steps read every wrong token in the cache,
-# whether its error is its step's own or inherited. So the cost of drift can be most of the loss although little error
-# is inherited.
+# Step error is not the "own" error above. A step's own error stays in the cache as well, and later steps read it: that
+# is drift. So the cost of drift can be most of the loss, although most of the error in the cache is the steps' own.
 
 
 # %%
@@ -356,6 +356,7 @@ assert later[10:].min() > 1e-4
 # part helps.
 
 # %% [markdown]
-# Write it yourself: `resa exercise 3` gives you the empty function and says what is still wrong.
+# To write this tutorial's function yourself, run `resa exercise 3`. It gives you the empty function and says what is
+# wrong.
 #
 # **Next:** [making the cache exact again](04_rectification.md).

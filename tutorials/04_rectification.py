@@ -299,8 +299,8 @@ plt.show()
 
 # %% [markdown]
 # *Figure: mean error of all decoded tokens in the cache. Each rectification brings it down to zero. Its peaks become
-# lower, because the cache has more and more exact tokens beside the few wrong ones. But the wrong ones are the newest,
-# and every step reads the newest block. So rectification lowers this error much, and the loss less.*
+# mostly lower, because the cache has more and more exact tokens beside the few wrong ones. But the wrong ones are the
+# newest, and every step reads the newest block. So rectification lowers this error much, and the loss less.*
 #
 # ## Does it still answer?
 #
@@ -360,8 +360,8 @@ assert not is_real or right["bounds", None] < right["sketches", 32]
 # - **A tenth of the blocks is not a tenth of the bytes.** A step also reads the bounds of every block, and every 32
 #   tokens a pass reads the whole cache. Together this is about a fifth of what dense decoding reads. On a CPU, at this
 #   length, that is no faster. [Performance](../performance.md) says when it is faster on a GPU, and by how much.
-# - **Step error remains.** Even over an exact cache, a sparse step predicts from a tenth of the blocks. With this
-#   schedule, a pass after every token lost least here, and it still lost that. (The library's default, "fused", is the
+# - **Step error remains.** Even over an exact cache, a sparse step predicts from a tenth of the blocks. By bounds, a
+#   pass after every token lost least, and what it still lost is step error. (The library's default, "fused", is the
 #   schedule of exercise 2. It predicts one token in $f$ densely, so there an interval of 1 is dense decoding.)
 # - **The newest tokens are still wrong.** Up to $f - 1$ tokens wait for the next pass, and the next steps read them.
 # - **A chosen token stays.** The cache is exact *for the tokens that were written*. Dense decoding might have written
@@ -387,8 +387,8 @@ print(f"older half: {after[:16].mean():.2f}, newer half: {after[16:].mean():.2f}
 print(f"{kv_drift(cache, exact, at).max():.0e}")
 assert after[16:].min() > 1e-3
 # No. A dense pass over a wrong cache is wrong too. The pass must reach back to where the cache is exact. If it misses
-# only the oldest token, the whole window stays wrong. If it misses only the newest, that token stays wrong. Every later
-# window reads it, so none of them becomes exact either.
+# only the oldest token, the whole window stays wrong. If it misses only the newest token, that one stays wrong. Every
+# later pass reads it, so no later window becomes exact.
 
 # %% [markdown]
 # ### 2. Use the logits
@@ -421,6 +421,7 @@ assert written == generate(model, [short], 12, replace(config, interval=5))[0].t
 # Each cycle has one sparse step fewer, and one prediction in f is dense: it has no step error.
 
 # %% [markdown]
-# Write it yourself: `resa exercise 4` gives you the empty function and says what is still wrong.
+# To write this tutorial's function yourself, run `resa exercise 4`. It gives you the empty function and says what is
+# wrong.
 #
 # **Next:** [choosing better](05_choosing_better.md).

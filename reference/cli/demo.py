@@ -189,10 +189,10 @@ def what_is_read(config: ReSAConfig, n_tokens: int) -> str:
     read, there, least = n_read(config, n_tokens), n_blocks(config, n_tokens), config.min_blocks
     size = f"{there} blocks of {config.block_size} tokens"
     if read < there:
-        return f"A sparse step reads {read} of {size}, and never fewer than {least}."
+        return f"In the end a sparse step reads {read} of {size}; of a short text at least {least}."
     return (
-        f"With {size} and at least {least} to be read, every step reads all of it, and all ways are"
-        " dense decoding. Give a longer text, or lower --min-blocks or --active-ratio."
+        f"There are {size}, and by these settings a step reads all of them: all ways are dense"
+        " decoding. Give a longer text, or lower --min-blocks or --active-ratio."
     )
 
 
@@ -233,7 +233,7 @@ def side_by_side(texts: Mapping[str, Sequence[int]], tokenizer: Tokenizer) -> Ta
     def first_lines(tokens: Sequence[int]) -> str:
         return "\n".join(tokenizer.decode(tokens).expandtabs(4).splitlines()[:SHOWN_LINES])
 
-    title = "What each way writes. Coloured: where it differs from dense decoding, and all after"
+    title = "What each way writes. Coloured: all from the first difference to dense decoding on"
     table, cells = Table(title=title, title_justify="left", expand=True), []
     for name, tokens in texts.items():
         table.add_column(name, ratio=1, overflow="fold")
