@@ -356,7 +356,7 @@ opposed = scores_of(torch.tensor([[2.0, -1.0], [-2.0, 1.0]]), lo, hi)
 print(opposed[0].tolist())
 assert (opposed == 0).all()
 # The mean query is zero, so all scores are equal. The newest block is taken, and then the library takes the blocks of
-# lowest number. The score bounds the mean of the heads' products. It says nothing about a single head.
+# lowest number. The score is an upper limit for the mean of the heads' products. A single head's can be larger.
 
 # %% [markdown]
 # ### 3. Change the selection
@@ -374,7 +374,8 @@ def first_too(query, bounds, lengths, block_size):
 
 
 missed = 1 - torch.stack([(top_blocks(each, n) == 0).any(dim=-1) for each in scores]).float().mean()
-print(f"bounds miss the first block in {missed:.0%} of the heads; its mean mass over all is {mass[..., 0].mean():.0%}")
+print(f"in {missed:.0%} of the heads, bounds do not select the first block")
+print(f"on average over all heads, it gets {mass[..., 0].mean():.0%} of the attention")
 changed = model.with_ops(replace(model.ops, score_blocks=first_too))
 for name, chosen in (("bounds", model), ("the first block too", changed)):
     found = answer(chosen, cache, by_bounds, "The old baker lives at number", 3)

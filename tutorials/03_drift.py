@@ -195,14 +195,14 @@ print("the first decoded token, layers 0 to 4:", " ".join(f"{error:.2g}" for err
 # blocks, *and* it reads earlier tokens that are already wrong. We can separate the two. Imagine a decoder that repairs
 # its cache after every token: it takes a sparse step, then runs the same token through the model once more, densely,
 # and overwrites its keys and values. The paper calls this [decode-only](../glossary.md#decode-only): only the decoding
-# of a token is sparse, and what stays in the cache comes from a dense pass. All earlier tokens are exact when a step
-# begins. So the error that it writes, before the repair, is its own.
+# of a token is sparse, and what stays in the cache comes from a dense pass. So when a step begins, all earlier tokens
+# are exact. Any error that this step writes, before the repair, comes only from the blocks that it skips itself.
 #
-# All tokens are known here. In a layer, a token needs only this layer's keys and values of earlier tokens. So we can
-# compute all tokens of a layer together, as in training: every token first chooses its blocks, and a mask hides the
-# others. The library's `decode_at_once` does this. The first assertion below compares it with the 64 sparse steps
-# above. (A *schedule* says how sparse steps and dense passes take turns. With "paper", every token first gets a sparse
-# step, and a pass repairs it later. Tutorial 4 shows another schedule.)
+# All tokens are known here. A step never needs a higher layer of an earlier token. So we can go layer by layer, and
+# compute all tokens of a layer together, as in training. Every token chooses its own blocks, and a mask hides all other
+# blocks from it. The library's `decode_at_once` does this. The first assertion below compares it with the 64 sparse
+# steps above. (A *schedule* says how sparse steps and dense passes take turns. With "paper", every token first gets a
+# sparse step, and a pass repairs it later. Tutorial 4 shows another schedule.)
 
 # %%
 never = replace(config, interval=None, schedule="paper")  # sparse steps, never repaired
@@ -226,8 +226,9 @@ assert own[:, 16:].mean() < total[:, 16:].mean(), "a step that reads wrong token
 # - The *cost of drift* is what sparse decoding loses beyond that. This is the price of having skipped blocks in earlier
 #   steps.
 #
-# Step error is not the "own" error above. A step's own error stays in the cache as well, and later steps read it: that
-# is drift. So the cost of drift can be most of the loss, although most of the error in the cache is the steps' own.
+# Step error is not the "own" error above. Step error is a loss of prediction, in nats. The own error is one of the keys
+# and values that a step writes. It stays in the cache, and what later steps lose by reading it is cost of drift. So
+# most of the error in the cache can be the steps' own, and most of the loss can be the cost of drift.
 
 
 # %%

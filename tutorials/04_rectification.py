@@ -298,8 +298,8 @@ axes.legend(ncols=3, loc="upper right")
 plt.show()
 
 # %% [markdown]
-# *Figure: mean error of all decoded tokens in the cache. Each rectification brings it down to zero. Its peaks become
-# mostly lower, because the cache has more and more exact tokens beside the few wrong ones. But the wrong ones are the
+# *Figure: mean error of all decoded tokens in the cache. In two of the runs, each rectification brings it down to zero.
+# Later peaks are mostly lower, because the mean is taken over more and more exact tokens. But the wrong ones are the
 # newest, and every step reads the newest block. So rectification lowers this error much, and the loss less.*
 #
 # ## Does it still answer?
@@ -360,9 +360,10 @@ assert not is_real or right["bounds", None] < right["sketches", 32]
 # - **A tenth of the blocks is not a tenth of the bytes.** A step also reads the bounds of every block, and every 32
 #   tokens a pass reads the whole cache. Together this is about a fifth of what dense decoding reads. On a CPU, at this
 #   length, that is no faster. [Performance](../performance.md) says when it is faster on a GPU, and by how much.
-# - **Step error remains.** Even over an exact cache, a sparse step predicts from a tenth of the blocks. By bounds, a
-#   pass after every token lost least, and what it still lost is step error. (The library's default, "fused", is the
-#   schedule of exercise 2. It predicts one token in $f$ densely, so there an interval of 1 is dense decoding.)
+# - **Step error remains.** Even over an exact cache, a sparse step predicts from a tenth of the blocks. Of the rows
+#   with bounds, the one repaired after every token loses least. All that it loses is step error. (The library's
+#   default, "fused", is the schedule of exercise 2. It predicts one token in $f$ densely, so there an interval of 1 is
+#   dense decoding.)
 # - **The newest tokens are still wrong.** Up to $f - 1$ tokens wait for the next pass, and the next steps read them.
 # - **A chosen token stays.** The cache is exact *for the tokens that were written*. Dense decoding might have written
 #   others.

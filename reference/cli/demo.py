@@ -129,6 +129,7 @@ def demo(options: argparse.Namespace) -> None:
         )
         rows = result["rows"]
         console.print(loss_table(rows))
+        console.print("decode-only: with a cache that is repaired after every token.")
         note = "In brackets: 95% confidence intervals. Over only six texts they are too narrow,"
         console.print(f"{note} and hold the true mean in about 85 of 100 cases.\n")
         console.print("\n".join(verdict(rows)))
@@ -189,7 +190,8 @@ def what_is_read(config: ReSAConfig, n_tokens: int) -> str:
     read, there, least = n_read(config, n_tokens), n_blocks(config, n_tokens), config.min_blocks
     size = f"{there} blocks of {config.block_size} tokens"
     if read < there:
-        return f"In the end a sparse step reads {read} of {size}; of a short text at least {least}."
+        said = f"At the end a sparse step reads {read} of {size}."
+        return f"{said} It never reads fewer than {least}."
     return (
         f"There are {size}, and by these settings a step reads all of them: all ways are dense"
         " decoding. Give a longer text, or lower --min-blocks or --active-ratio."
@@ -233,7 +235,7 @@ def side_by_side(texts: Mapping[str, Sequence[int]], tokenizer: Tokenizer) -> Ta
     def first_lines(tokens: Sequence[int]) -> str:
         return "\n".join(tokenizer.decode(tokens).expandtabs(4).splitlines()[:SHOWN_LINES])
 
-    title = "What each way writes. Coloured: all from the first difference to dense decoding on"
+    title = "What each way writes. All after the first difference from dense decoding is coloured."
     table, cells = Table(title=title, title_justify="left", expand=True), []
     for name, tokens in texts.items():
         table.add_column(name, ratio=1, overflow="fold")
@@ -251,7 +253,7 @@ def loss_table(rows: Sequence[Row]) -> Table:
     title = "Loss per token: KL divergence from dense decoding, in nats"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("decoding", no_wrap=True)
-    for heading in ("lost", "= step\nerror", "+ drift", "drift\nrepaired", "same\ntoken"):
+    for heading in ("lost", "= step\nerror", "+ drift", "drift\nrepaired", "likeliest\nas dense"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         repaired = "–"
@@ -289,7 +291,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         " in the cache (drift)."
     ]
     if sparse["drift_95"][0] <= 0:
-        said.append("On this much text that drift cannot be distinguished from none.")
+        said.append("So few texts cannot tell this drift from zero.")
     for row in rows:
         if not row["way"].startswith("ReSA"):
             continue

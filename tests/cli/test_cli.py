@@ -516,7 +516,7 @@ def test_the_demo_prints_draws_and_continues_a_given_file(resa, path, tokenizer,
     assert (status, err) == (0, "")
     said = "".join(out.split())
     assert "millionweights,continuesprompt.py:40tokensread,8towrite." in said
-    assert "Intheendasparsestepreads2of12blocks" in said
+    assert "Attheendasparsestepreads2of12blocks" in said
     assert f"{demo_module.N_TEXTS}othertexts:thefirst96tokensofeacharetheprompt,thenext32are" in said
     names = ["sparse", "ReSA f=4", "ReSA f=3", "decode-only"]
     assert all(name in out for name in ["dense", *names])

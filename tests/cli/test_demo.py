@@ -48,8 +48,8 @@ def test_how_much_is_read_is_said_and_what_to_change_where_that_is_all(tokens, r
     assert (n_read(CONFIG, tokens), n_blocks(CONFIG, tokens)) == (read, there)
     said = what_is_read(CONFIG, tokens)
     if read < there:
-        read_of = f"In the end a sparse step reads {read} of {there} blocks of 4 tokens"
-        assert said == f"{read_of}; of a short text at least 2."
+        read_of = f"At the end a sparse step reads {read} of {there} blocks of 4 tokens."
+        assert said == f"{read_of} It never reads fewer than 2."
     else:
         assert "a step reads all of them: all ways are dense decoding" in said
         assert "lower --min-blocks" in said
@@ -80,7 +80,7 @@ def test_words_say_which_differences_can_be_distinguished():
         "Rectifying every 8 tokens repairs 0.040, 40% of the drift.",
     ]
     assert "repaired after every token (decode-only), sparse decoding still loses 0.200:" in others[2]
-    assert "cannot be distinguished from none" in verdict(rows(drift_ends=(-0.01, 0.2)))[1]
+    assert "cannot tell this drift from zero" in verdict(rows(drift_ends=(-0.01, 0.2)))[1]
     assert verdict([]) == []
 
 
