@@ -253,7 +253,7 @@ def loss_table(rows: Sequence[Row]) -> Table:
     title = "Loss per token: KL divergence from dense decoding, in nats"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("decoding", no_wrap=True)
-    for heading in ("lost", "= step\nerror", "+ drift", "drift\nrepaired", "likeliest\nas dense"):
+    for heading in ("lost", "= step\nerror", "+ drift", "drift\nrepaired", "same\ntoken"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         repaired = "–"
