@@ -62,7 +62,7 @@ demo: install  ## dense, sparse and rectified sparse decoding side by side; MODE
 	$(PYTHON) -m resa.fast demo $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 # A process of its own, because Triton decides between interpreting and compiling when it is imported.
-test: install-dev real  ## every test, on every core; where there is a GPU, those of the kernels again, compiled
+test: install-dev real  ## every test of the code, on every core; where there is a GPU, those of the kernels again, compiled
 	$(PYTHON) -m pytest --numprocesses auto --dist worksteal
 	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(MAKE) test-gpu; fi
 
@@ -82,7 +82,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 test-vllm: $(VLLM_VENV)/.installed  ## serving in vLLM: its own environment (3.4 GB), some 3 minutes
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/serving --numprocesses 2 --dist worksteal
 
-docs: install-dev real  ## run every tutorial, build the site in build/docs/html, look at it in Chromium
+docs: install-dev real  ## run every tutorial, build the site in build/docs/html, check it and all that it quotes
 	$(PYTHON) docs/run_tutorials.py
 	$(PYTHON) docs/build_site.py
 	$(PYTHON) -m pytest -m site --numprocesses auto --dist worksteal

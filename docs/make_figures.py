@@ -215,7 +215,7 @@ def drawn(draw: Callable[[Figure], None], size: tuple[float, float]) -> bytes:
         draw(figure)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(figure)
-    # A tenth of a point is finer than most screens. Labels stand outside of the tags. Nobody reads the indentation.
+    # A tenth of a point is finer than most screens. Labels stand outside of the tags. Indentation takes 10 KB.
     short = re.sub(rb"<[^>]*>", lambda tag: re.sub(rb"(\.\d)\d+", rb"\1", tag[0]), buffer.getvalue())
     return re.sub(rb"\n +", b"\n", short)
 

@@ -607,7 +607,7 @@ def payoff() -> str:
         "read a tenth of the blocks, chosen as in the paper.",
         f"- **Price.** The text can differ from dense decoding's. SmolLM2-135M reads a tenth of the blocks and is "
         f"rectified every 32 tokens. We gave it English text: at {bounds} of 100 tokens, its likeliest next token is "
-        f"that of dense decoding. With *key sketches*, this project's own way of choosing blocks, they agree "
+        f"that of dense decoding. With *key sketches*, this project's own way of choosing blocks, the two agree "
         f"at **{sketches} of 100**. Sketches make a step slower: the batch then decodes {same} times as fast as with "
         f"dense attention. With sketches and a twentieth of the blocks, it decodes {half} times as fast, and SmolLM2 "
         f"agrees at {fewer} of 100 tokens.",

@@ -1,7 +1,7 @@
 """Triton's interpreter as the tests want it: as strict as a GPU, and three times as fast.
 
-Both change Triton's own classes. The second knows those of 3.7, the version that constraints.txt pins. As a program,
-this prints what the decode loop makes without the second.
+`harden` and `quicken` change Triton's own classes. `quicken` knows those of 3.7, the version that constraints.txt pins.
+Run as a program, this file prints `digest()` without it.
 """
 
 import hashlib
@@ -9,6 +9,8 @@ import os
 
 import numpy as np
 import torch
+
+IS_QUICK = False
 
 
 def harden():
@@ -38,7 +40,10 @@ def harden():
 
 
 def quicken():
-    """Spare the interpreter what it computes anew for every operation, and what it throws away. No bit changes."""
+    """Spare the interpreter what it computes anew for every operation, and what it throws away.
+
+    No bit changes. One check is left out, that no result is wider than its type; the nightly profile keeps it.
+    """
     from triton import __version__
     from triton import language as tl
     from triton.language import core, semantic
@@ -46,9 +51,11 @@ def quicken():
 
     if not __version__.startswith("3.7."):
         return
+    global IS_QUICK
+    IS_QUICK = True
 
-    # It patches the language for every call of a function on the device. Once per launch and module is enough, and what
-    # is patched in a module need be looked for only once.
+    # It patches its language at every call of a device function, and searches the modules each time. Patch once per
+    # launch and module, and remember what the search found.
     launch, patch, patched, patches = interpreter.GridExecutor.__call__, interpreter._patch_lang, set(), {}
 
     def launch_anew(self, *arguments, **options):
@@ -60,9 +67,9 @@ def quicken():
 
     def patch_once(function):
         languages = frozenset(id(each) for each in function.__globals__.values() if each is tl or each is core)
-        key = languages, not patched  # the first of a launch finds nothing patched
         if languages in patched:
             return None
+        key = languages, frozenset(patched)  # what is patched already, the search does not find
         patched.add(languages)
         if key not in patches:
             scope = patch(function)
@@ -147,7 +154,7 @@ def quicken():
 
     semantic.TritonSemantic.broadcast_impl_value = broadcast_known
 
-    # A call of the language goes through two functions before its own.
+    # A call of the language passes two wrappers. Call the function itself.
     checked = core.add.__code__
 
     def patch_member(place, name, member, builder, scope):
@@ -161,7 +168,7 @@ def quicken():
 
     interpreter._patch_attr = patch_member
 
-    # Constants, and what is none of them.
+    # Constants. Values of these types are none.
     unwrap, plain = core._unwrap_if_constexpr, (core.tensor, int, float, bool, type(None), str)
 
     def unwrap_soon(value):
@@ -170,7 +177,6 @@ def quicken():
 
     core._unwrap_if_constexpr = unwrap_soon
 
-    # A check that no result is wider than its type.
     interpreter.TensorHandle.__post_init__ = lambda self: None
 
 

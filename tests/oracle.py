@@ -2,7 +2,8 @@
 
 The tests compare the project with this file. It imports neither the project nor torch, and it takes the slow and
 obvious way everywhere: bounds are rebuilt from the cache instead of maintained, attention is one softmax per query,
-one sequence at a time is decoded. "Section" and "eq." refer to the specification and to arXiv 2506.04108.
+one sequence at a time is decoded. (`rotate` alone adds whole rows, in the order of a loop.) "Section" and "eq." refer
+to the specification and to arXiv 2506.04108.
 
 Shapes: B sequences, Hq query heads in groups of G = Hq / Hkv per key-value head, D channels per head, T_max slots
 of cache, M blocks of b tokens. Configurations are plain mappings with the names of the project's fields.

@@ -338,7 +338,6 @@ assert not is_real or int(logits.argmax()) != answer[0]
 # The fact lies hundreds of tokens back, and no step sees it. Whatever the model writes now is a guess.
 
 # %% [markdown]
-# To write this tutorial's function yourself, run `resa exercise 1`. It gives you the empty function and says what is
-# wrong.
+# `resa exercise 1` lets you write the attention yourself, and says what is still wrong with it.
 #
 # **Next:** [which tenth to read](02_blocks.md).

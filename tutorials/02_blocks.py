@@ -383,7 +383,6 @@ for name, chosen in (("bounds", model), ("the first block too", changed)):
 # SmolLM2 finds it now. Many heads attend to the first block when nothing else fits, and they go wrong without it.
 
 # %% [markdown]
-# To write this tutorial's functions yourself, run `resa exercise 2`. It gives you the empty functions and says what is
-# wrong.
+# `resa exercise 2` lets you write the bounds, the score and the selection yourself, and says what is still wrong.
 #
 # **Next:** [what errors do to the cache](03_drift.md).

@@ -29,10 +29,11 @@ b = 16
 
 # %% [markdown]
 # We use the model and the text of tutorial 2. After its 1,000 tokens come all six questions, each with its right
-# answer. So the numbers differ from tutorial 2, where each question stood alone. The first 872 tokens are prefilled
-# densely. All tokens after these are decoded: each step is given the next token of this text, whatever it predicted. So
-# every way of decoding reads the same tokens, and we can compare the caches. When the questions come, 128 tokens have
-# been decoded, and the cache is already wrong. An answer counts as right if the model predicts each of its tokens.
+# answer. (In tutorial 2 each question stood alone, so its answers differ from those below.) The first 872 tokens are
+# prefilled densely. All tokens after these are decoded: each step is given the next token of this text, whatever it
+# predicted. So every way of decoding reads the same tokens, and we can compare the caches. When the questions come, 128
+# tokens have been decoded, and the cache is already wrong. An answer counts as right if the model predicts each of its
+# tokens.
 
 # %% tags=["hide-input"]
 from pydoc_data.topics import topics
@@ -357,7 +358,6 @@ assert later[10:].min() > 1e-4
 # part helps.
 
 # %% [markdown]
-# To write this tutorial's function yourself, run `resa exercise 3`. It gives you the empty function and says what is
-# wrong.
+# `resa exercise 3` lets you write the sparse attention yourself, and says what is still wrong with it.
 #
 # **Next:** [making the cache exact again](04_rectification.md).

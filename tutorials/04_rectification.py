@@ -300,7 +300,7 @@ plt.show()
 # %% [markdown]
 # *Figure: mean error of all decoded tokens in the cache. In two of the runs, each rectification brings it down to zero.
 # Later peaks are mostly lower, because the mean is taken over more and more exact tokens. But the wrong ones are the
-# newest, and every step reads the newest block. So rectification lowers this error much, and the loss less.*
+# newest, and every step reads the newest block. So rectification lowers this error more than the loss.*
 #
 # ## Does it still answer?
 #
@@ -327,14 +327,14 @@ def judged(stream):
     return divergence(reading.log_probs, log_probs), [each.tolist() for each in likeliest]
 
 
-print("blocks by  rectified    KL text  KL quest.  answers")
+print("blocks by  rectified    KL text  KL questions  answers")
 for (chosen_by, f), stream in {("all", None): reading.exact, **streams}.items():
     kl, answers = judged(stream)
     marks = [found == tokens[place] for found, place in zip(answers, places, strict=True)]
     right[chosen_by, f], loss[chosen_by, f] = sum(marks), float(kl.mean())
     when = "(dense)" if chosen_by == "all" else {None: "never", 1: "every token"}.get(f, f"every {f}")
     shown = " ".join(f"{'✓' if mark else '✗'} {decode(it)!r}" for mark, it in zip(marks, answers, strict=True))
-    print(f"{chosen_by:9}  {when:11} {kl[:first].mean():8.3f} {kl[first:].mean():10.3f}  {sum(marks)} of 6: {shown}")
+    print(f"{chosen_by:9}  {when:11} {kl[:first].mean():8.3f} {kl[first:].mean():13.3f}  {sum(marks)} of 6: {shown}")
 
 # %%
 assert loss["bounds", None] > loss["bounds", 8] > loss["bounds", 1] > 0.01
@@ -394,9 +394,9 @@ assert after[16:].min() > 1e-3
 # %% [markdown]
 # ### 2. Use the logits
 #
-# Our `dense_pass` makes no use of its predictions. Write a loop that takes only $f - 1$ sparse steps. Then one pass
-# takes this whole window *and the token that was just chosen*, and predicts the next one. (`rectify` also takes tokens
-# that are not cached yet. It returns the logits after the last token.) This is the [fused
+# Our `dense_pass` makes no use of its predictions. Write a loop that takes $f - 1$ sparse steps, then one pass, again
+# and again. The pass takes this window *and the token that was just chosen*, and predicts the next one. (`rectify` also
+# takes tokens that are not cached yet. It returns the logits after the last token.) This is the [fused
 # schedule](../glossary.md#fused-schedule), the library's default.
 
 
@@ -422,7 +422,6 @@ assert written == generate(model, [short], 12, replace(config, interval=5))[0].t
 # Each cycle has one sparse step fewer, and one prediction in f is dense: it has no step error.
 
 # %% [markdown]
-# To write this tutorial's function yourself, run `resa exercise 4`. It gives you the empty function and says what is
-# wrong.
+# `resa exercise 4` lets you write the decoding loop yourself, and says what is still wrong with it.
 #
 # **Next:** [choosing better](05_choosing_better.md).

@@ -193,7 +193,7 @@ def what_is_read(config: ReSAConfig, n_tokens: int) -> str:
         said = f"At the end a sparse step reads {read} of {size}."
         return f"{said} It never reads fewer than {least}."
     return (
-        f"There are {size}, and by these settings a step reads all of them: all ways are dense"
+        f"There are {size}, and with these settings a step reads all of them: all ways are dense"
         " decoding. Give a longer text, or lower --min-blocks or --active-ratio."
     )
 

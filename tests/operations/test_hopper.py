@@ -70,11 +70,11 @@ def hopper(monkeypatch):
 SHARES = [(1, (900, 61)), (3, (128, 385)), (19, (3, 1024))]
 WINDOWS = [(1, 50, (50, 7)), (7, 32, (32, 32)), (3, 90, (1, 0))]
 
-# Each with two of the others.
+# Six of the nine pairs: each share with two windows, each window with two shares.
 PAIRS = [(share, window) for i, share in enumerate(SHARES) for j, window in enumerate(WINDOWS) if i != j]
 
 
-@pytest.mark.parametrize(("share", "window"), PAIRS, ids=str)
+@pytest.mark.parametrize(("share", "window"), PAIRS)
 def test_windows_in_threads(kernels, hopper, monkeypatch, share, window):
     """Shares of no tile, of one, and of more than there are slots; rows past the window, and a window with none."""
     (splits, lengths), (group, width, used) = share, window
