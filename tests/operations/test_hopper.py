@@ -66,18 +66,10 @@ def hopper(monkeypatch):
     monkeypatch.setattr(module, "attend", interpreted(module).attend)
 
 
-# Splits and lengths of two sequences; heads per group, rows, and how many of them each sequence uses.
-SHARES = [(1, (900, 61)), (3, (128, 385)), (19, (3, 1024))]
-WINDOWS = [(1, 50, (50, 7)), (7, 32, (32, 32)), (3, 90, (1, 0))]
-
-# Six of the nine pairs: each share with two windows, each window with two shares.
-PAIRS = [(share, window) for i, share in enumerate(SHARES) for j, window in enumerate(WINDOWS) if i != j]
-
-
-@pytest.mark.parametrize(("share", "window"), PAIRS)
-def test_windows_in_threads(kernels, hopper, monkeypatch, share, window):
+@pytest.mark.parametrize(("splits", "lengths"), [(1, (900, 61)), (3, (128, 385)), (19, (3, 1024))])
+@pytest.mark.parametrize(("group", "width", "used"), [(1, 50, (50, 7)), (7, 32, (32, 32)), (3, 90, (1, 0))])
+def test_windows_in_threads(kernels, hopper, monkeypatch, group, width, used, splits, lengths):
     """Shares of no tile, of one, and of more than there are slots; rows past the window, and a window with none."""
-    (splits, lengths), (group, width, used) = share, window
     monkeypatch.setattr("resa.fast.attention.count_wave_splits", lambda *_: splits)
     if splits > 3 or group > 3:
         monkeypatch.setattr("resa.fast.attention.MERGED_ROWS", 32)  # fewer programs to interpret
