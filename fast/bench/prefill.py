@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from resa.reference import attention as plain
 from resa.reference.config import ReSAConfig
@@ -41,6 +40,8 @@ CHECKED = 1024  # queries compared before anything is timed, with as many tokens
 
 def causal_attention(backend: SDPBackend, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention by torch of the newest tokens' queries, each to the keys up to its own."""
+    from torch.nn.attention.bias import causal_lower_right  # takes a second to import
+
     mask = causal_lower_right(query.shape[2], keys.shape[2])  # not a tensor of so many numbers
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)

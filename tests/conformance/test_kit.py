@@ -31,6 +31,7 @@ from resa.conformance.vectors import load_vectors, read_tensors
 from resa.reference.cli.main import main
 from strategies import DEVICE
 
+pytestmark = pytest.mark.usefixtures("remembered")
 ROOT = Path(__file__).parents[2]
 IS_NIGHT = os.environ.get("RESA_TEST_PROFILE") == "nightly"  # then ports that are slow to test decode every generation
 EXAMPLES = ROOT / "docs" / "examples"
@@ -61,22 +62,6 @@ def failures_of(port, vectors):
 @pytest.fixture(scope="module")
 def vectors():
     return load_vectors()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def remembered():
-    """Remember what the exact port decodes, for all the ports that are compared with it."""
-    decode, known = kit.exact.decode_trace, {}
-
-    def decode_once(weights, *asked):
-        key = json.dumps(asked), *(weights[name].tobytes() for name in sorted(weights))
-        if key not in known:
-            known[key] = list(decode(weights, *asked))
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kit.exact, "decode_trace", decode_once)
-        yield
 
 
 def with_traces(vectors, *names):

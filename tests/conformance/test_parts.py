@@ -127,6 +127,7 @@ def first_failure(port, vectors):
     return next(iter(kit.first_failures(kit.check_port(port, vectors))), None)
 
 
+@pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_told_its_law(vectors, name):
     laws, old, new = OF_BATCHES[name]

@@ -90,11 +90,11 @@ def test_dense_marks_are_those_of_dense_decoding(model):
 def test_every_row_is_split_at_the_ends_of_its_own_score_and_ratio(model, monkeypatch):
     """And the second half of the programs is what counts as late."""
     options = {"intervals": [16, 1], "ratios": [0.05, 0.1], "scores": ["pooled", "per-head"]}
-    config, some, marks = replace(CONFIG, min_blocks=1), asked(3, 449), {}
+    config, some, marks = replace(CONFIG, min_blocks=1), asked(2, 449), {}
     monkeypatch.setattr(carried, "marked", lambda *asked: marks.update(marked(*asked)) or marks)
-    result = measure_carried(model, TOKENIZER, 3, 449, 64, config, **options)
+    result = measure_carried(model, TOKENIZER, 2, 449, 64, config, **options)
     checks, rows = Checks.of(some, 64), result["rows"]
-    assert (result["programs"], result["length"], result["checks"]) == (3, 449, len(checks.at))
+    assert (result["programs"], result["length"], result["checks"]) == (2, 449, len(checks.at))
 
     def way(row, interval):
         own = {"decode-only": {"interval": 1, "schedule": "paper"}, "never": {"interval": None}}
