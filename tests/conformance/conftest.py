@@ -1,4 +1,4 @@
-"""What the exact port decodes, once for all the ports that are compared with it."""
+"""Remember what the exact port decodes, for all the ports that are compared with it."""
 
 import json
 

@@ -282,6 +282,7 @@ print(json.dumps([rows, port._sparse_step._cache_size(), port._dense_pass._cache
 """
 
 
+@pytest.mark.site
 def test_the_jax_port_conforms(vectors):
     """Jitted, in float32, in fewer than 320 lines; in a process of its own, as JAX's threads do not outlive a fork."""
     if not find_spec("jax"):

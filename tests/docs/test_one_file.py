@@ -19,6 +19,7 @@ from resa.reference.weights.checkpoint import shipped_checkpoint
 from resa.reference.weights.tokenizer import load_tokenizer
 from small_models import dense_cache
 
+pytestmark = pytest.mark.site
 PATH = Path(one.__file__)
 CONFIG = ReSAConfig(
     block_size=one.BLOCK_SIZE,
