@@ -1,4 +1,4 @@
-"""Triton's interpreter as the tests want it: as strict as a GPU, and three times as fast.
+"""Triton's interpreter as the tests want it: as strict as a GPU, and three to four times as fast.
 
 `harden` and `quicken` change Triton's own classes. `quicken` knows those of 3.7, the version that constraints.txt pins.
 Run as a program, this file prints `digest()` without it.
@@ -10,7 +10,7 @@ import os
 import numpy as np
 import torch
 
-IS_QUICK = False
+IS_QUICK = False  # whether `quicken` has done its work
 
 
 def harden():
@@ -51,8 +51,6 @@ def quicken():
 
     if not __version__.startswith("3.7."):
         return
-    global IS_QUICK
-    IS_QUICK = True
 
     # It patches its language at every call of a device function, and searches the modules each time. Patch once per
     # launch and module, and remember what the search found.
@@ -178,6 +176,9 @@ def quicken():
     core._unwrap_if_constexpr = unwrap_soon
 
     interpreter.TensorHandle.__post_init__ = lambda self: None
+
+    global IS_QUICK
+    IS_QUICK = True
 
 
 def digest():
